@@ -1,0 +1,1 @@
+"""Where log-probabilities come from: one module per backend, found through pluggy."""

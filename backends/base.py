@@ -1,0 +1,155 @@
+"""The contract between the flow and a backend.
+
+A backend is built once per process from its validated `Options`, used from one event loop, and closed at the end::
+
+    async with BackendClass(options) as backend:
+        await backend.preflight("model-name")
+        async for result in backend.score(requests):
+            ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kl.records import Prompt, Response, Score, ScoreFailure
+
+
+class BackendOptions(BaseModel):
+    """Settings every backend has; each backend's own `Options` adds to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    system: str | None = Field(
+        default=None,
+        description="System text given to this backend's model in place of the one in the response file; "
+        "an empty text removes it. Default: the file's own.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Contexts of one response that a model is asked about.
+
+    The context of position ``t`` is ``prompt`` followed by the first ``t`` tokens of the response, as text
+    ``text[:prefix_ends[t]]``. Only ``positions`` are asked; ``keys[i]`` belongs to ``positions[i]`` and comes back in the
+    result. Prefixes are cut when they are needed, so a long response costs no more memory than its text.
+
+    Attributes
+    ----------
+    name : str
+        How the response is called in logs and job files.
+    model : str
+        The model that is asked.
+    prompt : Prompt
+        With the system text that this model is to see.
+    text : str
+        P's response.
+    prefix_ends : tuple of int
+        For every position of the response, where its prefix ends in ``text`` (characters).
+    token_ids : tuple of int, optional
+        P's token ids for every position, where all are known.
+    positions : tuple of int
+        The positions asked, rising.
+    keys : tuple of str
+        One content hash per position asked.
+    top_logprobs : int
+        How many candidates to report.
+    full_vocabulary : bool
+        Also report the log-probability of every token (backends with that capability only).
+    """
+
+    name: str
+    model: str
+    prompt: Prompt
+    text: str
+    prefix_ends: tuple[int, ...]
+    token_ids: tuple[int, ...] | None
+    positions: tuple[int, ...]
+    keys: tuple[str, ...]
+    top_logprobs: int
+    full_vocabulary: bool = False
+
+    def contexts(self) -> Iterator[tuple[int, str, str]]:
+        """(position, key, prefix text) of each position asked."""
+        for position, key in zip(self.positions, self.keys, strict=True):
+            yield position, key, self.text[: self.prefix_ends[position]]
+
+
+class SampleSettings(BaseModel):
+    """How responses are sampled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(default=1.0, ge=0, le=2, description="Softmax temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus mass.")
+    max_tokens: int = Field(default=256, ge=1, description="Longest response, tokens.")
+    top_logprobs: int = Field(default=20, ge=1, description="Candidates recorded per position.")
+    seed: int = Field(default=0, ge=0, description="Seed of the first response; response i uses seed + i.")
+
+
+class Capabilities(NamedTuple):
+    """What a backend can do, known without a call.
+
+    ``max_top_logprobs`` is the longest list it reports; ``full_vocabulary`` that it can report every token;
+    ``samples`` that it can write responses; ``one_pass`` that all positions of a response cost one evaluation;
+    ``token_ids`` that it feeds P's token ids, where they are its own, instead of the text (the ids then belong to
+    the key of a score); ``remote`` that it sends texts to a service, which may cost money.
+    """
+
+    max_top_logprobs: int
+    full_vocabulary: bool = False
+    samples: bool = False
+    one_pass: bool = False
+    token_ids: bool = False
+    remote: bool = True
+
+
+class Backend(ABC):
+    """A source of log-probabilities. Subclass it, name it in a `register_backends` hook, and that is a plugin."""
+
+    Options: ClassVar[type[BackendOptions]] = BackendOptions
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        """Everything beside model, prompt and prefix that changes the answer, as JSON types.
+
+        It is hashed into the key under which a score is kept. Backends that send the same request to the same model
+        return the same identity, so that a change of backend buys nothing twice.
+        """
+        return {"backend": cls.__module__, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
+
+    @abstractmethod
+    async def preflight(self, model: str) -> str | None:
+        """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.
+
+        Returns the model version that the service reports, if any.
+
+        Raises
+        ------
+        ModelNotUsableError
+            If the model cannot be used, with the reason.
+        """
+
+    @abstractmethod
+    def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Yield exactly one result for each key asked, in any order."""
+
+    def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
+        """Write ``n`` responses to ``prompt``; ``source_file`` is left empty."""
+        raise NotImplementedError(f"{type(self).__name__} does not sample responses")

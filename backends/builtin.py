@@ -1,0 +1,12 @@
+"""The backends in the box, announced through the same hook as everybody's."""
+
+from collections.abc import Callable
+
+from backends.hookspecs import hookimpl
+
+
+@hookimpl
+def register_backends(register: Callable[[str, str], None]) -> None:
+    """Announce the built-in backends."""
+    register("vertex_batch", "backends.vertex_batch:VertexBatchBackend")
+    register("local", "backends.local:LocalBackend")

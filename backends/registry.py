@@ -1,0 +1,134 @@
+"""Which backends exist, and how a name becomes a class."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import pluggy
+from pydantic import ValidationError
+
+import backends.builtin
+import backends.hookspecs
+from backends.base import Backend, BackendOptions
+from backends.errors import ConfigError, DuplicateBackendError, UnknownBackendError
+
+ENTRY_POINT_GROUP = "tokenkl.backends"
+
+
+def build_targets(plugins: Iterable[object] = ()) -> dict[str, str]:
+    """Name → ``module:Class`` of every backend: built-in, from entry points, and from ``plugins``.
+
+    Raises
+    ------
+    ConfigError
+        If a plugin cannot be loaded, or a hook is misspelt.
+    DuplicateBackendError
+        If two plugins register one name.
+    """
+    manager = pluggy.PluginManager(backends.hookspecs.PROJECT)
+    manager.add_hookspecs(backends.hookspecs)
+    manager.register(backends.builtin, name="tokenkl built-in backends")
+    _load_entry_points(manager)
+    for plugin in plugins:
+        _register(manager, plugin, getattr(plugin, "__name__", type(plugin).__name__))
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise ConfigError(
+            f"a backend plugin implements a hook that does not exist: {error}. The one hook is register_backends(register)."
+        ) from error
+    return _collect(manager)
+
+
+def _load_entry_points(manager: pluggy.PluginManager) -> None:
+    from importlib.metadata import entry_points
+
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        where = f"{entry_point.name} = {entry_point.value}"
+        try:
+            plugin = entry_point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"the backend plugin {where!r} (entry-point group {ENTRY_POINT_GROUP}) cannot be imported: "
+                f"{type(error).__name__}: {error}. Repair or uninstall it."
+            ) from error
+        _register(manager, plugin, where)
+
+
+def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
+    # Registered under a name of our own, because pluggy skips a second plugin of one name without a word.
+    try:
+        manager.register(plugin, name=f"{name} [{len(manager.get_plugins())}]")
+    except pluggy.PluginValidationError as error:
+        raise ConfigError(f"the backend plugin {name!r} does not fit the hook: {error}") from error
+
+
+def _collect(manager: pluggy.PluginManager) -> dict[str, str]:
+    targets: dict[str, str] = {}
+
+    def register(name: str, target: str) -> None:
+        module, _, attribute = target.partition(":")
+        if not name or not module or not attribute:
+            raise ConfigError(f"backend {name!r} has the target {target!r}; write it as 'module:Class'.")
+        if name in targets:
+            raise DuplicateBackendError(
+                f"the backend name {name!r} is registered twice: {targets[name]} and {target}. Rename or remove one."
+            )
+        targets[name] = target
+
+    manager.hook.register_backends(register=register)
+    return targets
+
+
+def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backend]:
+    """The class behind a backend name.
+
+    Raises
+    ------
+    UnknownBackendError
+        With the closest name and all that exist.
+    ConfigError
+        If the target cannot be imported or is no backend.
+    """
+    known = build_targets() if targets is None else targets
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+    module, _, attribute = known[name].partition(":")
+    try:
+        backend = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"backend {name!r} ({known[name]}) cannot be imported: {error}.") from error
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise ConfigError(f"backend {name!r}: {known[name]} is not a subclass of backends.base.Backend.")
+    return backend
+
+
+def parse_options(name: str, backend: type[Backend], values: dict[str, Any]) -> BackendOptions:
+    """Validate a backend's options.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the option, the value, and what is allowed.
+    """
+    try:
+        return backend.Options.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_option_problem(name, backend, item) for item in error.errors())) from error
+
+
+def _option_problem(name: str, backend: type[Backend], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    known = backend.Options.model_fields
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"backend {name!r} has no option {path!r}.{hint} Known: {', '.join(sorted(known)) or 'none'}."
+    description = known[path].description if path in known else None
+    about = f" ({description})" if description else ""
+    return f"backend.{path}: {item['msg']}, got {item['input']!r}{about}"

@@ -1,0 +1,140 @@
+"""What moves between the rooms: prompts, P's responses, Q's scores.
+
+P is the reference model that wrote the responses, Q the candidate that is asked about them.
+All log-probabilities are natural logarithms (nats).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["user", "model"]
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model was asked: the turns before the response, and an optional system text."""
+
+    turns: tuple[Turn, ...]
+    system: str | None = None
+
+    def canonical(self) -> str:
+        """The prompt as canonical JSON: equal prompts, and only those, give equal text."""
+        return json.dumps(
+            {"system": self.system, "turns": [[turn.role, turn.content] for turn in self.turns]},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+
+    @property
+    def prompt_id(self) -> str:
+        """16 hexadecimal digits that identify the prompt by its content."""
+        return hashlib.sha256(self.canonical().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Candidate(NamedTuple):
+    """One token with its log-probability; ``None`` means not reported.
+
+    ``token_bytes`` are the exact UTF-8 bytes where the source states them (a token may be part of a character).
+    """
+
+    token: str
+    logprob: float | None
+    token_id: int | None = None
+    token_bytes: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """One position of a response: the token that was sampled and the top-k list it came from.
+
+    ``top`` is sorted by falling log-probability. The sampled token may be absent from it.
+    """
+
+    sampled: Candidate
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How P's responses were sampled; ``None`` means not stated."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response of P with its log-probabilities.
+
+    ``source_file`` is the path below the input directory; ``response_idx`` counts from 0 as in the file.
+    The texts of the sampled tokens, joined, are ``text``.
+    """
+
+    source_file: str
+    response_idx: int
+    prompt: Prompt
+    model: str | None
+    text: str
+    positions: tuple[Position, ...]
+    finish_reason: str | None = None
+    sampling: Sampling = Sampling()
+
+    @property
+    def name(self) -> str:
+        """How the response is called in logs, task runs and errors."""
+        return f"{self.source_file}#{self.response_idx}"
+
+    def prefix_ends(self) -> NDArray[np.int64]:
+        """Where the prefix of each position ends in ``text``, in characters: shape (T,), first 0."""
+        lengths = [len(position.sampled.token) for position in self.positions]
+        return np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64))).astype(np.int64)[: len(lengths)]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What Q says at one context: its top-k list, and with a full vocabulary every log-probability.
+
+    ``key`` is the content hash of the context. ``full_logprobs`` has shape (V,), float32, indexed by token id.
+    ``n_dropped`` counts candidates that were not probabilities (masked tokens reported as -2**100).
+    Token counts are those of the service, for the bill.
+    """
+
+    key: str
+    top: tuple[Candidate, ...]
+    sampled: Candidate | None = None
+    model_version: str | None = None
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    n_dropped: int = 0
+    full_logprobs: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreFailure:
+    """A context that Q gave no usable answer for.
+
+    ``reason`` is a short code that reports count by (``blocked``, ``missing-row``); ``message`` is one line for people
+    with what was seen and what to do. ``final`` means that asking again cannot help (a blocked prompt), so that the
+    answer is kept and not bought a second time.
+    """
+
+    key: str
+    reason: str
+    message: str
+    final: bool = False
