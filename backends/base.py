@@ -11,8 +11,9 @@ A backend is built once per process from its validated `Options`, used from one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -111,13 +112,22 @@ class Capabilities(NamedTuple):
 
 
 class Backend(ABC):
-    """A source of log-probabilities. Subclass it, name it in a `register_backends` hook, and that is a plugin."""
+    """A source of log-probabilities. Subclass it, name it in a `register_backends` hook, and that is a plugin.
+
+    Parameters
+    ----------
+    options : BackendOptions
+        Validated `Options` of the backend.
+    state_dir : Path, optional
+        Where the backend may keep what must survive a crash, such as the names of its remote jobs.
+    """
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     capabilities: ClassVar[Capabilities]
 
-    def __init__(self, options: BackendOptions) -> None:
+    def __init__(self, options: BackendOptions, state_dir: Path | None = None) -> None:
         self.options = options
+        self.state_dir = state_dir
 
     async def __aenter__(self) -> Self:
         return self
@@ -133,6 +143,21 @@ class Backend(ABC):
         return the same identity, so that a change of backend buys nothing twice.
         """
         return {"backend": cls.__module__, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
+
+    def parallel_groups(self) -> int:
+        """How many groups of responses may be at work at once."""
+        return 4
+
+    def in_flight(self) -> Mapping[str, str]:
+        """Keys that an earlier run has already asked for, with the name of the remote job that answers them.
+
+        The flow asks for the keys of one job together, so that the backend can wait for that job instead of buying again.
+        """
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """What the run's record should say of the backend's work (job names, calls), as JSON types."""
+        return {}
 
     @abstractmethod
     async def preflight(self, model: str) -> str | None:

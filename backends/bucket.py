@@ -1,0 +1,158 @@
+"""Batch files in Cloud Storage: made, written once, read back whole."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import google.api_core.exceptions
+import google_crc32c
+from google.cloud import storage
+from google.cloud.storage import Blob
+
+from backends.errors import BackendError, ConfigError
+from backends.retry import StatusError, translated, with_retries
+
+T = TypeVar("T")
+
+_UPLOAD_CHUNK = 8 * 1024 * 1024
+# Uploads hold a chunk each, downloads a file on disk.
+_PARALLEL_TRANSFERS = 4
+_OUTPUT_NAME = re.compile(r"(^|/)predictions[^/]*\.jsonl$")
+
+
+class BatchBucket:
+    """One bucket, used from the event loop; the storage client itself is synchronous and runs in threads.
+
+    Parameters
+    ----------
+    project_id, location, name : str
+        The bucket is made in ``location`` when it is absent.
+    deadline_s : float
+        How long one operation is repeated under faults.
+    """
+
+    def __init__(self, project_id: str, location: str, name: str, deadline_s: float) -> None:
+        self.name = name
+        self._location = location
+        self._deadline_s = deadline_s
+        self._project_id = project_id
+        self._client: Any = None
+        self._ready = asyncio.Lock()
+        self._transfers = asyncio.Semaphore(_PARALLEL_TRANSFERS)
+
+    async def ensure(self) -> None:
+        """Make the bucket if it does not exist: uniform access, in the location of the jobs."""
+        async with self._ready:
+            if self._client is not None:
+                return
+            with translated("connect to Cloud Storage"):
+                client = await asyncio.to_thread(storage.Client, project=self._project_id)
+            await self._run(f"look for the bucket {self.name}", lambda: self._ensure(client))
+            self._client = client
+
+    def _ensure(self, client: Any) -> None:
+        # A read of one object name tells a bucket that is there from one that is not, with object rights alone.
+        try:
+            next(iter(client.list_blobs(self.name, prefix="batch_input/", max_results=1, retry=None)), None)
+        except google.api_core.exceptions.NotFound:
+            bucket = client.bucket(self.name)
+            bucket.iam_configuration.uniform_bucket_level_access_enabled = True
+            try:
+                client.create_bucket(bucket, location=_bucket_location(self._location), retry=None)
+            except google.api_core.exceptions.Conflict as error:
+                raise ConfigError(
+                    f"the bucket {self.name} belongs to another project. Choose a name with --bucket-name."
+                ) from error
+
+    async def upload_once(self, path: str, lines: Iterable[bytes]) -> str:
+        """Stream lines into an object that must not exist yet; the same content there already is success.
+
+        ``lines`` is iterated once per attempt and must be repeatable. Returns the object's ``gs://`` address.
+        """
+
+        async with self._transfers:
+            await self._run(f"upload gs://{self.name}/{path}", lambda: self._upload(path, lines))
+        return f"gs://{self.name}/{path}"
+
+    def _upload(self, path: str, lines: Iterable[bytes]) -> None:
+        blob = self._client.bucket(self.name).blob(path)
+        checksum = google_crc32c.Checksum()
+        try:
+            with blob.open("wb", chunk_size=_UPLOAD_CHUNK, if_generation_match=0, ignore_flush=True, retry=None) as file:
+                for line in lines:
+                    checksum.update(line)
+                    file.write(line)
+        except google.api_core.exceptions.PreconditionFailed as error:
+            self._accept_own_upload(blob, lines, error)
+
+    def _accept_own_upload(self, blob: Blob, lines: Iterable[bytes], error: Exception) -> None:
+        # An upload whose answer was lost, or an earlier run's, left the same content; anything else must not be used.
+        checksum = google_crc32c.Checksum()
+        for line in lines:
+            checksum.update(line)
+        blob.reload(retry=None)  # pyright: ignore[reportArgumentType]  # None switches retries off
+        if blob.crc32c != _base64(checksum):
+            raise BackendError(
+                f"gs://{self.name}/{blob.name} exists with other content. Delete it and run again."
+            ) from error
+
+    async def output_files(self, directory: str) -> list[str]:
+        """Paths of the prediction files in a job's output folder; ``incremental_*`` files are not among them."""
+        prefix = self.path_of(directory).rstrip("/") + "/"
+
+        def names() -> list[str]:
+            blobs = self._client.list_blobs(self.name, prefix=prefix, retry=None)
+            return sorted(blob.name for blob in blobs if _OUTPUT_NAME.search(blob.name.removeprefix(prefix)))
+
+        return await self._run(f"list {directory}", names)
+
+    async def download(self, path: str, target: Path) -> None:
+        """Copy an object to a local file; its checksum is verified."""
+
+        def copy() -> None:
+            self._client.bucket(self.name).blob(path).download_to_filename(str(target), retry=None)
+
+        async with self._transfers:
+            await self._run(f"download gs://{self.name}/{path}", copy)
+
+    def path_of(self, uri: str) -> str:
+        """The path inside this bucket of a ``gs://`` address."""
+        start = f"gs://{self.name}/"
+        if not uri.startswith(start):
+            raise BackendError(f"{uri} is not in the bucket {self.name}; results are read from the run's own bucket only.")
+        return uri.removeprefix(start)
+
+    async def _run(self, what: str, operation: Callable[[], T]) -> T:
+        try:
+            return await with_retries(lambda: asyncio.to_thread(operation), what=what, deadline_s=self._deadline_s)
+        except StatusError as error:
+            if error.status in (401, 403):
+                raise BackendError(
+                    f"{error}. Grant roles/storage.admin (or objectAdmin on an existing bucket) on {self.name}."
+                ) from error
+            raise
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            self._client.close()
+
+
+def _bucket_location(location: str) -> str:
+    # Jobs may run in the multi-regions "global", "us" and "eu"; buckets know only US, EU and regions.
+    return "US" if location == "global" else location.upper() if location in ("us", "eu") else location
+
+
+def _base64(checksum: Any) -> str:
+    return base64.b64encode(checksum.digest()).decode("ascii")
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a downloaded file, one in memory at a time."""
+    with path.open("rb") as file:
+        yield from file

@@ -1,0 +1,203 @@
+"""The Gemini wire: request body out, log-probabilities in. Shared by the Vertex backends.
+
+The service facts behind the choices: temperature 1 and topP 1 are pinned because whether they reshape the reported values
+is not documented; a tool, a topK or a response schema could mask tokens, so none is sent; thinking tokens would count
+against the one token that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from backends.base import ScoreRequest
+from backends.errors import ModelNotUsableError
+from kl.records import Candidate, Prompt, Score, ScoreFailure
+
+MAX_TOP_LOGPROBS = 20
+# Masked tokens are reported as float32 -2**100; a real log-probability is never near this.
+_SENTINEL_BELOW = -1e20
+# Answers that end for one of these reasons were refused, and would be again.
+_BLOCKING_REASONS = frozenset(
+    {"SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"}
+)
+
+
+def model_id(model: str) -> str:
+    """The bare model name: ``publishers/google/models/gemini-2.5-flash`` → ``gemini-2.5-flash``."""
+    return model.rsplit("/", 1)[-1]
+
+
+def thinking_config(model: str) -> dict[str, Any] | None:
+    """How thinking is switched off for a model; None where there is nothing to switch off.
+
+    Raises
+    ------
+    ModelNotUsableError
+        If the model cannot answer without thinking (2.5 Pro thinks for at least 128 tokens).
+    """
+    name = model_id(model)
+    if re.match(r"gemini-2\.5-pro\b", name):
+        raise ModelNotUsableError(
+            f"{name} always thinks (128 tokens or more), so one output token never reaches its answer. "
+            "Use gemini-2.5-flash or gemini-2.5-flash-lite.",
+            model=model,
+        )
+    return {"thinkingBudget": 0} if re.match(r"gemini-2\.5-flash", name) else None
+
+
+def generation_config(model: str, top_logprobs: int) -> dict[str, Any]:
+    """The ``generationConfig`` of a scoring request: one token, its list of candidates, nothing that reshapes them."""
+    config: dict[str, Any] = {
+        "temperature": 1.0,
+        "topP": 1.0,
+        "maxOutputTokens": 1,
+        "responseLogprobs": True,
+        "logprobs": top_logprobs,
+    }
+    thinking = thinking_config(model)
+    return config if thinking is None else config | {"thinkingConfig": thinking}
+
+
+def request_identity(request: ScoreRequest) -> dict[str, Any]:
+    """What decides the answer beside model, prompt and prefix; the same for batch and online."""
+    return {"wire": "generateContent", "generationConfig": generation_config(request.model, request.top_logprobs)}
+
+
+def request_body(prompt: Prompt, prefix: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The body of one request: the prompt's turns, then a model turn with the prefix (none when it is empty)."""
+    contents = [{"role": turn.role, "parts": [{"text": turn.content}]} for turn in prompt.turns]
+    if prefix:
+        contents.append({"role": "model", "parts": [{"text": prefix}]})
+    body: dict[str, Any] = {"contents": contents, "generationConfig": config}
+    if prompt.system:
+        body["systemInstruction"] = {"parts": [{"text": prompt.system}]}
+    return body
+
+
+def jsonl_rows(request: ScoreRequest) -> Iterator[bytes]:
+    """One batch input line per position asked: ``{"key": …, "request": …}`` and a new line.
+
+    The text is escaped once per response and cut for each row, so that a row costs a copy and not a new encoding.
+    """
+    config = generation_config(request.model, request.top_logprobs)
+    bare = _dumps(request_body(request.prompt, "", config))
+    # The model turn is cut in before the bracket that closes the contents, which come first.
+    split = len('{"contents":') + len(_dumps(request_body(request.prompt, "", config)["contents"])) - 1
+    head, tail = bare[:split] + ',{"role":"model","parts":[{"text":"', '"}]}' + bare[split:]
+    escaped, ends = _escape_once(request)
+    for position, key in zip(request.positions, request.keys, strict=True):
+        prefix = escaped[: ends[position]]
+        body = f"{head}{prefix}{tail}" if prefix else bare
+        yield f'{{"key":"{key}","request":{body}}}\n'.encode()
+
+
+def _escape_once(request: ScoreRequest) -> tuple[str, list[int]]:
+    pieces: list[str] = []
+    ends: list[int] = []
+    length = start = 0
+    for end in request.prefix_ends:
+        piece = _dumps(request.text[start:end])[1:-1]
+        pieces.append(piece)
+        length += len(piece)
+        ends.append(length)
+        start = end
+    return "".join(pieces), ends
+
+
+def _dumps(value: Any) -> str:
+    # ASCII escapes: U+2028 and friends cannot break a line reader on the other side.
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+def canonical_request(body: dict[str, Any]) -> str:
+    """A request body in one canonical form: no nulls, no empty maps, sorted keys, camelCase, numbers as floats.
+
+    Two spellings of a request that the service treats alike (it echoes requests with injected nulls, reordered keys or in
+    snake_case) have one canonical form.
+    """
+    kept = {
+        name: value for name, value in _canonical(body).items() if name in {"contents", "systemInstruction", "generationConfig"}
+    }
+    kept["contents"] = [
+        {"role": turn.get("role", "user"), "text": "".join(part.get("text", "") for part in turn.get("parts", []))}
+        for turn in kept.get("contents", [])
+    ]
+    system = kept.pop("systemInstruction", None) or {}
+    kept["system"] = "".join(part.get("text", "") for part in system.get("parts", []))
+    return json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = ((_camel(name), _canonical(item)) for name, item in value.items())
+        return {name: item for name, item in items if item is not None and item != {}}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def parse_response(key: str, response: dict[str, Any] | None) -> Score | ScoreFailure:
+    """Read one ``GenerateContentResponse`` as plain JSON.
+
+    Absent ``token`` is the empty token (proto JSON drops empty strings); a candidate without ``logProbability`` or with
+    the sentinel of a masked token is dropped and counted; ``content`` without ``parts`` is no error by itself.
+    """
+    if not response:
+        return ScoreFailure(key, "empty-answer", "the service answered this request with nothing; it is asked again.")
+    blocked = (response.get("promptFeedback") or {}).get("blockReason")
+    if blocked:
+        return ScoreFailure(key, "blocked", f"the service blocked the prompt: {blocked}.", final=True)
+    candidates = response.get("candidates") or []
+    if not candidates:
+        return ScoreFailure(key, "empty-answer", "the answer has no candidates and gives no reason.")
+    return _parse_candidate(key, response, candidates[0])
+
+
+def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, Any]) -> Score | ScoreFailure:
+    finish = candidate.get("finishReason")
+    logprobs = candidate.get("logprobsResult") or {}
+    steps = [step.get("candidates") or [] for step in logprobs.get("topCandidates") or []]
+    if not steps or not steps[0]:
+        if finish in _BLOCKING_REASONS:
+            return ScoreFailure(key, "blocked", f"the service blocked the answer: {finish}.", final=True)
+        return ScoreFailure(key, "no-logprobs", f"the answer has no log-probabilities (finishReason {finish}).")
+    if len(steps) > 1:
+        return ScoreFailure(
+            key, "unexpected-shape", f"the answer has {len(steps)} steps of log-probabilities where one was asked."
+        )
+    top = [parsed for item in steps[0] if (parsed := _parse_token(item)) is not None]
+    if not top:
+        return ScoreFailure(key, "no-logprobs", f"none of the {len(steps[0])} candidates has a log-probability.")
+    usage = response.get("usageMetadata") or {}
+    chosen = (logprobs.get("chosenCandidates") or [None])[0]
+    return Score(
+        key=key,
+        top=tuple(sorted(top, key=lambda item: -(item.logprob or 0.0))),
+        sampled=_parse_token(chosen) if chosen else None,
+        model_version=response.get("modelVersion"),
+        finish_reason=finish,
+        input_tokens=usage.get("promptTokenCount"),
+        output_tokens=usage.get("candidatesTokenCount"),
+        n_dropped=len(steps[0]) - len(top),
+    )
+
+
+def _parse_token(item: dict[str, Any]) -> Candidate | None:
+    logprob = item.get("logProbability")
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+        return None
+    if not math.isfinite(logprob) or logprob < _SENTINEL_BELOW:
+        return None
+    token_id = item.get("tokenId")
+    return Candidate(item.get("token") or "", float(logprob), token_id if isinstance(token_id, int) else None)

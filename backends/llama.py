@@ -1,0 +1,390 @@
+"""The llama architecture in numpy: one pass gives the log-probabilities of every position.
+
+A score is kept under the hash of its context, so it must not depend on what follows the context, on which positions
+are asked, or on how many threads there are. BLAS rounds differently for different shapes and numbers of threads.
+Therefore a sequence is worked through in chunks of `CHUNK` rows, counted from its start and filled up with zeros, on
+one BLAS thread: every product has a shape that follows from the position alone, and equal contexts give equal bits.
+Bits may still differ between kinds of processors, for which BLAS has different code.
+
+Sources: Touvron et al., *LLaMA*, arXiv 2302.13971; Su et al., *RoFormer*, arXiv 2104.09864; Ainslie et al., *GQA*,
+arXiv 2305.13245; Zhang & Sennrich, *RMSNorm*, arXiv 1910.07467.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backends.llama_gguf import FloatArray, GGUFFile, unusable
+
+CHUNK = 48  # rows of every matrix product; a multiple of the tile heights 16 and 24 of common BLAS kernels
+ENGINE = "numpy-llama/1"  # to be raised when the numbers change: it is part of the key of every score
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """Sizes and constants of a model, from the metadata of its file."""
+
+    n_layers: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_rotated: int
+    ffn_width: int
+    vocabulary: int
+    context_length: int
+    norm_eps: float
+    rope_base: float
+    rope_scale: float
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> LlamaConfig:
+        """Read and check the metadata.
+
+        Raises
+        ------
+        ModelNotUsableError
+            For another architecture, or a variant whose numbers would be wrong here.
+        """
+        _refuse_variants(file)
+        meta = file.metadata
+        width, n_heads = int(file.need("llama.embedding_length")), int(file.need("llama.attention.head_count"))
+        head_dim = int(meta.get("llama.attention.key_length", width // n_heads))
+        return cls(
+            n_layers=int(file.need("llama.block_count")),
+            width=width,
+            n_heads=n_heads,
+            n_kv_heads=int(meta.get("llama.attention.head_count_kv", n_heads)),
+            head_dim=head_dim,
+            n_rotated=int(meta.get("llama.rope.dimension_count", head_dim)),
+            ffn_width=int(file.need("llama.feed_forward_length")),
+            vocabulary=len(file.need("tokenizer.ggml.tokens")),
+            context_length=int(file.need("llama.context_length")),
+            norm_eps=float(file.need("llama.attention.layer_norm_rms_epsilon")),
+            rope_base=float(meta.get("llama.rope.freq_base", 10000.0)),  # llama.cpp's default
+            rope_scale=_rope_scale(meta),
+        )
+
+
+def _refuse_variants(file: GGUFFile) -> None:
+    architecture = file.need("general.architecture")
+    if architecture != "llama":
+        raise unusable(
+            file.path,
+            f"architecture {architecture!r} is not supported, 'llama' is; serve the model with llama.cpp or vLLM.",
+        )
+    if file.metadata.get("llama.expert_count", 0):
+        raise unusable(file.path, "a mixture of experts is not supported; serve the model with llama.cpp or vLLM.")
+    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise unusable(file.path, f"llama.rope.scaling.type {scaling!r} is not supported; 'none' and 'linear' are.")
+    for key in ("llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length"):
+        if isinstance(file.metadata.get(key), list):
+            raise unusable(file.path, f"{key} differs from layer to layer, which is not supported.")
+    key_length = file.metadata.get("llama.attention.key_length")
+    if file.metadata.get("llama.attention.value_length", key_length) != key_length:
+        raise unusable(
+            file.path, "llama.attention.value_length is not llama.attention.key_length, which is not supported."
+        )
+
+
+def _rope_scale(meta: dict[str, Any]) -> float:
+    factor = float(meta.get("llama.rope.scaling.factor", meta.get("llama.rope.scale_linear", 0.0)))
+    return 1.0 / factor if factor and meta.get("llama.rope.scaling.type") != "none" else 1.0
+
+
+def check_shapes(file: GGUFFile, config: LlamaConfig) -> None:
+    """Prove that the file holds the tensors of a plain llama model, no fewer and no others.
+
+    Raises
+    ------
+    ModelNotUsableError
+        That names the tensor. One that would be ignored is refused too: the numbers would be another model's.
+    """
+    if config.n_heads % config.n_kv_heads or config.n_rotated % 2 or config.n_rotated > config.head_dim:
+        raise unusable(file.path, f"sizes do not fit together: {config}.")
+    shapes = _shapes(config)
+    optional = {name for name in shapes if name.endswith(".bias")} | {"output.weight", "rope_freqs.weight"}
+    for name, shape in shapes.items():
+        if name not in file.tensors:
+            if name not in optional:
+                raise unusable(file.path, f"tensor {name!r} is missing.")
+        elif file.tensors[name].shape != shape:
+            raise unusable(
+                file.path, f"tensor {name!r} has shape {file.tensors[name].shape}, the metadata say {shape}."
+            )
+    others = sorted(set(file.tensors) - set(shapes))
+    if others:
+        raise unusable(
+            file.path,
+            f"{len(others)} tensors are not part of a plain llama model, the first is {others[0]!r}; "
+            "serve the model with llama.cpp or vLLM.",
+        )
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    width, q, kv = config.width, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    linear = {
+        "attn_q": (q, width),
+        "attn_k": (kv, width),
+        "attn_v": (kv, width),
+        "attn_output": (width, q),
+        "ffn_gate": (config.ffn_width, width),
+        "ffn_up": (config.ffn_width, width),
+        "ffn_down": (width, config.ffn_width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (config.vocabulary, width),
+        "output.weight": (config.vocabulary, width),
+        "output_norm.weight": (width,),
+        "rope_freqs.weight": (config.n_rotated // 2,),
+    }
+    for layer in range(config.n_layers):
+        shapes |= {f"blk.{layer}.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"blk.{layer}.{name}.bias": shape[:1] for name, shape in linear.items()}
+    return shapes
+
+
+class Linear(NamedTuple):
+    """``x @ weight.T + bias``, with weight of shape (out, in)."""
+
+    weight: FloatArray
+    bias: FloatArray | None
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Layer(NamedTuple):
+    """The weights of one block."""
+
+    attn_norm: FloatArray
+    q: Linear
+    k: Linear
+    v: Linear
+    attn_output: Linear
+    ffn_norm: FloatArray
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class Cache:
+    """Ids, keys and values of the rows seen so far; one buffer per layer, shape (2, kv heads, capacity, head_dim)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.ids: list[int] = []
+        self._buffers = [
+            np.zeros((2, config.n_kv_heads, 0, config.head_dim), np.float32) for _ in range(config.n_layers)
+        ]
+
+    def reserve(self, rows: int) -> None:
+        """Make room for that many rows, and more than before by half, so that growing row by row copies little."""
+        for index, buffer in enumerate(self._buffers):
+            if buffer.shape[2] < rows:
+                # Zeros, not empty: a row that is masked out is multiplied by 0, and 0 times a stray NaN is NaN.
+                capacity = max(rows, buffer.shape[2] * 3 // 2)
+                grown = np.zeros((*buffer.shape[:2], capacity, buffer.shape[3]), np.float32)
+                grown[:, :, : buffer.shape[2]] = buffer
+                self._buffers[index] = grown
+
+    def store(self, layer: int, start: int, keys: FloatArray, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Put the rows of one layer, shape (kv heads, n, head_dim), at ``start``; returns all rows up to their end."""
+        buffer, end = self._buffers[layer], start + keys.shape[1]
+        buffer[0, :, start:end] = keys
+        buffer[1, :, start:end] = values
+        return buffer[0, :, :end], buffer[1, :, :end]
+
+
+class Llama:
+    """A model in memory. Not for several threads at once: it keeps the rows of the last pass."""
+
+    def __init__(self, file: GGUFFile, bits: int | None = None) -> None:
+        """Load the weights; ``bits`` rounds the matrices and the embedding, norms and biases stay exact."""
+        self.config = LlamaConfig.from_gguf(file)
+        self.embedding = file.load("token_embd.weight", bits)
+        self.output = file.load("output.weight", bits) if "output.weight" in file.tensors else self.embedding
+        self.output_norm = file.load("output_norm.weight")
+        self.layers = [_load_layer(file, index, bits) for index in range(self.config.n_layers)]
+        self._frequencies = _frequencies(self.config, file)
+        self._last_pass: Cache | None = None
+
+    def logprobs(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[tuple[int, FloatArray]]]:
+        """Log-probabilities of the token after each asked row, chunk by chunk.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Token ids from the start of the context.
+        rows : sequence of int, rising
+            Row r asks for the token that follows ``ids[: r + 1]``; the last is below the model's context length.
+
+        Yields
+        ------
+        list of (row, float32 of shape (V,))
+            In nats. The rows asked in one chunk.
+
+        Raises
+        ------
+        FloatingPointError
+            If the weights give no finite numbers.
+        """
+        cache = self._resume(ids, rows[0])
+        cache.reserve((rows[-1] // CHUNK + 1) * CHUNK)
+        for start in range(len(cache.ids), rows[-1] + 1, CHUNK):
+            with one_blas_thread():
+                hidden = self._advance(cache, ids[start : start + CHUNK], CHUNK)
+                asked = [row for row in rows if start <= row < start + CHUNK]
+                logits = self._logits(hidden) if asked else hidden
+                found = [(row, log_softmax(logits[row - start])) for row in asked]
+            yield found
+        self._last_pass = cache
+
+    def _resume(self, ids: Sequence[int], first_row: int) -> Cache:
+        """The rows of the last pass that this one shares: whole chunks before the first row asked."""
+        cache, self._last_pass = self._last_pass or Cache(self.config), None
+        same = next(
+            (at for at, (old, new) in enumerate(zip(cache.ids, ids, strict=False)) if old != new),
+            min(len(cache.ids), len(ids)),
+        )
+        del cache.ids[min(same, first_row) // CHUNK * CHUNK :]
+        return cache
+
+    def feed(self, cache: Cache, ids: Sequence[int]) -> FloatArray:
+        """Append ``ids`` to the cache of a response that is being written; logits of the next token, shape (V,).
+
+        Their last bits differ from those of `logprobs`, since the products have other shapes.
+        """
+        hidden = np.empty((0, self.config.width), np.float32)
+        with one_blas_thread():
+            for start in range(0, len(ids), CHUNK):
+                piece = ids[start : start + CHUNK]
+                hidden = self._advance(cache, piece, len(piece))
+            return self._logits(hidden[-1:])[0]
+
+    def _advance(self, cache: Cache, ids: Sequence[int], n_rows: int) -> FloatArray:
+        """Append ``ids`` to the cache; output of the last layer, shape (n_rows, width), no meaning beyond the ids."""
+        start = len(cache.ids)
+        cache.reserve(start + n_rows)
+        x = np.zeros((n_rows, self.config.width), np.float32)
+        x[: len(ids)] = self.embedding[list(ids)]
+        angles = np.arange(start, start + n_rows)[:, None] * self._frequencies
+        turn = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        for index, layer in enumerate(self.layers):
+            x += self._attention(index, layer, rms_norm(x, layer.attn_norm, self.config.norm_eps), turn, cache, start)
+            h = rms_norm(x, layer.ffn_norm, self.config.norm_eps)
+            x += layer.down(silu(layer.gate(h)) * layer.up(h))
+        cache.ids.extend(ids)
+        return x
+
+    def _logits(self, hidden: FloatArray) -> FloatArray:
+        """Unnormalised log-probabilities, shape (n, V)."""
+        return rms_norm(hidden, self.output_norm, self.config.norm_eps) @ self.output.T
+
+    def _attention(
+        self, index: int, layer: Layer, h: FloatArray, turn: tuple[FloatArray, FloatArray], cache: Cache, start: int
+    ) -> FloatArray:
+        config, n = self.config, len(h)
+        q = rotate(layer.q(h).reshape(n, config.n_heads, config.head_dim), turn)
+        k = rotate(layer.k(h).reshape(n, config.n_kv_heads, config.head_dim), turn)
+        v = layer.v(h).reshape(n, config.n_kv_heads, config.head_dim)
+        keys, values = cache.store(index, start, k.transpose(1, 0, 2), v.transpose(1, 0, 2))
+        q *= np.float32(config.head_dim**-0.5)
+        # Query heads that share a key head stand together: one product for each key head.
+        weights = q.transpose(1, 0, 2).reshape(config.n_kv_heads, -1, config.head_dim) @ keys.transpose(0, 2, 1)
+        by_head = weights.reshape(config.n_heads, n, start + n)
+        by_head[:, :, start:][:, np.triu(np.ones((n, n), np.bool_), 1)] = -np.inf
+        softmax(by_head)
+        mixed = np.matmul(weights, values, dtype=np.float32).reshape(config.n_heads, n, config.head_dim)
+        return layer.attn_output(mixed.transpose(1, 0, 2).reshape(n, -1))
+
+
+def _load_layer(file: GGUFFile, index: int, bits: int | None) -> Layer:
+    def linear(name: str) -> Linear:
+        weight, bias = f"blk.{index}.{name}.weight", f"blk.{index}.{name}.bias"
+        return Linear(file.load(weight, bits), file.load(bias) if bias in file.tensors else None)
+
+    return Layer(
+        attn_norm=file.load(f"blk.{index}.attn_norm.weight"),
+        q=linear("attn_q"),
+        k=linear("attn_k"),
+        v=linear("attn_v"),
+        attn_output=linear("attn_output"),
+        ffn_norm=file.load(f"blk.{index}.ffn_norm.weight"),
+        gate=linear("ffn_gate"),
+        up=linear("ffn_up"),
+        down=linear("ffn_down"),
+    )
+
+
+def _frequencies(config: LlamaConfig, file: GGUFFile) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Radians per position of each pair of dimensions, shape (n_rotated / 2,)."""
+    frequencies = config.rope_scale * config.rope_base ** (-np.arange(0, config.n_rotated, 2) / config.n_rotated)
+    if "rope_freqs.weight" in file.tensors:  # Llama 3: long wavelengths are stretched
+        frequencies = frequencies / file.load("rope_freqs.weight").astype(np.float64)
+    return frequencies
+
+
+def rms_norm(x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
+    """Each row of ``x`` divided by its root mean square, times ``weight``."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float64)
+    return x * (1.0 / np.sqrt(mean_square + eps)).astype(np.float32) * weight
+
+
+def rotate(x: FloatArray, turn: tuple[FloatArray, FloatArray]) -> FloatArray:
+    """Turn neighbouring pairs of dimensions of ``x``, shape (n, heads, head_dim), by their angles.
+
+    Neighbours, because GGUF files of this architecture store the query and key matrices permuted for that.
+    """
+    cos, sin = turn[0][:, None, :], turn[1][:, None, :]
+    n_rotated = 2 * cos.shape[-1]
+    even, odd = x[..., 0:n_rotated:2], x[..., 1:n_rotated:2]
+    turned = x.copy()
+    turned[..., 0:n_rotated:2] = even * cos - odd * sin
+    turned[..., 1:n_rotated:2] = even * sin + odd * cos
+    return turned
+
+
+def softmax(x: FloatArray) -> None:
+    """In place, over the last axis."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+
+
+def silu(x: FloatArray) -> FloatArray:
+    """``x`` times its logistic function."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf for x below -88 gives the right 0
+        return x / (np.float32(1) + np.exp(-x))
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    """Log-probabilities in nats of one row of logits, computed in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
+    log_total = np.log(np.exp(shifted).sum())
+    if not np.isfinite(log_total):
+        raise FloatingPointError(
+            "the weights give logits that are not finite; the model file is damaged or not meant for float32."
+        )
+    return (shifted - log_total).astype(np.float32)
+
+
+@functools.cache
+def _thread_controller() -> Any:
+    import threadpoolctl  # pyright: ignore[reportMissingTypeStubs]
+
+    return threadpoolctl.ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """BLAS on one thread inside: how it divides a product among threads changes the rounding."""
+    return _thread_controller().limit(limits=1, user_api="blas")

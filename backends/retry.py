@@ -1,0 +1,143 @@
+"""Repeating calls to a service: one layer, honest about when it gives up.
+
+The SDKs' own retries are off. A call is repeated after throttling, a 5xx or a broken connection, with exponential backoff
+and jitter, not before the service's ``Retry-After``, until a deadline.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import google.api_core.exceptions
+import google.auth.exceptions
+import httpx2
+import requests.exceptions
+import tenacity
+from google.genai import errors as genai_errors
+
+from backends.errors import BackendError, ConfigError, RetryableBackendError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_LONGEST_WAIT_S = 60.0
+_backoff = tenacity.wait_random_exponential(multiplier=1, max=_LONGEST_WAIT_S)
+
+
+class DailyQuotaError(BackendError):
+    """The service's daily limit of requests with log-probabilities is used up: final for today."""
+
+
+async def with_retries(call: Callable[[], Awaitable[T]], *, what: str, deadline_s: float) -> T:
+    """Await ``call()`` until it succeeds, fails for good, or the deadline passes.
+
+    Parameters
+    ----------
+    call : callable
+        Starts one attempt.
+    what : str
+        For logs and errors: "create batch job tokenkl-…".
+    deadline_s : float
+        Seconds from the first attempt after which no further one starts.
+
+    Raises
+    ------
+    BackendError
+        A fault that repeating cannot mend, or the last one when the deadline passed.
+    """
+    attempts = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(RetryableBackendError),
+        wait=_wait,
+        stop=tenacity.stop_after_delay(deadline_s),
+        before_sleep=lambda state: logger.info("%s: %s; trying again", what, _failure(state)),
+        reraise=True,
+    )
+    async for attempt in attempts:
+        with attempt, translated(what):
+            return await call()
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _failure(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = _failure(state)
+    asked = error.retry_after_s if isinstance(error, RetryableBackendError) and error.retry_after_s else 0.0
+    return max(asked, _backoff(state))
+
+
+@contextmanager
+def translated(what: str) -> Generator[None]:
+    """Turn the errors of the Google SDKs and their transports into ours."""
+    try:
+        yield
+    except genai_errors.APIError as error:
+        raise _from_status(what, error.code, _text(error.status, error.message), _headers(error.response)) from error
+    except google.api_core.exceptions.GoogleAPICallError as error:
+        response: Any = getattr(error, "response", None)
+        raise _from_status(what, error.code, error.message, _headers(response)) from error
+    except google.auth.exceptions.DefaultCredentialsError as error:
+        raise ConfigError(
+            f"{what}: no Google credentials were found. Run 'gcloud auth application-default login', or set "
+            "GOOGLE_APPLICATION_CREDENTIALS to a service-account file."
+        ) from error
+    except google.auth.exceptions.GoogleAuthError as error:
+        if getattr(error, "retryable", False) or isinstance(error, google.auth.exceptions.TransportError):
+            raise RetryableBackendError(f"{what}: the token service failed: {_line(error)}") from error
+        raise ConfigError(f"{what}: Google refused the credentials: {_line(error)}") from error
+    except (httpx2.TransportError, requests.exceptions.RequestException, ConnectionError, TimeoutError) as error:
+        raise RetryableBackendError(f"{what}: {type(error).__name__}: {_line(error)}") from error
+
+
+def is_daily_quota(text: str) -> bool:
+    """Whether an error text speaks of the daily limit of requests with log-probabilities."""
+    lowered = text.lower()
+    return "logprob" in lowered and ("daily" in lowered or "per day" in lowered)
+
+
+def _from_status(what: str, status: int | None, text: str | None, headers: Any) -> BackendError:
+    message = f"{what}: {status} {text}"
+    if status == 429 and is_daily_quota(message):
+        return DailyQuotaError(f"{message}. This limit is per day: run again tomorrow, or ask Google to raise it.")
+    if status in _RETRYABLE_STATUS:
+        return RetryableBackendError(message, retry_after_s=_retry_after(headers))
+    return StatusError(message, status=status)
+
+
+class StatusError(BackendError):
+    """A refusal of the service that repeating does not mend; ``status`` is the HTTP status."""
+
+    def __init__(self, message: str, *, status: int | None, **where: str | None) -> None:
+        super().__init__(message, **where)
+        self.status = status
+
+
+def _retry_after(headers: Any) -> float | None:
+    value = headers.get("Retry-After") if headers is not None else None
+    if value is None:
+        return None
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError, TypeError):  # a date without a zone, or no date at all, asks for nothing
+        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return None
+
+
+def _headers(response: Any) -> Any:
+    return getattr(response, "headers", None)
+
+
+def _text(status: str | None, message: str | None) -> str:
+    return _line(": ".join(part for part in (status, message) if part))
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:500]

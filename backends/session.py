@@ -1,0 +1,90 @@
+"""One event loop per process for all backend work, shared by the threads that ask.
+
+The tasks of a flow run in threads; what they share (the limit on calls in flight, the poller of remote jobs, the reaction
+to a cancel) lives here, on one loop in one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError, Future
+from typing import Any, Self, TypeVar
+
+from backends.base import Backend
+from backends.errors import TokenKLError
+
+T = TypeVar("T")
+
+
+class SessionClosedError(TokenKLError):
+    """The session was closed while work was under way."""
+
+
+class BackendSession:
+    """A backend in use: its event loop, and a blocking door to it for other threads.
+
+    Parameters
+    ----------
+    backend : Backend
+        Entered on the loop when the session starts, left when it is closed.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="backend-loop", daemon=True)
+        self._lock = threading.Lock()
+        self._running: set[Future[Any]] = set()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self.run(self.backend.__aenter__())
+        except BaseException:
+            self._stop_loop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cancel()
+        try:
+            asyncio.run_coroutine_threadsafe(self.backend.__aexit__(*exc), self._loop).result()
+        finally:
+            self._stop_loop()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it.
+
+        Raises
+        ------
+        SessionClosedError
+            If the session was cancelled meanwhile.
+        """
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise SessionClosedError("the run was stopped")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._running.add(future)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise SessionClosedError("the run was stopped") from error
+        finally:
+            with self._lock:
+                self._running.discard(future)
+
+    def cancel(self) -> None:
+        """Cancel all work under way and refuse more; callable from any thread or signal handler."""
+        self._closed = True
+        for future in list(self._running):
+            future.cancel()
+
+    def _stop_loop(self) -> None:
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

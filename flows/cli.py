@@ -1,0 +1,98 @@
+"""The command lines: flags made from the configuration models, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from backends.errors import ConfigError
+from flows.config import CommonConfig, build_config
+
+EXIT_COMPLETE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+
+EXIT_CODES = (
+    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason in "
+    "the outputs); 2 a mistake in the settings or the call; 1 anything else"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def make_parser(prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model."""
+    parser = _Parser(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it.")
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        flag = "--" + name.replace("_", "-")
+        text = _help(name, field)
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, metavar=_metavar(field), help=text)
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated and wins over all others.",
+    )
+    return parser
+
+
+def _help(name: str, field: Any) -> str:
+    text = (field.description or "").replace("%", "%%")
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if name == "backend":
+        default = default.name if default is not None else None
+    if default is None or isinstance(default, bool | BaseModel):
+        return text
+    return f"{text} Default: {default}."
+
+
+def _metavar(field: Any) -> str:
+    kinds = {str(item) for item in typing.get_args(field.annotation)} | {str(field.annotation)}
+    if any("int" in kind for kind in kinds):
+        return "N"
+    return "DIR" if any("Path" in kind for kind in kinds) else "TEXT"
+
+
+def parse_config[ConfigT: CommonConfig](parser: argparse.ArgumentParser, model: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+    """The configuration that flags, file and ``--set`` give.
+
+    Raises
+    ------
+    ConfigError
+        One line on what is wrong.
+    """
+    values = vars(parser.parse_args(arguments))
+    config_file = values.pop("config")
+    sets = values.pop("sets")
+    if values.get("backend") is not None:
+        values["backend"] = {"name": values["backend"]}
+    return build_config(model, config_file, values, sets)
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """Run a program; turn the user's mistakes into one line on standard error and exit code 2."""
+    try:
+        return program()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USAGE

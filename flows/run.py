@@ -1,0 +1,131 @@
+"""Compare the responses of model P on disk with model Q: the flow ``kl-divergence`` and ``python -m flows.run``."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # Prefect reads its settings when it is imported, so that the program prepares them before it loads this module.
+    from flows.run_program import main
+
+    raise SystemExit(main())
+
+import logging
+from datetime import UTC, datetime
+
+from prefect import flow, task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+from prefect.states import Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from backends.errors import TokenKLError
+from flows.config import RunConfig, check_capabilities, resolve_backend
+from flows.inputs import find_inputs
+from flows.measuring import Measured, measure_files
+from flows.plan import Asker, Group, Plan, make_plan, requests_of
+from flows.progress import ProgressReporter
+from flows.report import RunReport
+from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for
+from flows.writing import write_results
+
+logger = logging.getLogger(__name__)
+
+
+def _group_name() -> str:
+    group = task_run.get_parameters()["group"]
+    assert isinstance(group, Group)
+    return group.name
+
+
+@task(cache_policy=NO_CACHE)
+def read(config: RunConfig) -> Plan:
+    """Read all responses, find what is on disk already, and plan what is asked."""
+    backend, options, _ = resolve_backend(config)
+    asker = Asker(config, backend, options)
+    in_flight = session_for(config).backend.in_flight()
+    return make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, in_flight)
+
+
+@task(task_run_name=_group_name, cache_policy=NO_CACHE)
+def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupOutcome | State[GroupOutcome]:
+    """Ask the backend for one group of responses; every answer is on disk before this returns."""
+    try:
+        backend, options, _ = resolve_backend(config)
+        session = session_for(config)
+        asks = list(requests_of(group, Asker(config, backend, options)))
+        work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance)
+        return session.run(work)
+    except TokenKLError as error:
+        return Failed(message=str(error))
+
+
+@task(cache_policy=NO_CACHE)
+def measure(plan: Plan, config: RunConfig) -> Measured:
+    """Turn both models' lists into one table of tokens per input file."""
+    backend, options, _ = resolve_backend(config)
+    return measure_files(plan, Asker(config, backend, options), Stores.of(config.output_dir))
+
+
+@task(cache_policy=NO_CACHE)
+def write(measured: Measured, config: RunConfig, record: dict[str, object]) -> RunReport:
+    """Write the results: per file, per token, per response, and for the data set."""
+    return write_results(measured, config, record)
+
+
+@flow(name="kl-divergence")
+def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
+    """KL(P‖Q) per token, response and data set, from P's responses on disk and a backend that asks Q.
+
+    Ends as Failed, with one line, if nothing could be asked at all; positions that could not be measured are part of a
+    result and counted in it.
+    """
+    started = datetime.now(UTC)
+    try:
+        backend, _, notes = resolve_backend(config)
+        check_capabilities(config, backend)
+        for note in notes:
+            logger.warning("%s", note)
+        session = session_for(config)
+        try:
+            plan = read(config)
+            if plan.groups:
+                session.run(session.backend.preflight(config.model2))
+            outcomes = _score_all(plan, config)
+            record = _record(plan, outcomes, started) | {"backend_report": session.backend.report()}
+        finally:
+            close_session(config)
+        return write(measure(plan, config), config, record)
+    except TokenKLError as error:
+        return Failed(message=str(error), data=error)
+
+
+def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
+    logger.info(
+        "%d responses in %d files: %d positions, %d contexts, %d of them on disk, %d to ask in %d groups",
+        plan.n_responses, len(plan.files), plan.n_positions, plan.n_contexts, plan.n_stored, plan.n_to_ask,
+        len(plan.groups),
+    )  # fmt: skip
+    workers = min(len(plan.groups), session_for(config).backend.parallel_groups())
+    if not workers:
+        return []
+    with ProgressReporter("contexts scored", plan.n_to_ask) as progress, ThreadPoolTaskRunner(workers) as runner:
+        futures = runner.map(
+            score, {"group": plan.groups, "config": unmapped(config), "progress": unmapped(progress)}
+        )
+        futures.wait()
+        states = [future.state for future in futures]
+    for state in states:
+        if not state.is_completed():
+            logger.error("a group of responses was not scored: %s", state.message)
+    return [state.result() for state in states if state.is_completed()]
+
+
+def _record(plan: Plan, outcomes: list[GroupOutcome], started: datetime) -> dict[str, object]:
+    return {
+        "started_at": started.isoformat(timespec="seconds"),
+        "contexts": plan.n_contexts,
+        "contexts_on_disk": plan.n_stored,
+        "contexts_in_earlier_jobs": plan.n_in_flight,
+        "contexts_asked": plan.n_to_ask,
+        "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
+        "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
+    }

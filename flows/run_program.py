@@ -1,0 +1,70 @@
+"""``python -m flows.run``: flags in, exit code out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backends.errors import ConfigError
+from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
+from flows.config import RunConfig, check_capabilities, resolve_backend
+from flows.environment import prepare_environment
+from flows.inputs import find_inputs
+from flows.report import RunReport
+
+_DESCRIPTION = (
+    "KL(P‖Q) per token, response and data set. Model P wrote the responses in --input-dir, with its top "
+    "log-probabilities; model Q (--model2) is asked, through a backend, what it would have said at every position. "
+    "What was bought stays in OUTPUT_DIR/scores: run the same command again to go on after an interruption."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    prepare_environment()
+    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig)
+    config = parse_config(parser, RunConfig, arguments)
+    backend, _, _ = resolve_backend(config)
+    check_capabilities(config, backend)
+    find_inputs(config)
+    # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
+    from flows.run import kl_divergence
+
+    state = kl_divergence(config, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, ConfigError):
+        raise result
+    if not isinstance(result, RunReport):
+        print(f"error: {state.message}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
+    show(result)
+    return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
+
+
+def show(report: RunReport) -> None:
+    """Print the summary table, what is missing, and where the results are."""
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, text in report.headline:
+        table.add_row(Text(label), Text(text))
+    console.print(table)
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}"), soft_wrap=True)
+    _counts(console, "not measured", "positions", report.missing)
+    _counts(console, "skipped", "responses or files", report.skipped)
+    _counts(console, "repaired", "places in the input", report.repaired)
+    for path in report.paths:
+        console.print(Text(path), soft_wrap=True)
+
+
+def _counts(console: Console, label: str, unit: str, counts: dict[str, int]) -> None:
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        console.print(Text(f"{label}: {count} {unit} ({reason})"), soft_wrap=True)

@@ -1,0 +1,204 @@
+"""From a group of contexts to scores on disk, as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backends.base import Backend, ScoreRequest
+from backends.errors import BackendError
+from backends.score_store import ScoreStore
+from backends.session import BackendSession
+from flows.config import RunConfig, resolve_backend
+from kl.records import Score, ScoreFailure
+
+logger = logging.getLogger(__name__)
+
+# What a kill can cost: the answers of so many seconds, or so many bytes of full vocabularies.
+_FLUSH_INTERVAL_S = 1.0
+_FLUSH_BYTES = 32_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Where results go: scores and final failures for good, everything that failed for this run's report."""
+
+    scores: ScoreStore
+    failures: ScoreStore
+
+    @classmethod
+    def of(cls, output_dir: Path) -> Stores:
+        """The stores of an output directory."""
+        return cls(
+            ScoreStore(output_dir / "scores"),
+            ScoreStore(output_dir / ".parts" / "failures", every_failure=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutcome:
+    """How many contexts of a group have a score, and how many failed, by reason."""
+
+    n_scored: int
+    failures: dict[str, int]
+    versions: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Arrivals:
+    """Results that are not on disk yet, and what is still expected."""
+
+    stores: Stores
+    where: dict[str, tuple[str, str]]  # key → prompt id, model
+    waiting: list[Score | ScoreFailure] = field(default_factory=list[Score | ScoreFailure])
+    n_bytes: int = 0
+    n_scored: int = 0
+    failures: dict[str, int] = field(default_factory=dict[str, int])
+    versions: set[str] = field(default_factory=set[str])
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    open_keys: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open_keys = set(self.where)
+
+    def add(self, result: Score | ScoreFailure) -> None:
+        if result.key not in self.open_keys:
+            raise BackendError(f"the backend answered {result.key}, which was not asked or was answered before.")
+        self.open_keys.discard(result.key)
+        self.waiting.append(result)
+        if isinstance(result, ScoreFailure):
+            self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
+            return
+        self.n_scored += 1
+        self.n_bytes += result.full_logprobs.nbytes if result.full_logprobs is not None else 0
+        if result.model_version is not None:
+            self.versions.add(result.model_version)
+
+    async def flush(self) -> None:
+        async with self.lock:
+            results, self.waiting, self.n_bytes = self.waiting, [], 0
+            try:
+                if results:
+                    await asyncio.to_thread(self._write, results)
+            except BaseException:
+                self.waiting = results + self.waiting
+                raise
+
+    def _write(self, results: Sequence[Score | ScoreFailure]) -> None:
+        by_place: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
+        for result in results:
+            by_place.setdefault(self.where[result.key], []).append(result)
+        for (prompt_id, model), batch in by_place.items():
+            self.stores.scores.append(prompt_id, model, batch)
+            failed = [result for result in batch if isinstance(result, ScoreFailure)]
+            self.stores.failures.append(prompt_id, model, failed)
+
+
+async def score_and_store(
+    backend: Backend,
+    asks: Sequence[tuple[str, ScoreRequest]],
+    stores: Stores,
+    on_results: Callable[[int], None],
+) -> GroupOutcome:
+    """Ask a backend for contexts and put each answer on disk within about a second of its arrival.
+
+    Parameters
+    ----------
+    asks : sequence of (prompt id, ScoreRequest)
+    on_results : callable
+        Told how many further contexts are settled.
+    """
+    where = {key: (prompt_id, request.model) for prompt_id, request in asks for key in request.keys}
+    arrivals = _Arrivals(stores, where)
+    stop = asyncio.Event()
+    ticker = asyncio.create_task(_flush_regularly(arrivals, stop))
+    try:
+        async with _closing(backend.score([request for _, request in asks])) as results:
+            async for result in results:
+                arrivals.add(result)
+                on_results(1)
+                if arrivals.n_bytes > _FLUSH_BYTES:
+                    await arrivals.flush()
+                if ticker.done():
+                    break  # the disk refused results: buy no more
+    except BackendError as error:
+        logger.warning("%s", error)
+        _fail_rest(arrivals, _reason(error), str(error), on_results)
+    finally:
+        stop.set()
+        await ticker
+        await arrivals.flush()
+    if arrivals.open_keys:
+        message = f"the backend gave no result for {len(arrivals.open_keys)} of {len(where)} contexts."
+        logger.error("%s", message)
+        _fail_rest(arrivals, "no-result", message, on_results)
+        await arrivals.flush()
+    return GroupOutcome(arrivals.n_scored, arrivals.failures, tuple(sorted(arrivals.versions)))
+
+
+async def _flush_regularly(arrivals: _Arrivals, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _FLUSH_INTERVAL_S)
+        await arrivals.flush()
+
+
+@asynccontextmanager
+async def _closing(results: AsyncIterator[Score | ScoreFailure]) -> AsyncIterator[AsyncIterator[Score | ScoreFailure]]:
+    # A plugin may return any async iterator; only generators need, and have, a close.
+    try:
+        yield results
+    finally:
+        if isinstance(results, AsyncGenerator):
+            await results.aclose()
+
+
+def _reason(error: BackendError) -> str:
+    """``ModelNotUsableError`` → ``model-not-usable``: the code that reports count by."""
+    words = re.findall(r"[A-Z][a-z]*", type(error).__name__.removesuffix("Error"))
+    return "-".join(words).lower()
+
+
+def _fail_rest(arrivals: _Arrivals, reason: str, message: str, on_results: Callable[[int], None]) -> None:
+    for key in sorted(arrivals.open_keys):
+        arrivals.add(ScoreFailure(key, reason, message))
+        on_results(1)
+
+
+_sessions: dict[str, BackendSession] = {}
+_sessions_lock = threading.Lock()
+
+
+def session_for(config: RunConfig) -> BackendSession:
+    """The one session of this process for a run's backend; opened at the first call.
+
+    Raises
+    ------
+    ConfigError
+        If the backend cannot be built or entered.
+    """
+    name = _session_name(config)
+    with _sessions_lock:
+        if name not in _sessions:
+            backend, options, _ = resolve_backend(config)
+            session = BackendSession(backend(options, state_dir=config.output_dir / "scores"))
+            _sessions[name] = session.__enter__()
+        return _sessions[name]
+
+
+def close_session(config: RunConfig) -> None:
+    """Leave the run's backend; work that is still under way is cancelled."""
+    with _sessions_lock:
+        session = _sessions.pop(_session_name(config), None)
+    if session is not None:
+        session.__exit__(None, None, None)
+
+
+def _session_name(config: RunConfig) -> str:
+    return config.model_dump_json()

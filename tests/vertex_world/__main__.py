@@ -1,0 +1,71 @@
+"""``python -m tests.vertex_world``: run the world until interrupted, for trying by hand."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from tests.vertex_world.faults import Faults
+from tests.vertex_world.language_model import SyntheticModel
+from tests.vertex_world.world import VertexWorld
+
+
+def main() -> None:
+    arguments = _parse()
+    noise = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.noise)}
+    world = VertexWorld(
+        project=arguments.project,
+        location=arguments.location,
+        port=arguments.port,
+        job_seconds=arguments.job_seconds,
+        language_model=SyntheticModel(noise=noise),
+        faults=Faults(latency_s=arguments.latency),
+        storage_backend=arguments.storage,
+    )
+    with world:
+        if arguments.responses:
+            prompts = [f"Question number {index}?" for index in range(arguments.prompts)]
+            world.write_responses(arguments.responses, "gemini-2.5-flash-lite", prompts, n=2, max_tokens=20)
+            sys.stdout.write(f"# responses of gemini-2.5-flash-lite are in {arguments.responses}\n")
+        for name, value in world.environment().items():
+            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+        sys.stdout.write("# running; stop with Ctrl-C\n")
+        sys.stdout.flush()
+        _wait()
+        states = {job.display_name: job.state for job in world.jobs}
+        sys.stderr.write(f"# jobs: {states}\n# rejected: {world.rejected}\n")
+
+
+def _wait() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.vertex_world", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--project", default="stand-in-project")
+    parser.add_argument("--location", default="us-central1")
+    parser.add_argument("--job-seconds", type=float, default=2.0, help="how long a batch job takes")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds, of every online call")
+    parser.add_argument(
+        "--noise",
+        action="append",
+        default=[],
+        metavar="MODEL=NATS",
+        help="how far a model is from the base (repeatable)",
+    )
+    parser.add_argument("--responses", type=Path, help="write response files of P into this directory first")
+    parser.add_argument("--prompts", type=int, default=3, help="how many of them")
+    parser.add_argument("--storage", choices=["memory", "filesystem"], default="memory")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
