@@ -21,6 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from kl.records import Prompt, Response, Score, ScoreFailure
 
 
+# A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
+_BYTES_PER_TOKEN = 4
+
+
 class BackendOptions(BaseModel):
     """Settings every backend has; each backend's own `Options` adds to them."""
 
@@ -111,6 +115,31 @@ class Capabilities(NamedTuple):
     remote: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class WorkEstimate:
+    """What a set of requests comes to, known before anything is sent.
+
+    Token counts are estimates: prompts at four bytes a token, prefixes by P's own tokens. ``cost_usd`` is None where no
+    price is known, 0 where nothing is charged.
+    """
+
+    requests: int = 0
+    request_bytes: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float | None = 0.0
+
+    def __add__(self, other: WorkEstimate) -> WorkEstimate:
+        known = self.cost_usd is not None and other.cost_usd is not None
+        return WorkEstimate(
+            self.requests + other.requests,
+            self.request_bytes + other.request_bytes,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            (self.cost_usd or 0.0) + (other.cost_usd or 0.0) if known else None,
+        )
+
+
 class Backend(ABC):
     """A source of log-probabilities. Subclass it, name it in a `register_backends` hook, and that is a plugin.
 
@@ -143,6 +172,28 @@ class Backend(ABC):
         return the same identity, so that a change of backend buys nothing twice.
         """
         return {"backend": cls.__module__, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """The price of that many tokens, or None where it is not known; 0 where nothing leaves the machine."""
+        return None if cls.capabilities.remote else 0.0
+
+    @classmethod
+    def request_bytes(cls, request: ScoreRequest) -> int:
+        """How many bytes a request's contexts are as text."""
+        prompt = len(request.prompt.canonical().encode("utf-8"))
+        return sum(prompt + len(prefix.encode("utf-8")) for _, _, prefix in request.contexts())
+
+    @classmethod
+    def estimate(cls, options: BackendOptions, request: ScoreRequest) -> WorkEstimate:
+        """What a request comes to; calls nothing."""
+        if not request.positions:
+            return WorkEstimate()
+        prompt_tokens = -(-len(request.prompt.canonical().encode("utf-8")) // _BYTES_PER_TOKEN)
+        input_tokens = sum(prompt_tokens + position for position in request.positions)
+        n = len(request.positions)
+        cost = cls.cost_usd(options, request.model, input_tokens, n)
+        return WorkEstimate(n, cls.request_bytes(request), input_tokens, n, cost)
 
     def parallel_groups(self) -> int:
         """How many groups of responses may be at work at once."""

@@ -41,7 +41,7 @@ class RowSet:
 
     def __iter__(self) -> Iterator[bytes]:
         for request in self.requests:
-            yield from gemini.jsonl_rows(request)
+            yield from gemini.BatchRows(request)
 
     def only(self, keys: Collection[str]) -> RowSet:
         """The rows of these keys."""
@@ -90,12 +90,12 @@ def split_rows(rows: RowSet, max_rows: int, max_bytes: int) -> Iterator[RowSet]:
         for request in rows.requests:
             if request.model != model:
                 continue
-            for key, line in zip(request.keys, gemini.jsonl_rows(request), strict=True):
-                if keys and (len(keys) == max_rows or size + len(line) > max_bytes):
+            for key, length in zip(request.keys, gemini.BatchRows(request).sizes(), strict=True):
+                if keys and (len(keys) == max_rows or size + length > max_bytes):
                     yield rows.only(keys)
                     keys, size = [], 0
                 keys.append(key)
-                size += len(line)
+                size += length
         if keys:
             yield rows.only(keys)
 

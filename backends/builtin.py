@@ -9,4 +9,5 @@ from backends.hookspecs import hookimpl
 def register_backends(register: Callable[[str, str], None]) -> None:
     """Announce the built-in backends."""
     register("vertex_batch", "backends.vertex_batch:VertexBatchBackend")
+    register("vertex_online", "backends.vertex_online:VertexOnlineBackend")
     register("local", "backends.local:LocalBackend")

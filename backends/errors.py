@@ -76,11 +76,14 @@ def _rebuild(kind: type[BackendError], args: tuple[Any, ...], state: dict[str, A
 
 
 class RetryableBackendError(BackendError):
-    """A fault that may pass: throttling, a broken connection, a 5xx."""
+    """A fault that may pass: throttling, a broken connection, a 5xx; ``status`` is the HTTP status if there is one."""
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None, **where: str | None) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, status: int | None = None, **where: str | None
+    ) -> None:
         super().__init__(message, **where)
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 class ModelNotUsableError(BackendError):

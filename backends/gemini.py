@@ -78,21 +78,35 @@ def request_body(prompt: Prompt, prefix: str, config: dict[str, Any]) -> dict[st
     return body
 
 
-def jsonl_rows(request: ScoreRequest) -> Iterator[bytes]:
-    """One batch input line per position asked: ``{"key": …, "request": …}`` and a new line.
+class BatchRows:
+    """The batch input lines of one response: ``{"key": …, "request": …}`` and a new line, one per position asked.
 
-    The text is escaped once per response and cut for each row, so that a row costs a copy and not a new encoding.
+    The text is escaped once and cut for each row, so that a row costs a copy and not a new encoding.
     """
-    config = generation_config(request.model, request.top_logprobs)
-    bare = _dumps(request_body(request.prompt, "", config))
-    # The model turn is cut in before the bracket that closes the contents, which come first.
-    split = len('{"contents":') + len(_dumps(request_body(request.prompt, "", config)["contents"])) - 1
-    head, tail = bare[:split] + ',{"role":"model","parts":[{"text":"', '"}]}' + bare[split:]
-    escaped, ends = _escape_once(request)
-    for position, key in zip(request.positions, request.keys, strict=True):
-        prefix = escaped[: ends[position]]
-        body = f"{head}{prefix}{tail}" if prefix else bare
-        yield f'{{"key":"{key}","request":{body}}}\n'.encode()
+
+    def __init__(self, request: ScoreRequest) -> None:
+        self._request = request
+        body = request_body(request.prompt, "", generation_config(request.model, request.top_logprobs))
+        self._bare = _dumps(body)
+        # The model turn is cut in before the bracket that closes the contents, which come first.
+        split = len('{"contents":') + len(_dumps(body["contents"])) - 1
+        self._head = self._bare[:split] + ',{"role":"model","parts":[{"text":"'
+        self._tail = '"}]}' + self._bare[split:]
+        self._escaped, self._ends = _escape_once(request)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for position, key in zip(self._request.positions, self._request.keys, strict=True):
+            prefix = self._escaped[: self._ends[position]]
+            body = f"{self._head}{prefix}{self._tail}" if prefix else self._bare
+            yield f'{{"key":"{key}","request":{body}}}\n'.encode("ascii")
+
+    def sizes(self) -> Iterator[int]:
+        """The length of each line in bytes, without making it."""
+        frame = len('{"key":"","request":}\n')
+        for position, key in zip(self._request.positions, self._request.keys, strict=True):
+            end = self._ends[position]
+            body = len(self._head) + end + len(self._tail) if end else len(self._bare)
+            yield frame + len(key) + body
 
 
 def _escape_once(request: ScoreRequest) -> tuple[str, list[int]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -379,12 +379,29 @@ def log_softmax(logits: FloatArray) -> FloatArray:
 
 
 @functools.cache
-def _thread_controller() -> Any:
+def _blas_controller() -> Any:
     import threadpoolctl  # pyright: ignore[reportMissingTypeStubs]
 
-    return threadpoolctl.ThreadpoolController()
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
-def one_blas_thread() -> AbstractContextManager[object]:
-    """BLAS on one thread inside: how it divides a product among threads changes the rounding."""
-    return _thread_controller().limit(limits=1, user_api="blas")
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS on one thread inside: how it divides a product among threads changes the rounding.
+
+    Raises
+    ------
+    RuntimeError
+        If BLAS does not obey.
+    """
+    controller = _blas_controller()
+    for library in controller.lib_controllers:
+        # The setting is the process's. Newer versions let only the thread that came first change it, and ignore any
+        # other without a word; as long as the engine computes, it is the one that must have its way.
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
+    with controller.limit(limits=1):
+        refusing = [library.filepath for library in controller.lib_controllers if library.num_threads != 1]
+        if refusing:
+            raise RuntimeError(f"{refusing[0]} cannot be set to one thread; start with OPENBLAS_NUM_THREADS=1.")
+        yield

@@ -296,8 +296,8 @@ def draw(logits: FloatArray, temperature: float, top_p: float, rng: np.random.Ge
     scaled: NDArray[np.float64] = logits.astype(np.float64) / temperature
     order: NDArray[np.intp] = np.argsort(-scaled, kind="stable")
     mass: NDArray[np.float64] = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
-    last = int(mass.searchsorted(top_p * mass[-1]))
-    drawn = int(mass.searchsorted(rng.random() * mass[last], side="right"))
+    last = int(np.count_nonzero(mass < top_p * mass[-1]))
+    drawn = int(np.count_nonzero(mass <= rng.random() * mass[last]))
     return int(order[min(drawn, last)])  # the product may be rounded up to the whole mass
 
 

@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 _RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
-_backoff = tenacity.wait_random_exponential(multiplier=1, max=_LONGEST_WAIT_S)
 
 
 class DailyQuotaError(BackendError):
     """The service's daily limit of requests with log-probabilities is used up: final for today."""
 
 
-async def with_retries(call: Callable[[], Awaitable[T]], *, what: str, deadline_s: float) -> T:
+async def with_retries(
+    call: Callable[[], Awaitable[T]], *, what: str, deadline_s: float, first_wait_s: float = 1.0
+) -> T:
     """Await ``call()`` until it succeeds, fails for good, or the deadline passes.
 
     Parameters
@@ -45,6 +46,8 @@ async def with_retries(call: Callable[[], Awaitable[T]], *, what: str, deadline_
         For logs and errors: "create batch job tokenkl-…".
     deadline_s : float
         Seconds from the first attempt after which no further one starts.
+    first_wait_s : float
+        The longest first wait in seconds; it doubles with each attempt, up to a minute.
 
     Raises
     ------
@@ -53,7 +56,7 @@ async def with_retries(call: Callable[[], Awaitable[T]], *, what: str, deadline_
     """
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(RetryableBackendError),
-        wait=_wait,
+        wait=_NotBefore(tenacity.wait_random_exponential(multiplier=first_wait_s, max=_LONGEST_WAIT_S)),
         stop=tenacity.stop_after_delay(deadline_s),
         before_sleep=lambda state: logger.info("%s: %s; trying again", what, _failure(state)),
         reraise=True,
@@ -68,10 +71,16 @@ def _failure(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _wait(state: tenacity.RetryCallState) -> float:
-    error = _failure(state)
-    asked = error.retry_after_s if isinstance(error, RetryableBackendError) and error.retry_after_s else 0.0
-    return max(asked, _backoff(state))
+class _NotBefore(tenacity.wait.wait_base):
+    """A backoff that is never shorter than what the service asked for."""
+
+    def __init__(self, backoff: tenacity.wait.wait_base) -> None:
+        self._backoff = backoff
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        error = _failure(retry_state)
+        asked = error.retry_after_s if isinstance(error, RetryableBackendError) and error.retry_after_s else 0.0
+        return max(asked, self._backoff(retry_state))
 
 
 @contextmanager
@@ -108,7 +117,7 @@ def _from_status(what: str, status: int | None, text: str | None, headers: Any) 
     if status == 429 and is_daily_quota(message):
         return DailyQuotaError(f"{message}. This limit is per day: run again tomorrow, or ask Google to raise it.")
     if status in _RETRYABLE_STATUS:
-        return RetryableBackendError(message, retry_after_s=_retry_after(headers))
+        return RetryableBackendError(message, retry_after_s=_retry_after(headers), status=status)
     return StatusError(message, status=status)
 
 

@@ -24,6 +24,7 @@ from backends.batch_rows import OutputReader, RowSet, split_rows
 from backends.bucket import BatchBucket
 from backends.errors import BackendError, ConfigError
 from backends.job_ledger import JobEntry, JobLedger
+from backends.prices import BATCH_SHARE, Price, price_of, token_cost
 from backends.vertex_client import BatchJobs, RemoteJob, check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
 
@@ -49,6 +50,11 @@ class VertexBatchOptions(BackendOptions):
     )
     retry_deadline_s: float = Field(
         default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict[str, Price],
+        description="USD per million tokens by model, online list price, in place of the built-in table: "
+        "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
     )
     request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
     max_attempts: int = Field(
@@ -114,6 +120,18 @@ class VertexBatchBackend(Backend):
     def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
         """The generation settings; online and batch requests share their scores."""
         return gemini.request_identity(request)
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """The list price, at half for batch; caches that the service applies by itself would lower it."""
+        assert isinstance(options, VertexBatchOptions)
+        price = price_of(model, options.prices)
+        return token_cost(price, input_tokens, output_tokens, BATCH_SHARE)
+
+    @classmethod
+    def request_bytes(cls, request: ScoreRequest) -> int:
+        """The size of the requests as JSON lines."""
+        return sum(gemini.BatchRows(request).sizes())
 
     def parallel_groups(self) -> int:
         """One group per job in flight."""

@@ -1,0 +1,1 @@
+"""What runs, in which order: Prefect flows, command lines and configuration."""

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from backends.errors import ConfigError
-from flows.config import CommonConfig, build_config
+from flows.config import CommonConfig, ConfigT, build_config
 
 EXIT_COMPLETE = 0
 EXIT_ERROR = 1
@@ -20,8 +20,8 @@ EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
 
 EXIT_CODES = (
-    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason in "
-    "the outputs); 2 a mistake in the settings or the call; 1 anything else"
+    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
+    "in the outputs); 2 a mistake in the settings or the call; 1 anything else"
 )
 
 
@@ -32,10 +32,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def make_parser(prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = ()) -> argparse.ArgumentParser:
+def make_parser(
+    prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model."""
     parser = _Parser(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it.")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
+    )
     for name, field in model.model_fields.items():
         if name in skip:
             continue
@@ -51,7 +55,7 @@ def make_parser(prog: str, description: str, model: type[CommonConfig], skip: Se
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated and wins over all others.",
+        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others.",
     )
     return parser
 
@@ -73,7 +77,7 @@ def _metavar(field: Any) -> str:
     return "DIR" if any("Path" in kind for kind in kinds) else "TEXT"
 
 
-def parse_config[ConfigT: CommonConfig](parser: argparse.ArgumentParser, model: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+def parse_config(parser: argparse.ArgumentParser, model: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
     """The configuration that flags, file and ``--set`` give.
 
     Raises

@@ -85,6 +85,12 @@ class RunConfig(CommonConfig):
         default=1, ge=1, le=100_000, description="Responses per group: one task and one batch job, 1 to 100000."
     )
     estimator: Estimator = Field(default="bucket", description="Which estimate is reported as kl_estimate.")
+    max_cost_usd: float | None = Field(
+        default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this."
+    )
+    preflight: bool = Field(
+        default=True, description="Prove with one tiny request that the model can be used before anything is bought."
+    )
     dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
 
     @field_validator("top_logprobs")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backends.errors import ConfigError
 from flows.config import RunConfig
-from kl.responses import ResponseFile, list_files, read_responses
+from kl.responses import InputProblem, ResponseFile, list_files, read_responses
 
 # Tasks take the responses of one file one after the other; a few parsed files serve all that are at work.
 _PARSED_FILES_KEPT = 4
@@ -34,6 +34,8 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
         paths = list_files(config.input_dir, config.pattern, config.max_files)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--input-dir/--pattern: {error}") from error
+    output = config.output_dir.resolve()
+    paths = [path for path in paths if not path.resolve().is_relative_to(output)]  # results are not responses
     if not paths:
         raise ConfigError(f"no file in {config.input_dir} matches {config.pattern!r}; set --input-dir or --pattern.")
     return [InputFile(path, path.relative_to(config.input_dir).as_posix()) for path in paths]
@@ -52,3 +54,8 @@ def read_input(file: InputFile) -> ResponseFile:
 @lru_cache(maxsize=_PARSED_FILES_KEPT)
 def _read(file: InputFile, version: tuple[int, int]) -> ResponseFile:
     return read_responses(file.path, file.source_file)
+
+
+def file_defect(parsed: ResponseFile) -> InputProblem | None:
+    """What is wrong with the file as a whole, if anything is that was not repaired."""
+    return next((item for item in parsed.problems if item.response_idx is None and not item.repaired), None)

@@ -1,41 +1,190 @@
-"""From scores on disk to one table of tokens per input file."""
+"""From scores on disk to one table of tokens per input file.
+
+Two passes, because the estimate of a position uses what the whole data set says about the spread of log p/q: the first
+surveys, the second measures. Each holds one file at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
-from flows.inputs import InputFile, read_input
-from flows.plan import Asker, Plan
+from backends.base import ScoreRequest
+from backends.score_store import ScoreStore
+from flows.inputs import InputFile, file_defect, read_input
+from flows.plan import Asker
 from flows.progress import ProgressReporter
 from flows.scoring import Stores
-from kl.exact import exact_kl
-from kl.measure import DatasetFacts, measure_response, survey_response
-from kl.records import Response, Sampling, Score, ScoreFailure
-from kl.responses import ResponseFile
+from kl.censored import pooled_prior
+from kl.diagnostic import AlignmentDiagnostic
+from kl.divergence import exact
+from kl.measure import measure_response, response_diagnostic, response_variances
+from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
+from kl.response_table import ResponseInfo
+from kl.responses import positions_inside_a_character
 from kl.results import write_part
-from kl.summary import ResponseInfo
+
+logger = logging.getLogger(__name__)
 
 # Full vocabularies are compared so many positions at a time: two float32 arrays of this many rows are in memory.
 _FULL_CHUNK = 64
-# How far a list that P gives now may be from the one on record before it is another model's.
+# How far a value that P gives now may be from the one on record before another model must have written it.
 _SAME_MODEL_NATS = 0.01
+
+_PARTIAL = (
+    "partial-character",
+    "the text before this position ends inside a character, which no request by text can say; a backend that feeds "
+    "token ids can measure it.",
+)
 
 Results = list[Score | ScoreFailure | None]
 
 
 @dataclass(slots=True)
 class Measured:
-    """The parts of the token table, and what the input says beside it."""
+    """The parts of the token table, and what the input says beside it.
+
+    ``prior_var`` is the pooled variance of log p/q, None where no position shows one.
+    """
 
     files: list[InputFile]
+    prior_var: float | None
+    diagnostic: AlignmentDiagnostic
     parts: list[Path] = field(default_factory=list[Path])
     responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
     samplings: set[Sampling] = field(default_factory=set[Sampling])
     models_p: set[str] = field(default_factory=set[str])
-    warnings: list[str] = field(default_factory=list[str])
-    facts: DatasetFacts | None = None
+    versions_q: set[str] = field(default_factory=set[str])
+    other_writers: list[str] = field(default_factory=list[str])
+    repaired: dict[str, int] = field(default_factory=dict[str, int])
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+def parts_folder(output_dir: Path) -> Path:
+    """Where the parts of the token table are put together; removed when the table is written."""
+    return output_dir / ".parts" / "tokens"
+
+
+def measure_files(files: list[InputFile], asker: Asker, stores: Stores) -> Measured:
+    """Measure every response of every file; unreadable ones are noted with their reason."""
+    folder = parts_folder(asker.config.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    with ProgressReporter("files surveyed", len(files)) as progress:
+        measured = _survey(files, asker, stores, progress)
+    with ProgressReporter("files measured", len(files)) as progress:
+        for index, file in enumerate(files):
+            _measure_file(file, folder / f"{index:08d}.parquet", asker, stores, measured)
+            progress.advance(1)
+    return measured
+
+
+def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: ProgressReporter) -> Measured:
+    variances: list[NDArray[np.float64]] = []
+    diagnostics: list[AlignmentDiagnostic] = []
+    for file in files:
+        for response in read_input(file).responses:
+            results = _results(response, asker, stores)
+            variances.append(response_variances(response, results))
+            diagnostics.append(response_diagnostic(response, results))
+        progress.advance(1)
+    prior = pooled_prior(np.concatenate(variances)) if variances else None
+    return Measured(files, prior, AlignmentDiagnostic.total(diagnostics))
+
+
+def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:
+    parsed = read_input(file)
+    for problem in parsed.problems:
+        if problem.repaired:
+            measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
+    frames = [_measure_response(response, asker, stores, measured) for response in parsed.responses]
+    measured.responses += [
+        ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
+                     parsed.model, None, item.kind, item.message)
+        for item in parsed.unreadable
+    ]  # fmt: skip
+    defect = file_defect(parsed)
+    if defect is not None and not parsed.n_responses:
+        measured.responses.append(ResponseInfo(file.source_file, None, reason=defect.kind, error=defect.message))
+    if frames:
+        write_part(pl.concat(frames), part)
+        measured.parts.append(part)
+
+
+def _measure_response(response: Response, asker: Asker, stores: Stores, measured: Measured) -> pl.DataFrame:
+    results = _results(response, asker, stores)
+    scores = [result for result in results if isinstance(result, Score)]
+    measured.samplings.add(response.sampling)
+    measured.versions_q.update(score.model_version for score in scores if score.model_version is not None)
+    if response.model is not None:
+        measured.models_p.add(response.model)
+    place = (response.source_file, response.response_idx, response.prompt.prompt_id)
+    measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
+    exact_kl = _exact_kl(response, asker, stores.scores, measured) if asker.config.full_vocabulary else None
+    return measure_response(
+        response, results, estimator=asker.config.estimator, prior_var=measured.prior_var, exact_kl=exact_kl
+    )
+
+
+def _results(response: Response, asker: Asker, stores: Stores) -> Results:
+    """Q's answer at every position: from the scores, else from this run's failures, else None."""
+    request = asker.request(response, "q")
+    assert request is not None, "Q always has a name"
+    prompt_id = response.prompt.prompt_id
+    found = stores.failures.load(prompt_id, request.keys) | stores.scores.load(prompt_id, request.keys)
+    results: Results = [None] * len(response.positions)
+    for position, key in zip(request.positions, request.keys, strict=True):
+        results[position] = found.get(key)
+    for position in set(positions_inside_a_character(response)).difference(request.positions):
+        results[position] = ScoreFailure("", *_PARTIAL)
+    return results
+
+
+def _exact_kl(response: Response, asker: Asker, scores: ScoreStore, measured: Measured) -> NDArray[np.float64]:
+    """Exact KL per position, shape (T,): NaN where a full vocabulary is missing or P is not the model on record."""
+    values = np.full(len(response.positions), np.nan)
+    request_p, request_q = asker.request(response, "p"), asker.request(response, "q")
+    if request_p is None or request_q is None:
+        measured.other_writers.append(f"{response.name}: the file does not name the model that wrote it")
+        return values
+    keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
+    keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
+    if not _wrote_it(response, request_p, scores):
+        measured.other_writers.append(f"{response.name}: {request_p.model} gives other values than those on record")
+        return values
+    both = [position for position in keys_q if position in keys_p]
+    prompt_id = response.prompt.prompt_id
+    for start in range(0, len(both), _FULL_CHUNK):
+        chunk = both[start : start + _FULL_CHUNK]
+        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk])
+        full_q = scores.load_full(prompt_id, [keys_q[position] for position in chunk])
+        for position in chunk:
+            row_p, row_q = full_p.get(keys_p[position]), full_q.get(keys_q[position])
+            if row_p is not None and row_q is not None and row_p.shape == row_q.shape:
+                values[position] = exact(row_p[None, :], row_q[None, :])[0]
+    return values
+
+
+def _wrote_it(response: Response, request: ScoreRequest, scores: ScoreStore) -> bool:
+    """Whether the model that the file names gives the log-probabilities on record."""
+    found = scores.load(response.prompt.prompt_id, request.keys)
+    for position, key in zip(request.positions, request.keys, strict=True):
+        score = found.get(key)
+        if not isinstance(score, Score):
+            continue
+        now = {_token(candidate): candidate.logprob for candidate in score.top}
+        for candidate in response.positions[position].top[:3]:
+            then, again = candidate.logprob, now.get(_token(candidate))
+            if then is not None and (again is None or abs(then - again) > _SAME_MODEL_NATS):
+                return False
+    return True
+
+
+def _token(candidate: Candidate) -> int | str:
+    return candidate.token if candidate.token_id is None else candidate.token_id

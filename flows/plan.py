@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendOptions, ScoreRequest
+from backends.base import Backend, BackendOptions, ScoreRequest, WorkEstimate
 from backends.keys import context_keys
 from backends.score_store import ScoreStore
 from flows.config import RunConfig
@@ -94,7 +94,7 @@ class Plan:
 
     ``n_positions`` counts the positions of all readable responses, ``n_contexts`` the distinct contexts among them (of
     both models where both are asked), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of
-    an earlier run answers.
+    an earlier run answers. ``estimate`` is for the contexts that are not on disk.
     """
 
     files: list[InputFile]
@@ -106,6 +106,7 @@ class Plan:
     n_contexts: int = 0
     n_stored: int = 0
     n_in_flight: int = 0
+    estimate: WorkEstimate = WorkEstimate()
 
     @property
     def n_to_ask(self) -> int:
@@ -137,7 +138,11 @@ def make_plan(
             plan.n_positions += len(response.positions)
             new: list[Ask] = []
             for side in asker.sides():
-                missing = _missing(asker.request(response, side), stored, asked, plan)
+                request = asker.request(response, side)
+                missing = _missing(request, stored, asked, plan)
+                if request is not None and missing:
+                    to_ask = _restrict(request, missing)
+                    plan.estimate += asker.backend.estimate(asker.options, to_ask)
                 for job, positions in _by_job(missing, in_flight).items():
                     ask = Ask(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
                     by_job.setdefault(job, []).append(ask) if job else new.append(ask)
@@ -163,6 +168,10 @@ def _missing(
         else:
             missing.append((position, key))
     return missing
+
+
+def _restrict(request: ScoreRequest, pairs: Sequence[tuple[int, str]]) -> ScoreRequest:
+    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
 
 
 def _by_job(missing: list[tuple[int, str]], in_flight: Mapping[str, str]) -> dict[str, list[int]]:
@@ -193,8 +202,5 @@ def requests_of(group: Group, asker: Asker) -> Iterator[tuple[str, ScoreRequest]
             continue  # the file changed under the run; measuring reports its positions as not scored
         wanted = set(ask.positions.tolist())
         pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if pair[0] in wanted]
-        yield (
-            response.prompt.prompt_id,
-            replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs)),
-        )
+        yield response.prompt.prompt_id, _restrict(request, pairs)
 

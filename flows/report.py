@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class RunReport:
     """What was measured, what is missing and why, where the results are.
 
-    ``headline`` are (label, text) rows for people; ``missing`` counts positions by reason, ``skipped`` responses and files
-    by kind of defect, ``repaired`` what was mended in the input.
+    ``headline`` are (label, text) rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
+    files by kind of defect, ``repaired`` what was mended in the input.
     """
 
     n_positions: int

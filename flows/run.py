@@ -19,6 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from backends.errors import TokenKLError
 from flows.config import RunConfig, check_capabilities, resolve_backend
+from flows.dry_run import check_cost
 from flows.inputs import find_inputs
 from flows.measuring import Measured, measure_files
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
@@ -62,7 +63,7 @@ def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupO
 def measure(plan: Plan, config: RunConfig) -> Measured:
     """Turn both models' lists into one table of tokens per input file."""
     backend, options, _ = resolve_backend(config)
-    return measure_files(plan, Asker(config, backend, options), Stores.of(config.output_dir))
+    return measure_files(plan.files, Asker(config, backend, options), Stores.of(config.output_dir))
 
 
 @task(cache_policy=NO_CACHE)
@@ -87,7 +88,8 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
         session = session_for(config)
         try:
             plan = read(config)
-            if plan.groups:
+            check_cost(plan, config.max_cost_usd)
+            if plan.groups and config.preflight:
                 session.run(session.backend.preflight(config.model2))
             outcomes = _score_all(plan, config)
             record = _record(plan, outcomes, started) | {"backend_report": session.backend.report()}

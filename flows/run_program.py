@@ -12,6 +12,7 @@ from rich.text import Text
 from backends.errors import ConfigError
 from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
 from flows.config import RunConfig, check_capabilities, resolve_backend
+from flows.dry_run import check_cost, plan_rows, plan_without_calls
 from flows.environment import prepare_environment
 from flows.inputs import find_inputs
 from flows.report import RunReport
@@ -35,6 +36,11 @@ def _run(arguments: Sequence[str]) -> int:
     backend, _, _ = resolve_backend(config)
     check_capabilities(config, backend)
     find_inputs(config)
+    if config.dry_run:
+        plan = plan_without_calls(config)
+        show_rows(plan_rows(plan, config))
+        check_cost(plan, config.max_cost_usd)
+        return EXIT_COMPLETE
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from flows.run import kl_divergence
 
@@ -49,13 +55,18 @@ def _run(arguments: Sequence[str]) -> int:
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
 
 
+def show_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print (label, text) rows as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, text in rows:
+        table.add_row(Text(label), Text(text))
+    Console(highlight=False).print(table)
+
+
 def show(report: RunReport) -> None:
     """Print the summary table, what is missing, and where the results are."""
+    show_rows(report.headline)
     console = Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, text in report.headline:
-        table.add_row(Text(label), Text(text))
-    console.print(table)
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
     _counts(console, "not measured", "positions", report.missing)

@@ -1,140 +1,38 @@
 """Which listed token of P is which listed token of Q.
 
-Two ragged candidate lists per position become padded arrays. Tokens are matched by id where both sides give ids of one
-tokenizer, else by their bytes, else by their text. A key that several tokens share cannot be matched: its mass is kept
-apart as *open* mass, of which only "at least this much, on tokens that the other side may or may not list" is known.
+Two ragged candidate lists per position become padded arrays. A key that several tokens share cannot be matched: its
+mass is kept apart as *open* mass, of which only "at least this much, on tokens that the other side may or may not
+list" is known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kl.keys import (
+    AlignKey,
+    Candidates,
+    Key,
+    KeyChoice,
+    KeyFunction,
+    choose_key,
+    end_roles,
+    key_functions,
+    logprob_of,
+    role_key,
+)
 from kl.records import Candidate
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-AlignKey = Literal["id", "bytes", "text"]
-Key = int | bytes | str
-Candidates = Sequence[Candidate]
-
-UNKNOWN_LOGPROB = -1000.0  # at or below: a service's way to say "not a probability" (-9999, -2**100)
-MAX_ID_MISMATCH = 0.01  # share of equal texts with different ids above which the tokenizers differ
-END_TOKENS = frozenset(
-    ("<|im_end|>", "</s>", "<eos>", "<end_of_turn>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-)
-_END_KEY = "\x00end"  # no token text starts with NUL and goes on
-_PIECES = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
-
-
-class Listed(NamedTuple):
-    """The usable part of a candidate list, by falling log-probability, and how many entries were left out."""
-
-    candidates: tuple[Candidate, ...]
-    n_dropped: int
-
-
-def is_known(logprob: float | None) -> bool:
-    """Whether a reported log-probability is one; not if it is missing, NaN or a sentinel of -1000 or less."""
-    return logprob is not None and logprob > UNKNOWN_LOGPROB
-
-
-def _known(candidate: Candidate) -> float:
-    assert candidate.logprob is not None
-    return candidate.logprob
-
-
-def listed(top: Candidates) -> Listed:
-    """The part of a top-k list that can be relied on.
-
-    Sentinels are left out. An entry without a log-probability ends the list: its probability may be anything below that
-    of the entry before it, so that nothing after it bounds the tokens that are not listed.
-    """
-    kept: list[Candidate] = []
-    for candidate in top:
-        logprob = candidate.logprob
-        if logprob is None or math.isnan(logprob):
-            break
-        if logprob > UNKNOWN_LOGPROB:
-            kept.append(candidate)
-    kept.sort(key=_known, reverse=True)
-    return Listed(tuple(kept), len(top) - len(kept))
-
-
-class KeyChoice(NamedTuple):
-    """What tokens are matched by, and the evidence.
-
-    ``n_pairs`` counts tokens of one text that both sides list with an id, ``n_mismatches`` those whose ids differ.
-    """
-
-    key: AlignKey
-    n_pairs: int
-    n_mismatches: int
-
-
-def shows_pieces(lists: Sequence[Candidates]) -> bool:
-    """Whether a side writes raw tokenizer pieces (``▁the``, ``Ġthe``) in place of text (`` the``)."""
-    starts = {candidate.token[:1] for candidates in lists for candidate in candidates}
-    return " " not in starts and not starts.isdisjoint("▁Ġ")
-
-
-def piece_text(token: str) -> str:
-    """The text of a raw tokenizer piece."""
-    return token.translate(_PIECES)
-
-
-def choose_key(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> KeyChoice:
-    """Decide what to match by, from all lists of a response or of a data set.
-
-    Token ids count only when they are shown to come from one tokenizer: among tokens that both sides list with the same
-    text, at most 1 % have different ids.
-
-    Parameters
-    ----------
-    lists_p, lists_q : sequences of candidate lists, one per position, as `listed` returns them
-    """
-    sides = (lists_p, lists_q)
-    has_ids = all(candidate.token_id is not None for side in sides for cands in side for candidate in cands)
-    n_pairs, n_mismatches = _id_evidence(lists_p, lists_q) if has_ids else (0, 0)
-    if has_ids and n_mismatches <= MAX_ID_MISMATCH * n_pairs:
-        return KeyChoice("id", n_pairs, n_mismatches)
-    has_bytes = all(candidate.token_bytes is not None for side in sides for cands in side for candidate in cands)
-    return KeyChoice("bytes" if has_bytes else "text", n_pairs, n_mismatches)
-
-
-def _id_evidence(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> tuple[int, int]:
-    n_pairs = n_mismatches = n_other_text = 0
-    text_p = piece_text if shows_pieces(lists_p) else str
-    text_q = piece_text if shows_pieces(lists_q) else str
-    for cands_p, cands_q in zip(lists_p, lists_q, strict=True):
-        ids_p, ids_q = _clear_ids(cands_p, text_p), _clear_ids(cands_q, text_q)
-        shared = ids_p.keys() & ids_q.keys()
-        n_pairs += len(shared)
-        n_mismatches += sum(ids_p[text] != ids_q[text] for text in shared)
-        if not n_pairs:
-            n_other_text += len(set(ids_p.values()) & set(ids_q.values()))
-    # No text in common, yet ids in common: the ids number different vocabularies.
-    return (n_pairs, n_mismatches) if n_pairs else (n_other_text, n_other_text)
-
-
-def _clear_ids(candidates: Candidates, text: Callable[[str], str]) -> dict[str, int | None]:
-    """Text → id of the candidates whose text names one token."""
-    ids = {text(candidate.token): candidate.token_id for candidate in candidates if _is_clear(candidate.token)}
-    if len(ids) < len(candidates):
-        seen = [text(candidate.token) for candidate in candidates]
-        ids = {token: number for token, number in ids.items() if seen.count(token) == 1}
-    return ids
-
-
-def _is_clear(token: str) -> bool:
-    return token != "" and "\ufffd" not in token
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +153,9 @@ def align(
         raise ValueError(f"{len(lists_p)} lists of P but {len(lists_q)} of Q; give one of each per position.")
     empty = [t for t, pair in enumerate(zip(lists_p, lists_q, strict=True)) if not (pair[0] and pair[1])]
     if empty:
-        raise ValueError(f"position {empty[0]} has an empty list; an empty list is missing data, leave the position out.")
+        raise ValueError(f"position {empty[0]} has an empty list; that is missing data: leave the position out.")
     chosen = choose_key(lists_p, lists_q) if choice is None else choice
-    key_p, key_q = _key_functions(chosen.key, lists_p, lists_q)
+    key_p, key_q = key_functions(chosen.key, lists_p, lists_q)
     nobody = [None] * len(lists_p)
     rows = [
         _match(cands_p, cands_q, key_p, key_q, chosen.key, sample_p, sample_q)
@@ -265,73 +163,34 @@ def align(
             lists_p, lists_q, sampled_p or nobody, sampled_q or nobody, strict=True
         )
     ]
-    caps_p = np.array([_known(cands[-1]) for cands in lists_p], dtype=np.float64)
-    caps_q = np.array([_known(cands[-1]) for cands in lists_q], dtype=np.float64)
+    caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
+    caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
     return _stack(rows, caps_p, caps_q, chosen)
-
-
-def _key_functions(
-    key: AlignKey, lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]
-) -> tuple[Callable[[Candidate], Key | None], Callable[[Candidate], Key | None]]:
-    if key == "id":
-        return _id_key, _id_key
-    if key == "bytes":
-        return _bytes_key, _bytes_key
-    sides = (lists_p, lists_q)
-    key_p, key_q = (_piece_key if shows_pieces(side) else _text_key for side in sides)
-    return key_p, key_q
-
-
-def _id_key(candidate: Candidate) -> Key | None:
-    return candidate.token_id
-
-
-def _bytes_key(candidate: Candidate) -> Key | None:
-    return candidate.token_bytes or None
-
-
-def _text_key(candidate: Candidate) -> Key | None:
-    return candidate.token if _is_clear(candidate.token) else None
-
-
-def _piece_key(candidate: Candidate) -> Key | None:
-    return piece_text(candidate.token) if _is_clear(candidate.token) else None
 
 
 def _match(
     cands_p: Candidates,
     cands_q: Candidates,
-    key_p: Callable[[Candidate], Key | None],
-    key_q: Callable[[Candidate], Key | None],
+    key_p: KeyFunction,
+    key_q: KeyFunction,
     kind: AlignKey,
     sample_p: Candidate | None,
     sample_q: Candidate | None,
 ) -> _Row:
-    side_p = Side([key_p(c) for c in cands_p], [_known(c) for c in cands_p], tuple(cands_p))
-    side_q = Side([key_q(c) for c in cands_q], [_known(c) for c in cands_q], tuple(cands_q))
-    ends = _end_roles(side_p.keys, side_q.keys) if kind == "text" else frozenset[Key]()
+    side_p = Side([key_p(c) for c in cands_p], [logprob_of(c) for c in cands_p], tuple(cands_p))
+    side_q = Side([key_q(c) for c in cands_q], [logprob_of(c) for c in cands_q], tuple(cands_q))
+    ends = end_roles(side_p.keys, side_q.keys) if kind == "text" else frozenset[Key]()
     if ends:
-        side_p, side_q = (side._replace(keys=[_role(key, ends) for key in side.keys]) for side in (side_p, side_q))
+        side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
     several = _several(side_p) | _several(side_q)
     keys_p, logp, open_p, n_open_p, repeats_p = _split(side_p, several)
     keys_q, logq, open_q, n_open_q, repeats_q = _split(side_q, several)
     top_open = side_p.keys[0] in several or side_q.keys[0] in several
-    wanted = None if sample_p is None else _role(_sampled_key(sample_p, side_p, key_p), ends)
-    own = None if sample_q is None else _role(key_q(sample_q), ends)
-    sampled = _sampled(sample_p, sample_q if own == wanted else None, wanted, several, keys_p, logp, keys_q, logq)
+    wanted = None if sample_p is None else role_key(_sampled_key(sample_p, side_p, key_p), ends)
+    own = None if sample_q is None else role_key(key_q(sample_q), ends)
+    sampled = _sampled(sample_p, sample_q if own is not None and own == wanted else None, wanted, several, keys_p, logp, keys_q, logq)
     n_duplicates = repeats_p + repeats_q
     return _Row(keys_p, keys_q, logp, logq, open_p, open_q, n_open_p, n_open_q, top_open, n_duplicates, sampled)
-
-
-def _end_roles(keys_p: list[Key | None], keys_q: list[Key | None]) -> frozenset[Key]:
-    """The end tokens of both lists, if each names its own: they mean the same, that the response is over."""
-    ends_p = END_TOKENS.intersection(key for key in keys_p if isinstance(key, str))
-    ends_q = END_TOKENS.intersection(key for key in keys_q if isinstance(key, str))
-    return frozenset[Key](ends_p | ends_q) if ends_p and ends_q and not ends_p & ends_q else frozenset[Key]()
-
-
-def _role(key: Key | None, ends: frozenset[Key]) -> Key | None:
-    return _END_KEY if key in ends else key
 
 
 def _several(side: Side) -> set[Key | None]:
@@ -365,7 +224,7 @@ def _split(side: Side, several: set[Key | None]) -> tuple[list[Key], list[float]
     return list(clear), list(clear.values()), math.fsum(other.values()), n_open, len(keyed) - len(set(keyed))
 
 
-def _sampled_key(sample: Candidate, side: Side, key_of: Callable[[Candidate], Key | None]) -> Key | None:
+def _sampled_key(sample: Candidate, side: Side, key_of: KeyFunction) -> Key | None:
     """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
     key = key_of(sample)
     if key is not None:

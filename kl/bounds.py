@@ -19,7 +19,8 @@ from kl.align import Aligned, BoolArray, FloatArray
 # A softmax in float32 makes lists of 20 exceed 1 by up to 1e-6, so a smaller rest mass is noise. The slack is added to
 # both rests; by the log-sum inequality equal additions never raise a divergence, so that the bounds stay valid.
 REST_SLACK = 1e-6
-_LOG_TINY = -690.0  # exp of it is near the smallest normal float64: caps and listed masses stay above zero
+SMALLEST = 1e-300  # probability of a token that exists; below, float64 ends and divergences become infinite
+_LOG_SMALLEST = -690.0  # of caps and listed masses, a little above it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
 
 
 def _exp(logs: FloatArray) -> FloatArray:
-    return np.exp(np.maximum(logs, _LOG_TINY))
+    return np.exp(np.maximum(logs, _LOG_SMALLEST))
 
 
 class Completion(NamedTuple):
@@ -269,7 +270,8 @@ def _where(chosen: BoolArray, new: Completion, old: Completion) -> Completion:
 def _filled(weights: FloatArray, cap: FloatArray, level: FloatArray) -> FloatArray:
     """``min(cap, level * weight)``, 0 where there is no token."""
     with np.errstate(invalid="ignore"):
-        return np.where(weights > 0, np.minimum(cap[:, None], level[:, None] * weights), 0.0)
+        filled = np.minimum(cap[:, None], level[:, None] * weights)
+    return np.where(weights > 0, np.maximum(filled, SMALLEST), 0.0)
 
 
 def _water_level(weights: FloatArray, cap: FloatArray, outside: FloatArray, total: FloatArray) -> FloatArray:
@@ -290,7 +292,7 @@ def _water_level(weights: FloatArray, cap: FloatArray, outside: FloatArray, tota
     n_rows, n_tokens = falling.shape
     padded = np.concatenate([falling, np.zeros((n_rows, 1))], axis=1)
     uncapped = np.cumsum(padded[:, ::-1], axis=1)[:, ::-1]  # weight left when the m largest tokens are at the cap
-    capped = np.arange(n_tokens + 1) * cap[:, None]
+    capped = np.arange(n_tokens + 1, dtype=np.float64) * cap[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = (total[:, None] - capped) / (outside[:, None] + uncapped)
         right = (levels >= 0) & (levels * padded <= cap[:, None])  # the next token stays below the cap
@@ -306,7 +308,7 @@ def upper_floor(cell: Cells, smallest_q: float) -> FloatArray:
     if not 0 < smallest_q <= 1:
         raise ValueError(f"smallest_q={smallest_q} must be a probability above 0.")
     log_floor = np.log(smallest_q)
-    only_p = np.where(cell.a > 0, cell.a * (np.log(np.maximum(cell.a, 1e-300)) - log_floor), 0.0).sum(axis=1)
+    only_p = np.where(cell.a > 0, cell.a * (np.log(np.maximum(cell.a, SMALLEST)) - log_floor), 0.0).sum(axis=1)
     n_full = np.floor(cell.rest_p / cell.cap_p)
     part = np.maximum(cell.rest_p - n_full * cell.cap_p, 0.0)
     rest = n_full * cell.cap_p * (np.log(cell.cap_p) - log_floor) + rel_entr(part, smallest_q)
@@ -314,7 +316,7 @@ def upper_floor(cell: Cells, smallest_q: float) -> FloatArray:
 
 
 def upper_ratio(cell: Cells, largest_log_ratio: float) -> FloatArray:
-    """KL at most this, if ``log p/q`` is at most ``largest_log_ratio`` on every token that is not shared. Nats, shape (T,)."""
+    """KL at most this, if ``log p/q <= largest_log_ratio`` on every token that is not shared. Nats, shape (T,)."""
     return cell.head + largest_log_ratio * cell.hidden_p
 
 

@@ -6,6 +6,7 @@ them estimates what all would give.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from kl.clusters import response_sums, usable
-from kl.token_table import MEASURED, WEIGHT, token_batches
+from kl.token_table import IS_INFINITE, MEASURED, WEIGHT, denominator, token_batches
 
 TOP_ROWS = 50
 SINGLE_POSITIONS = 32  # positions below stand alone, from there bins double in width
@@ -87,22 +88,34 @@ def top_share(values: FloatArray, weights: FloatArray | None, fraction: float) -
 def kl_distribution(tokens: pl.LazyFrame) -> tuple[dict[str, float | None], float | None]:
     """Percentiles of the token KL under llama.cpp's names, and the share of the KL in the top 1 % of positions.
 
-    Holds one float64 per measured position, and a second one if positions were sampled unequally.
+    Holds one float64 per measured position, and a second one if positions were sampled unequally. ``None`` where an
+    infinite KL makes a percentile, or the total, infinite.
     """
-    rows = tokens.filter(MEASURED & pl.col("kl_estimate").is_not_null())
-    column = rows.select("kl_estimate").collect()["kl_estimate"].to_numpy()
+    rows = tokens.filter(IS_INFINITE | (MEASURED & pl.col("kl_estimate").is_not_null()))
+    values = pl.when(IS_INFINITE).then(float("inf")).otherwise("kl_estimate")
+    column = rows.select(kl=values).collect()["kl"].to_numpy()
     if len(column) == 0:
         return dict.fromkeys(QUANTILES), None
     low, high = rows.select(low=WEIGHT.min(), high=WEIGHT.max()).collect().row(0)
     weights = None if low == high else rows.select(WEIGHT).collect().to_series().to_numpy()
-    quantiles = weighted_quantiles(column, list(QUANTILES.values()), weights)
-    return dict(zip(QUANTILES, quantiles.tolist(), strict=True)), top_share(column, weights, 0.01)
+    with np.errstate(invalid="ignore"):
+        quantiles = weighted_quantiles(column, list(QUANTILES.values()), weights).tolist()
+    known = {name: value if math.isfinite(value) else None for name, value in zip(QUANTILES, quantiles, strict=True)}
+    return known, top_share(column, weights, 0.01) if np.isfinite(column).all() else None
 
 
 def missing_by_reason(tokens: pl.LazyFrame) -> dict[str, int]:
     """Positions that were asked and not measured, by reason, the most frequent first."""
-    missing = tokens.filter(pl.col("selected") & pl.col("error").is_not_null())
-    counts = missing.group_by(pl.col("reason").fill_null("unknown")).len().collect()
+    return _by_reason(tokens.filter(pl.col("selected") & ~MEASURED))
+
+
+def bounds_only_by_reason(tokens: pl.LazyFrame) -> dict[str, int]:
+    """Measured positions without a point estimate, by reason, the most frequent first."""
+    return _by_reason(tokens.filter(MEASURED & pl.col("kl_estimate").is_null()))
+
+
+def _by_reason(rows: pl.LazyFrame) -> dict[str, int]:
+    counts = rows.group_by(pl.col("reason").fill_null("unknown")).len().collect()
     return dict(counts.sort(["len", "reason"], descending=[True, False]).iter_rows())
 
 
@@ -130,18 +143,27 @@ def by_token_and_position(tokens: pl.LazyFrame) -> tuple[list[Row], list[Row]]:
 def by_prompt(totals: pl.DataFrame) -> list[Row]:
     """The prompts with the largest mean KL per token, at most 50.
 
-    Each with ``prompt_id, source_file`` (the first), ``n_responses, n_measured, kl_per_token, kl_per_response``.
+    Each with ``prompt_id, source_file`` (the first), ``n_responses, n_measured, kl_per_token, kl_per_response``. Those
+    with an infinite KL come first, their means are ``None``.
     """
-    rows = usable(totals).filter((pl.col("kl_estimate.n") == pl.col("n_measured")) & (pl.col("n_measured") > 0))
+    rows = usable(totals, "kl_estimate").filter(pl.col("n_selected") > 0)
     sums = rows.with_columns(response_sums(rows, "kl_estimate", extrapolate=True).alias("kl_response"))
     grouped = sums.group_by("prompt_id", maintain_order=True).agg(
         pl.col("source_file").first(),
         pl.len().alias("n_responses"),
         pl.col("n_measured").sum(),
-        (pl.col("kl_estimate.sum").sum() / pl.col("denominator").sum()).alias("kl_per_token"),
-        pl.col("kl_response").mean().alias("kl_per_response"),
+        _unless_infinite(pl.col("kl_estimate.sum").sum() / denominator("kl_estimate").sum()).alias("kl_per_token"),
+        _unless_infinite(pl.col("kl_response").mean()).alias("kl_per_response"),
     )
-    return grouped.sort(["kl_per_token", "prompt_id"], descending=[True, False]).head(TOP_ROWS).to_dicts()
+    return (
+        grouped.sort(["kl_per_token", "prompt_id"], descending=[True, False], nulls_last=False)
+        .head(TOP_ROWS)
+        .to_dicts()
+    )
+
+
+def _unless_infinite(mean: pl.Expr) -> pl.Expr:
+    return pl.when(pl.col("n_infinite").sum() == 0).then(mean)
 
 
 def _add(before: pl.DataFrame | None, rows: pl.DataFrame, key: str) -> pl.DataFrame:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from kl.intervals import CONFIDENCE, Estimate
 from kl.summary import Counts, Divergence, Summary
@@ -40,7 +42,8 @@ def _estimate_text(estimate: Estimate) -> str:
     if estimate.value is None:
         return f"not known: {estimate.no_interval}"
     show = _formatter(estimate.se)
-    return f"{show(estimate.value)} nats ({_interval_text(estimate, 1.0)})"
+    partly = f"; {estimate.n_unknown:,} positions without an estimate are left out" if estimate.n_unknown else ""
+    return f"{show(estimate.value)} nats ({_interval_text(estimate, 1.0)}){partly}"
 
 
 def _interval_text(estimate: Estimate, scale: float) -> str:
@@ -59,12 +62,15 @@ def _percent_text(estimate: Estimate, unit: str) -> str:
     return f"{show(100 * estimate.value)} % ({_interval_text(estimate, 100.0)}){partly}"
 
 
-def _formatter(se: float | None):
+def _formatter(se: float | None) -> Callable[[float], str]:
     """How numbers with this standard error are written: with two digits of it, else four significant digits."""
     if not se:
         return _number
-    decimals = max(0, 1 - math.floor(math.log10(se)))
-    return lambda value: f"{value:,.{decimals}f}"
+    return partial(_fixed, max(0, 1 - math.floor(math.log10(se))))
+
+
+def _fixed(decimals: int, value: float) -> str:
+    return f"{value:,.{decimals}f}"
 
 
 def _number(value: float) -> str:
@@ -81,7 +87,7 @@ def _estimator_rows(summary: Summary) -> Rows:
     share = summary.identification
     if share.value is None:
         return known
-    partly = f", over {share.n_positions:,} positions; {share.n_unidentified:,} have no upper limit"
+    partly = f", over {share.n_positions:,} positions; {share.n_unidentified:,} are without an upper limit"
     text = f"{share.value:.1%} of the plausible upper limit is certain{partly if share.n_unidentified else ''}"
     return [*known, ("Identified", text)]
 
@@ -131,11 +137,13 @@ def _positions_text(counts: Counts) -> str:
     sampled = f", a sample of {counts.positions:,}" if counts.selected < counts.positions else ""
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.missing_by_reason.items())
     missing = f"; {counts.missing:,} missing: {reasons}" if counts.missing else ""
-    return f"{counts.measured:,} of {counts.selected:,}{sampled}{missing}"
+    bounds = ", ".join(f"{reason} {n:,}" for reason, n in counts.bounds_only_by_reason.items())
+    only = f"; {counts.bounds_only:,} with bounds only: {bounds}" if counts.bounds_only else ""
+    return f"{counts.measured:,} of {counts.selected:,}{sampled}{missing}{only}"
 
 
 def _responses_text(counts: Counts) -> str:
-    parts = [f"{counts.responses:,} to {counts.prompts:,} prompts, {counts.responses_complete:,} complete"]
+    parts = [f"{counts.responses:,} ({counts.prompts:,} prompts): {counts.responses_complete:,} complete"]
     if counts.responses_partial:
         parts.append(f"{counts.responses_partial:,} in part")
     if counts.responses_not_scored:

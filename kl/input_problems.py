@@ -6,6 +6,7 @@ values, cut short, and never the text of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import cast
@@ -138,6 +139,18 @@ class Notes:
 def as_list(value: object) -> list[object] | None:
     """``value`` if it is a JSON list."""
     return cast("list[object]", value) if isinstance(value, list) else None
+
+
+def number(value: object) -> float | None:
+    """A JSON number as a float, one beyond its range as infinity; None for anything else (booleans too)."""
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def show(value: object) -> str:

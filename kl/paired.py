@@ -11,7 +11,8 @@ from kl.clusters import per_response, per_token
 from kl.intervals import Estimate
 from kl.token_table import (
     BATCH_ROWS,
-    MEASURED,
+    INFINITE,
+    IS_INFINITE,
     RESPONSE_KEYS,
     batch_totals,
     check_rows,
@@ -20,7 +21,18 @@ from kl.token_table import (
 )
 
 POSITION_KEYS = (*RESPONSE_KEYS, "position")
-_COLUMNS = (*POSITION_KEYS, "prompt_id", "token", "token_id", "logprob_p", "selected", "pi", "kl_estimate", "error")
+_COLUMNS = (
+    *POSITION_KEYS,
+    "prompt_id",
+    "token",
+    "token_id",
+    "logprob_p",
+    "selected",
+    "pi",
+    "kl_estimate",
+    "reason",
+    "error",
+)
 LOGPROB_TOLERANCE = 1e-6  # one file read twice gives the same number; a service that answers again does not
 
 
@@ -64,7 +76,9 @@ def paired_difference(tokens_a: pl.LazyFrame, tokens_b: pl.LazyFrame) -> PairedD
     TokenTableError
         If a table contradicts itself.
     """
-    difference, run_a, run_b = [], [], []
+    difference: list[pl.DataFrame] = []
+    run_a: list[pl.DataFrame] = []
+    run_b: list[pl.DataFrame] = []
     n_only_a = n_only_b = 0
     for batch in _joined_batches(tokens_a, tokens_b):
         _check_same_p(batch)
@@ -141,16 +155,17 @@ def _joint(joined: pl.DataFrame) -> pl.DataFrame:
     for row in joined.filter(apart).head(1).iter_rows(named=True):
         raise IncomparableRunsError(
             f"{row['source_file']}#{row['response_idx']}: the two runs sampled different positions "
-            f"(π = {row['pi']:.6g} and {row['pi_b']:.6g}), so that it is not known how likely a position is in both. Use the same sampling "
-            "settings and seed for both runs, or measure one of them in full."
+            f"(π = {row['pi']:.6g} and {row['pi_b']:.6g}), so that it is not known how likely a position is in both. "
+            "Use the same sampling settings and seed for both runs, or measure one of them in full."
         )
-    measured_a = MEASURED & pl.col("kl_estimate").is_not_null()
-    measured_b = pl.col("selected_b") & pl.col("error_b").is_null() & pl.col("kl_estimate_b").is_not_null()
+    measured_a, measured_b = pl.col("kl_estimate").is_not_null(), pl.col("kl_estimate_b").is_not_null()
+    infinite = IS_INFINITE | (pl.col("selected_b") & (pl.col("reason_b") == INFINITE).fill_null(False))
     return joined.with_columns(
         measured_a.alias("measured_a"),
         measured_b.alias("measured_b"),
         (pl.col("selected") & pl.col("selected_b")).alias("selected"),
         pl.min_horizontal("pi", "pi_b").alias("pi"),
+        pl.when(infinite).then(pl.lit(INFINITE)).alias("reason"),
         pl.when(measured_a & measured_b).then(None).otherwise(pl.lit("not measured in both runs")).alias("error"),
     )
 
@@ -158,6 +173,6 @@ def _joint(joined: pl.DataFrame) -> pl.DataFrame:
 def _totals_of(joint: pl.DataFrame, value: pl.Expr) -> pl.DataFrame:
     measured = pl.col("measured_a") & pl.col("measured_b")
     kept = joint.select(
-        *POSITION_KEYS, "prompt_id", "selected", "pi", "error", kl_estimate=pl.when(measured).then(value)
+        *POSITION_KEYS, "prompt_id", "selected", "pi", "reason", "error", kl_estimate=pl.when(measured).then(value)
     )
     return batch_totals(empty_columns(kept))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-from kl.input_problems import Notes, as_list, is_encodable, show
+from kl.input_problems import Notes, as_list, is_encodable, number, show
 from kl.records import Prompt, Role, Sampling, Turn
 
 _ROLES: dict[str, Role] = {"user": "user", "model": "model", "assistant": "model"}
@@ -154,15 +154,3 @@ def _top_p(value: float) -> bool:
 
 def _top_k(value: float) -> bool:
     return -1 <= value < 2**31 and value == int(value)  # 0 and -1 are how services say "off"
-
-
-def number(value: object) -> float | None:
-    """A JSON number as a float, one beyond its range as infinity; None for anything else (booleans too)."""
-    if isinstance(value, float):
-        return value
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

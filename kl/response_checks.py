@@ -11,8 +11,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import cast
 
-from kl.input_problems import Notes, as_list, encodable, is_encodable, show
-from kl.prompt_checks import number
+from kl.input_problems import Notes, as_list, encodable, is_encodable, number, show
 from kl.records import Candidate, Position
 
 UNKNOWN_LOGPROB = -1000.0  # at or below: OpenAI's -9999.0 for "not known", Vertex AI's -2**100 for a masked token

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from kl.token_table import RESPONSE_KEYS, TokenTableError, response_totals
+from kl.token_table import RESPONSE_KEYS, TokenTableError, denominator, response_totals
 
 RESPONSES = pl.Schema(
     {
@@ -20,8 +20,10 @@ RESPONSES = pl.Schema(
         "n_selected": pl.Int64,  # asked; fewer than n_positions if positions were sampled
         "n_measured": pl.Int64,
         "n_missing": pl.Int64,  # asked and not measured
-        "kl_sum": pl.Float64,  # Σ v/π over the measured positions
-        "kl_mean_per_token": pl.Float64,  # kl_sum / n_positions; with missing positions, over the measured ones
+        "n_estimated": pl.Int64,  # measured positions with a point estimate; too short a list has bounds only
+        "n_infinite": pl.Int64,  # positions with an infinite exact KL
+        "kl_sum": pl.Float64,  # Σ v/π over the estimated positions; null if n_infinite > 0
+        "kl_mean_per_token": pl.Float64,  # kl_sum / n_positions; if some lack an estimate, over those that have one
         "kl_lower_sum": pl.Float64,
         "kl_upper_plausible_sum": pl.Float64,  # null if n_unidentified > 0
         "n_unidentified": pl.Int64,  # measured positions without a plausible upper limit
@@ -38,19 +40,18 @@ RESPONSES = pl.Schema(
         "max_kl_position": pl.Int32,
         "mean_rest_mass_p": pl.Float64,
         "mean_rest_mass_q": pl.Float64,
-        "reason": pl.String,  # short code, where nothing of the response was measured
+        "reason": pl.String,  # short code, where no position of the response has an estimate
         "error": pl.String,  # the same in words
     }
 )
-_SUMS = {
-    "kl_sum": "kl_estimate",
+_SUMS = {"reverse_kl_sum": "reverse_kl_estimate", "js_sum": "js_estimate"}
+# Null unless known at every measured position.
+_WHOLE_SUMS = {
     "kl_lower_sum": "kl_lower",
     "kl_upper_plausible_sum": "kl_upper_plausible",
     "kl_floor_sum": "kl_floor",
     "kl_bucket_sum": "kl_bucket",
     "kl_exact_sum": "kl_exact",
-    "reverse_kl_sum": "reverse_kl_estimate",
-    "js_sum": "js_estimate",
     "k1_sum": "logratio_k1",
     "k3_sum": "k3",
 }
@@ -102,14 +103,21 @@ def info_frame(responses: Iterable[ResponseInfo]) -> pl.DataFrame:
 
 def response_rows(totals: pl.DataFrame, info: pl.DataFrame) -> pl.DataFrame:
     """`RESPONSES` from the sums per response (`response_totals`) and `info_frame`."""
-    measured = pl.col("n_measured") > 0
+    measured, estimated = pl.col("n_measured") > 0, pl.col("kl_estimate.n") > 0
+    finite = pl.col("n_infinite") == 0
     rows = totals.with_columns(
-        *(pl.when(measured & _everywhere(metric)).then(f"{metric}.sum").alias(name) for name, metric in _SUMS.items()),
+        _sum("kl_estimate", estimated & finite).alias("kl_sum"),
+        *(_sum(metric, pl.col(f"{metric}.n") > 0).alias(name) for name, metric in _SUMS.items()),
+        *(_sum(metric, measured & _everywhere(metric)).alias(name) for name, metric in _WHOLE_SUMS.items()),
         *(_mean(metric).alias(name) for name, metric in _MEANS.items()),
+        pl.col("kl_estimate.n").alias("n_estimated"),
+        pl.when(finite).then(_mean("kl_estimate")).alias("kl_mean_per_token"),
+        pl.when(finite).then("max_kl").alias("max_kl"),
+        pl.when(finite).then("max_kl_position").alias("max_kl_position"),
         (pl.col("n_measured") - pl.col("kl_upper_plausible.n")).alias("n_unidentified"),
-        pl.when(~measured).then("first_reason").alias("reason"),
-        pl.when(~measured).then("first_error").alias("error"),
-    ).with_columns((pl.col("kl_sum") / pl.col("denominator")).alias("kl_mean_per_token"))
+        pl.when(~estimated).then("first_reason").alias("reason"),
+        pl.when(~estimated).then("first_error").alias("error"),
+    )
     joined = rows.join(info, on=RESPONSE_KEYS, how="full", coalesce=True, suffix="_info")
     both = [pl.coalesce(name, f"{name}_info").alias(name) for name in ("prompt_id", "reason", "error")]
     ordered = joined.with_columns(both).sort(RESPONSE_KEYS, nulls_last=True)
@@ -122,5 +130,8 @@ def _everywhere(metric: str) -> pl.Expr:
 
 def _mean(metric: str) -> pl.Expr:
     # Over the positions where it is known; null where it is known at none.
-    weight = pl.when(_everywhere(metric)).then("denominator").otherwise(f"{metric}.weight")
-    return pl.when(pl.col(f"{metric}.n") > 0).then(pl.col(f"{metric}.sum") / weight)
+    return pl.when(pl.col(f"{metric}.n") > 0).then(pl.col(f"{metric}.sum") / denominator(metric))
+
+
+def _sum(metric: str, known: pl.Expr) -> pl.Expr:
+    return pl.when(known).then(f"{metric}.sum")

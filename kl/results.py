@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from kl.breakdowns import weighted_quantiles
 from kl.records import Prompt
@@ -271,10 +272,12 @@ def _statistics(tokens: pl.DataFrame, row: Mapping[str, Any] | None) -> dict[str
     """Statistics over the measured positions; the standard deviation is that of a sample (n - 1)."""
     rows = tokens.filter(MEASURED)
     statistics: dict[str, Any] = dict.fromkeys(("mean_kl", "median_kl", "std_kl", "min_kl", "max_kl", "total_kl"), None)
+    estimated = rows.filter(pl.col("kl_estimate").is_not_null())
     statistics |= {"n_measured": rows.height, "n_missing": 0 if row is None else row["n_missing"]}
-    if row is None or rows.height == 0 or rows["kl_estimate"].null_count():
+    statistics["n_without_estimate"] = rows.height - estimated.height  # measured, but the lists give bounds only
+    if row is None or estimated.height == 0 or row["n_infinite"]:
         return statistics
-    values, weights = rows["kl_estimate"].to_numpy(), 1.0 / rows["pi"].to_numpy()
+    values, weights = estimated["kl_estimate"].to_numpy(), 1.0 / estimated["pi"].to_numpy()
     return statistics | {
         "mean_kl": row["kl_mean_per_token"],
         "median_kl": float(weighted_quantiles(values, 0.5, weights)[0]),
@@ -285,7 +288,7 @@ def _statistics(tokens: pl.DataFrame, row: Mapping[str, Any] | None) -> dict[str
     }
 
 
-def _sample_deviation(values: np.ndarray, weights: np.ndarray) -> float | None:
+def _sample_deviation(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
     n = len(values)
     if n < 2:
         return None

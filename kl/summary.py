@@ -1,8 +1,8 @@
 """From the token table to the summary of the data set.
 
 Every mean is Horvitz-Thompson over the positions that were measured; intervals are clustered by prompt. ``None`` means
-not known. Estimated divergences are given only where every measured position has one: a mean over the convenient
-positions would be biased.
+not known. A mean says over how many positions it is, and how many measured ones it lacks; bounds are given only where
+every measured position has one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import polars as pl
 
 from kl.breakdowns import (
     Row,
+    bounds_only_by_reason,
     by_prompt,
     by_token_and_position,
     kl_distribution,
@@ -71,7 +72,11 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much there was and how much of it was measured."""
+    """How much there was and how much of it was measured.
+
+    ``bounds_only`` of the ``measured`` positions have bounds and no point estimate, among them those whose exact KL is
+    infinite (reason ``infinite``).
+    """
 
     files: int
     files_unreadable: int
@@ -86,6 +91,8 @@ class Counts:
     measured: int
     missing: int
     missing_by_reason: dict[str, int]
+    bounds_only: int
+    bounds_only_by_reason: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +227,7 @@ def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], f
         js_per_token=per_token(totals, "js_estimate"),
         js_lower_per_token=per_token(totals, "js_lower"),
         tv_lower_per_token=per_token(totals, "tv_lower"),
-        same_top_p=per_token(totals, "same_top_token", partial=True),
+        same_top_p=per_token(totals, "same_top_token"),
         delta_p=_delta_p(totals),
         sampled_token=_sampled_token(totals, facts.samplings),
         mean_rest_mass_p=_mean(totals, "rest_mass_p"),
@@ -258,11 +265,11 @@ def _per_response_divergence(totals: pl.DataFrame) -> Divergence:
 
 
 def _mean(totals: pl.DataFrame, metric: str) -> float | None:
-    return per_token(totals, metric, partial=True).value
+    return per_token(totals, metric).value
 
 
 def _identification(totals: pl.DataFrame) -> Identification:
-    upper = per_token(totals, "kl_upper_plausible", partial=True)
+    upper = per_token(totals, "identified_upper")
     lower, estimate = _mean(totals, "identified_lower"), _mean(totals, "identified_estimate")
     share = None
     if upper.value is not None and lower is not None:
@@ -273,7 +280,7 @@ def _identification(totals: pl.DataFrame) -> Identification:
 
 def _delta_p(totals: pl.DataFrame) -> DeltaP:
     square = _mean(totals, "delta_p_squared")
-    return DeltaP(per_token(totals, "delta_p", partial=True), None if square is None else math.sqrt(square))
+    return DeltaP(per_token(totals, "delta_p"), None if square is None else math.sqrt(square))
 
 
 def _sampled_token(totals: pl.DataFrame, samplings: Sequence[Sampling]) -> SampledToken:
@@ -329,6 +336,8 @@ def _counts(tokens: pl.LazyFrame, rows: pl.DataFrame) -> Counts:
         measured=int(rows["n_measured"].sum()),
         missing=int(rows["n_missing"].sum()),
         missing_by_reason=missing_by_reason(tokens),
+        bounds_only=int((rows["n_measured"] - rows["n_estimated"]).sum()),
+        bounds_only_by_reason=bounds_only_by_reason(tokens),
     )
 
 
@@ -338,6 +347,13 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
     estimate = summary.kl_per_token.estimate
     if estimate.no_interval is not None:
         yield f"KL per token: no interval: {estimate.no_interval}."
+    counts = summary.counts
+    if counts.bounds_only:
+        yield (
+            f"{counts.bounds_only:,} of {counts.measured:,} measured positions have bounds and no point estimate "
+            f"({_listed(counts.bounds_only_by_reason)}); estimates are over the others, the certified lower bound is "
+            "over all."
+        )
     unidentified = summary.identification.n_unidentified
     if unidentified:
         yield (

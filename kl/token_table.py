@@ -53,14 +53,19 @@ METRICS = (
 # The same, from other columns: what the bounds say where all of them are known, and squares.
 _DERIVED = {
     "delta_p_squared": pl.col("delta_p") ** 2,
+    "identified_upper": pl.col("kl_upper_plausible"),
     "identified_estimate": pl.when(pl.col("kl_upper_plausible").is_not_null()).then("kl_estimate"),
     "identified_lower": pl.when(pl.col("kl_upper_plausible").is_not_null()).then("kl_lower"),
 }
 _IDENTITY = ("source_file", "response_idx", "prompt_id", "position", "selected", "pi", "reason", "error")
 _NEEDED = tuple(dict.fromkeys((*_IDENTITY, *METRICS, "k1_censored")))
 
-# Sampled, asked and answered. Where an answer has no point estimate (too short a list), its bounds still count.
-MEASURED = pl.col("selected") & pl.col("error").is_null()
+# Sampled, asked and answered. Where an answer has no point estimate (too short a list), its bounds still count: such a
+# row has an error beside its bounds.
+MEASURED = pl.col("selected") & (pl.col("error").is_null() | pl.col("kl_lower").is_not_null())
+# The reason of a row whose exact KL is infinite, as P allows a token that Q excludes: a mean with it is infinite too.
+INFINITE = "infinite"
+IS_INFINITE = pl.col("selected") & (pl.col("reason") == INFINITE).fill_null(False)
 WEIGHT = 1.0 / pl.col("pi")
 
 
@@ -74,7 +79,7 @@ def token_batches(tokens: pl.LazyFrame, columns: Sequence[str] = _NEEDED) -> Ite
     Raises
     ------
     TokenTableError
-        If a column is absent or a row contradicts itself: NaN or an infinity, π outside (0, 1], a value beside an
+        If a column is absent or a row contradicts itself: NaN or an infinity, π outside (0, 1], an estimate beside an
         error, neither of the two.
     """
     absent = sorted(set(columns) - set(tokens.collect_schema().names()))
@@ -103,12 +108,11 @@ def check_rows(batch: pl.DataFrame) -> None:
         _refuse(batch, pl.col(column).is_null(), column, "is null")
     _refuse(batch, (pl.col("pi") <= 0) | (pl.col("pi") > 1), "pi", "is no inclusion probability in (0, 1]")
     _refuse(batch, ~pl.col("selected") & (pl.col("pi") == 1), "pi", "belongs to a position that was left out")
+    excused = ~pl.col("selected") | pl.col("error").is_not_null()
     if "kl_estimate" in batch.columns:
-        _refuse(
-            batch, ~MEASURED & pl.col("kl_estimate").is_not_null(), "kl_estimate", "stands at an unmeasured position"
-        )
-    if "kl_lower" in batch.columns:
-        unexplained = MEASURED & pl.col("kl_estimate").is_null() & pl.col("kl_lower").is_null()
+        _refuse(batch, excused & pl.col("kl_estimate").is_not_null(), "kl_estimate", "stands at an unmeasured position")
+    if "kl_estimate" in batch.columns and "kl_lower" in batch.columns:
+        unexplained = ~excused & pl.col("kl_estimate").is_null() & pl.col("kl_lower").is_null()
         _refuse(batch, unexplained, "kl_estimate", "is unknown and no error says why")
 
 
@@ -134,20 +138,14 @@ def response_totals(tokens: pl.LazyFrame) -> pl.DataFrame:
     -------
     pl.DataFrame
         A row per response: ``source_file, response_idx, prompt_id``; counts ``n_positions, n_selected, n_measured,
-        n_missing, n_k1_censored``; for each metric ``m`` the Horvitz-Thompson sum ``m.sum``, the number of positions
-        ``m.n`` where it is known and the sum ``m.weight`` of their 1/π; ``denominator``, the number of positions that
-        the sums speak of; the largest token KL and its position; the first reason and error.
+        n_missing, n_infinite, n_k1_censored``; for each metric ``m`` the Horvitz-Thompson sum ``m.sum``, the number of
+        positions ``m.n`` where it is known and the sum ``m.weight`` of their 1/π; the largest token KL and where it is;
+        the first reason and error.
 
     Raises
     ------
     TokenTableError
         As `token_batches`; and if the positions of a response are not 0, 1, …, T-1, each once.
-
-    Notes
-    -----
-    ``denominator`` is the known number of positions T where every sampled position was measured: with T known, a
-    ratio of means varies less than with an estimated T. Where some are missing it is ``Σ 1/π`` over the measured ones,
-    so that the mean is one over the positions that can be measured.
     """
     return merge_totals([batch_totals(batch) for batch in token_batches(tokens)])
 
@@ -162,14 +160,18 @@ def merge_totals(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """
     merged = pl.concat(parts).group_by(RESPONSE_KEYS, maintain_order=True).agg(_merge(parts[0].columns))
     _check_positions(merged)
-    complete = pl.col("n_measured") == pl.col("n_selected")
-    return merged.with_columns(
-        (pl.col("n_selected") - pl.col("n_measured")).alias("n_missing"),
-        pl.when(complete)
-        .then(pl.col("n_positions").cast(pl.Float64))
-        .otherwise("measured.weight")
-        .alias("denominator"),
-    )
+    return merged.with_columns((pl.col("n_selected") - pl.col("n_measured")).alias("n_missing"))
+
+
+def denominator(metric: str) -> pl.Expr:
+    """How many positions of a response the sum of ``metric`` speaks of (rows of `response_totals`).
+
+    The known number of positions T where every sampled position has the metric: with T known a ratio of means varies
+    less than with an estimated T. Where some lack it ``Σ 1/π`` over those that have it, so that the mean is over the
+    positions that can be measured.
+    """
+    complete = pl.col(f"{metric}.n") == pl.col("n_selected")
+    return pl.when(complete).then(pl.col("n_positions").cast(pl.Float64)).otherwise(f"{metric}.weight")
 
 
 def batch_totals(batch: pl.DataFrame) -> pl.DataFrame:
@@ -190,8 +192,8 @@ def _counts() -> list[pl.Expr]:
         pl.col("position").cast(pl.Int64).sum().alias("position_sum"),
         pl.col("selected").sum().cast(pl.Int64).alias("n_selected"),
         MEASURED.sum().cast(pl.Int64).alias("n_measured"),
+        IS_INFINITE.sum().cast(pl.Int64).alias("n_infinite"),
         (MEASURED & pl.col("k1_censored").fill_null(False)).sum().cast(pl.Int64).alias("n_k1_censored"),
-        WEIGHT.filter(MEASURED).sum().alias("measured.weight"),
     ]
 
 

@@ -11,7 +11,10 @@ from kl.records import Sampling
 from kl.summary import ResponseInfo, RunFacts, summarise_dataset
 
 Build = Callable[..., pl.DataFrame]
-FIVE = [("a", "p0", 0, [1.0, 1.0]), ("b", "p1", 0, [2.0, 2.0]), ("c", "p2", 0, [1.0, 2.0])] + [
+FIVE = [
+    ("a", "p0", 0, [1.0, 1.0]),
+    ("b", "p1", 0, [2.0, 2.0]),
+    ("c", "p2", 0, [1.0, 2.0]),
     ("d", "p3", 0, [2.0, 3.0]),
     ("e", "p4", 0, [3.0, 3.0]),
 ]
@@ -42,7 +45,7 @@ def test_headline_of_a_complete_run(token_table: Build):
         "k1 per token (sampled tokens only)": "2.00 nats (95 % CI 1.02 to 2.98, 5 prompts)",
         "k3 per token (sampled tokens only)": "2.00 nats (95 % CI 1.02 to 2.98, 5 prompts)",
         "Positions measured": "10 of 10",
-        "Responses": "5 to 5 prompts, 5 complete",
+        "Responses": "5 (5 prompts): 5 complete",
         "Prompts needed": "about 61 like these for ±10 %, 241 for ±5 %",
     }
 
@@ -57,7 +60,7 @@ def test_nothing_measured_is_said_so(token_table: Build):
     assert found["KL(P‖Q) per token"] == "not known: nothing was measured"
     assert found["RMS Δp"] == "not known: no position with a known Δp"
     assert found["Positions measured"] == "0 of 1; 1 missing: blocked 1"
-    assert found["Responses"] == "2 to 1 prompts, 0 complete, 2 not scored (blocked 1, no-logprobs 1)"
+    assert found["Responses"] == "2 (1 prompts): 0 complete, 2 not scored (blocked 1, no-logprobs 1)"
 
 
 def test_upper_limit_that_is_not_identified_is_said_so(token_table: Build):
@@ -66,7 +69,12 @@ def test_upper_limit_that_is_not_identified_is_said_so(token_table: Build):
     )
     found = rows(tokens)
     assert found["KL(P‖Q) per token"].endswith("truncation: lower 1, plausible upper not identified")
-    assert "over 9 positions; 1 have no upper limit" in found["Identified"]
+    assert "over 9 positions; 1 are without an upper limit" in found["Identified"]
+
+
+def test_positions_with_bounds_only_are_said_to_be_left_out(token_table: Build):
+    tokens = token_table(FIVE).with_columns(kl_estimate=pl.Series([None, 1.0, 2, 2, 1, 2, 2, 3, 3, 3]))
+    assert "5 prompts); 1 positions without an estimate are left out; truncation" in rows(tokens)["KL(P‖Q) per token"]
 
 
 def test_partial_delta_p_names_its_share(token_table: Build):

@@ -55,6 +55,14 @@ def test_only_positions_measured_in_both_count(token_table: Build):
     assert (difference.n_only_a, difference.n_only_b) == (1, 1)
 
 
+def test_infinite_kl_of_one_run_leaves_no_finite_difference(token_table: Build):
+    a, b = runs(token_table, [[3.0, 1.0]], [[1.0, None]])
+    b = b.with_columns(reason=pl.Series([None, "infinite"]))
+    difference = paired_difference(a, b)
+    assert difference.per_token.value is None
+    assert "infinite at 1" in (difference.per_token.no_interval or "")
+
+
 def test_responses_of_one_run_only_are_left_out(token_table: Build):
     difference = paired_difference(*runs(token_table, [[1.0], [9.0]], [[0.5]]))
     assert (difference.per_token.value, difference.per_token.n_clusters) == (0.5, 1)

@@ -27,6 +27,8 @@ def test_row_of_a_response_by_hand(token_table: Build):
         "n_selected": 3,
         "n_measured": 3,
         "n_missing": 0,
+        "n_estimated": 3,
+        "n_infinite": 0,
         "kl_sum": 4.0,  # .5 + 2 + 1.5
         "kl_mean_per_token": 4 / 3,
         "kl_lower_sum": 2.0,  # half of each
@@ -61,6 +63,33 @@ def test_one_position_without_upper_limit_leaves_the_sum_unknown(token_table: Bu
     row = summarise_responses(tokens.lazy()).row(0, named=True)
     assert (row["kl_upper_plausible_sum"], row["n_unidentified"]) == (None, 1)
     assert row["kl_sum"] == 3.0
+
+
+def test_positions_with_bounds_only_stay_out_of_the_estimate_and_in_the_lower_bound(token_table: Build):
+    tokens = token_table([("a", "p", 0, [1.0, 2.0])]).with_columns(
+        kl_estimate=pl.Series([None, 2.0]), reason=pl.Series(["short-list", None]), error=pl.Series(["3 tokens", None])
+    )
+    row = summarise_responses(tokens.lazy()).row(0, named=True)
+    assert (row["n_measured"], row["n_estimated"], row["kl_sum"], row["kl_mean_per_token"]) == (2, 1, 2.0, 2.0)
+    assert (row["kl_lower_sum"], row["error"]) == (1.5, None)
+
+
+def test_response_with_bounds_only_says_why_it_has_no_estimate(token_table: Build):
+    tokens = token_table([("a", "p", 0, [1.0])]).with_columns(
+        kl_estimate=pl.lit(None, pl.Float64), reason=pl.lit("short-list"), error=pl.lit("P lists 3 tokens")
+    )
+    row = summarise_responses(tokens.lazy()).row(0, named=True)
+    assert (row["kl_sum"], row["kl_lower_sum"]) == (None, 0.5)
+    assert (row["reason"], row["error"]) == ("short-list", "P lists 3 tokens")
+
+
+def test_infinite_position_leaves_no_finite_sum(token_table: Build):
+    tokens = token_table([("a", "p", 0, [1.0, 2.0])]).with_columns(
+        kl_estimate=pl.Series([None, 2.0]), reason=pl.Series(["infinite", None]), error=pl.Series(["KL is ∞", None])
+    )
+    row = summarise_responses(tokens.lazy()).row(0, named=True)
+    assert (row["n_infinite"], row["kl_sum"], row["kl_mean_per_token"], row["max_kl"]) == (1, None, None, None)
+    assert (row["kl_lower_sum"], row["reverse_kl_sum"]) == (1.5, 9.0)
 
 
 def test_censored_k1_is_counted(token_table: Build):
@@ -101,7 +130,7 @@ def test_rows_are_by_file_and_index_whatever_the_order_of_the_tokens(token_table
 
 def test_a_response_named_twice_is_refused(token_table: Build):
     info = [ResponseInfo("a.json", 0), ResponseInfo("a.json", 0)]
-    with pytest.raises(TokenTableError, match="a.json#0 is named twice"):
+    with pytest.raises(TokenTableError, match=r"a\.json#0 is named twice"):
         summarise_responses(token_table([]).lazy(), info)
 
 

@@ -137,6 +137,7 @@ DEFECTS = [
     Defect("NaN in a list", set_candidate(1, 1, logprob=float("nan")), "nan-logprob", 1, "entry 1"),
     Defect("infinite logprob", set_position(1, logprob=float("inf")), "infinite-logprob", 1, "inf"),
     Defect("minus infinity sampled", set_position(1, logprob=float("-inf")), "infinite-logprob", 1, "-inf"),
+    Defect("integer beyond all floats", set_position(1, logprob=-(10**350)), "infinite-logprob", 1, "-1000"),
     Defect("positive logprob", set_position(0, logprob=0.02), "positive-logprob", 0, "0.02"),
     Defect("positive just above rounding", set_candidate(2, 0, logprob=1.1e-5), "positive-logprob", 2, "1.1e-05"),
     Defect("probabilities instead of logs", set_candidate(0, 0, logprob=0.6), "positive-logprob", 0, "0.6"),
@@ -254,6 +255,9 @@ REPAIRS = [
            token_bytes=(b"n", b"\xc3", b"\xa9")), "text-from-bytes", None, lambda r: r.text, "né"),
     Repair("text cut inside a character", set_tokens("n\ufffd", "n", "\ufffd", token_bytes=(b"n", b"\xf0\x9f")),
            "text-from-bytes", None, tokens, ["n", ""]),
+    Repair("text cut inside a character and shown with one sign for two tokens",
+           set_tokens("n\ufffd", "n", "\ufffd", "\ufffd", token_bytes=(b"n", b"\xf0", b"\x9f")),
+           "text-from-bytes", None, tokens, ["n", "", ""]),
     Repair("model is no text", set_response(model=["m"]), "bad-model", None, lambda r: r.model, None),
     Repair("finish reason is no text", set_response(finish_reason=1), "bad-finish-reason", None,
            lambda r: r.finish_reason, None),
@@ -296,6 +300,9 @@ ORDINARY = [
     ("two empty tokens in a list", both(add_candidate(0, "", -4.0, None), add_candidate(0, "", -4.0, None))),
     ("mass above one by rounding", set_candidate(2, 1, logprob=-7.6)),
     ("sampled token not listed", set_position(1, token_id=77, logprob=-6.0)),
+    ("empty sampled token beside another empty one", both(set_position(1, token="", logprob=-6.0),
+        set_response(text="Hello!"), drop_position_key(1, "token_id"), add_candidate(1, "", -5.0, 9))),
+    ("bytes of other tokens", set_tokens("a\ufffd", "a", "\ufffd", token_bytes=(b"b", b"\xc3\xa9"))),
     ("sampled logprob off by rounding", set_position(1, logprob=-0.2509)),
     ("no ids, no finish reason", set_tokens("ab", "a", "b")),
     ("unread keys are left alone", set_response(avg_logprobs=float("nan"), citations=[{"a": 1}])),
@@ -323,9 +330,10 @@ def test_ordinary_input_is_read_as_it_stands(mutate: Callable[[dict[str, Any]], 
 def test_prepended_improbable_token_does_not_pass_for_the_least_of_the_best() -> None:
     document = good_document()
     set_position(1, token_id=5, logprob=-7.5)(document)
-    content_of(document)[1]["top_logprobs"].insert(0, {"token": " you", "logprob": -7.5, "token_id": 5})
+    best = content_of(document)[1]["top_logprobs"][:2]  # as servers do that cut the longer list to k again
+    content_of(document)[1]["top_logprobs"] = [{"token": " you", "logprob": -7.5, "token_id": 5}, *best]
     file = read(document)
-    assert logprobs(1)(file.responses[0]) == [-0.25, -2.0, -4.0]
+    assert logprobs(1)(file.responses[0]) == [-0.25, -2.0]
     assert sampled(1)(file.responses[0]) == -7.5
     assert kinds(file) == [(0, 1, "unsorted-list", True), (0, 1, "sampled-appended", True)]
 
@@ -340,6 +348,12 @@ def test_good_file_gives_every_field() -> None:
     assert response.positions[1].sampled == Candidate(" you", -0.25, 20)
     assert response.positions[1].top[2] == Candidate("!", -4.0, 1)
     assert response.prefix_ends().tolist() == [0, 5, 9]
+
+
+def test_finish_reason_may_be_absent() -> None:
+    document = good_document()
+    drop_response_key("finish_reason")(document)
+    assert [r.finish_reason for r in read(document).responses] == [None, "STOP"]
 
 
 def test_response_model_overrides_that_of_the_file() -> None:
@@ -359,6 +373,7 @@ def test_many_problems_of_one_kind_are_told_few_times_and_counted_all() -> None:
         assert sum(p.count for p in told) == 300
         assert "And 295 more like it." in told[-1].message
     assert [r.response_idx for r in file.responses] == [1]
+    assert file.unreadable[0].message.startswith("sub/a.json, response 0, position 0: ")
 
 
 def test_skipped_response_keeps_what_its_place_in_the_output_needs() -> None:

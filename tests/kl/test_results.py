@@ -90,6 +90,7 @@ def test_result_of_a_file_follows_the_contract(token_table: Build):
         "total_kl": 9.0,
         "n_measured": 3,
         "n_missing": 1,
+        "n_without_estimate": 0,
     }
 
 
@@ -141,6 +142,26 @@ def test_response_whose_positions_all_failed_has_their_error_and_length(token_ta
 def test_one_measured_position_has_no_standard_deviation(token_table: Build):
     response = payload_of(token_table([("a", "p", 0, [2.0])]), ResponseText(0, "t0"))["responses"][0]
     assert (response["statistics"]["std_kl"], response["statistics"]["mean_kl"]) == (None, 2.0)
+
+
+def test_positions_with_bounds_only_are_counted(token_table: Build):
+    tokens = token_table([("a", "p", 0, [1.0, 2.0, 4.0])]).with_columns(
+        kl_estimate=pl.Series([None, 2.0, 4.0]), error=pl.Series(["3 tokens", None, None])
+    )
+    response = payload_of(tokens, ResponseText(0, "t0t1t2"))["responses"][0]
+    assert response["kl_per_token"] == [None, 2.0, 4.0]
+    statistics = response["statistics"]
+    assert (statistics["n_measured"], statistics["n_without_estimate"], statistics["mean_kl"]) == (3, 1, 3.0)
+
+
+def test_infinite_position_leaves_no_finite_statistics(token_table: Build):
+    tokens = token_table([("a", "p", 0, [1.0, 2.0])]).with_columns(
+        kl_estimate=pl.Series([None, 2.0]), reason=pl.Series(["infinite", None]), error=pl.Series(["KL is ∞", None])
+    )
+    statistics = payload_of(tokens, ResponseText(0, "t0t1"))["responses"][0]["statistics"]
+    assert {name: statistics[name] for name in ("mean_kl", "total_kl", "median_kl", "max_kl")} == dict.fromkeys(
+        ("mean_kl", "total_kl", "median_kl", "max_kl")
+    )
 
 
 def test_prompt_of_several_turns_and_a_system_text_are_kept(token_table: Build):

@@ -30,7 +30,10 @@ def summarise(tokens: pl.DataFrame, info: tuple[ResponseInfo, ...] = (), **chang
     return summarise_dataset(tokens.lazy(), info, facts(**changes))
 
 
-FIVE = [("a", "p0", 0, [1.0, 1.0]), ("b", "p1", 0, [2.0, 2.0]), ("c", "p2", 0, [1.0, 2.0])] + [
+FIVE = [
+    ("a", "p0", 0, [1.0, 1.0]),
+    ("b", "p1", 0, [2.0, 2.0]),
+    ("c", "p2", 0, [1.0, 2.0]),
     ("d", "p3", 0, [2.0, 3.0]),
     ("e", "p4", 0, [3.0, 3.0]),
 ]
@@ -221,8 +224,42 @@ def test_warnings(token_table: Build, columns: dict, changes: dict, text: str):
     assert [text in warning for warning in summarise(tokens, **changes).warnings] == [True]
 
 
+def test_a_position_without_estimate_is_left_out_with_a_warning(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [1.0, 1.0]), ("b", "p1", 0, [2.0, 4.0])]).with_columns(
+        kl_estimate=pl.Series([None, 1.0, 2.0, 4.0]),
+        reason=pl.Series(["short-list", None, None, None]),
+        error=pl.Series(["P lists 3 tokens", None, None, None]),
+    )
+    summary = summarise(tokens)
+    assert summary.kl_per_token.estimate.value == pytest.approx(7 / 3)
+    assert summary.kl_per_response.estimate.value == 4  # (1 · 2/1 + 6) / 2
+    assert summary.kl_per_token.lower.value == 1  # (.5 + .5 + 1 + 2) / 4
+    assert (summary.counts.measured, summary.counts.missing, summary.counts.bounds_only) == (4, 0, 1)
+    assert any("have bounds and no point estimate (short-list 1)" in warning for warning in summary.warnings)
+
+
+def test_one_infinite_position_makes_the_mean_infinite_and_that_is_never_a_number(token_table: Build):
+    tokens = token_table(FIVE).with_columns(
+        kl_estimate=pl.Series([None, 1.0, 2, 2, 1, 2, 2, 3, 3, 3]),
+        reason=pl.Series(["infinite", *[None] * 9]),
+        error=pl.Series(["P allows a token that Q excludes", *[None] * 9]),
+    )
+    summary = summarise(tokens)
+    for estimate in (summary.kl_per_token.estimate, summary.kl_per_response.estimate, summary.kl_per_token.exact):
+        assert (estimate.value, estimate.no_interval) == (None, "infinite at 1 of 10 measured positions")
+    assert summary.kl_per_token.lower.value == 1
+    assert (summary.token_kl["Maximum KLD"], summary.token_kl["Median KLD"]) == (None, 2)
+    assert summary.kl_share_of_top_1_percent is None
+    assert (summary.by_prompt[0]["prompt_id"], summary.by_prompt[0]["kl_per_token"]) == ("p0", None)
+    assert summary.prompts_for_10_percent is None
+    assert summary.counts.bounds_only_by_reason == {"infinite": 1}
+    json.dumps(summary.to_json(), allow_nan=False)
+
+
 def test_bounds_stand_where_lists_are_too_short_for_an_estimate(token_table: Build):
-    tokens = token_table(FIVE).with_columns(kl_estimate=pl.lit(None, dtype=pl.Float64))
+    tokens = token_table(FIVE).with_columns(
+        kl_estimate=pl.lit(None, dtype=pl.Float64), reason=pl.lit("short-list"), error=pl.lit("P lists 3 tokens")
+    )
     summary = summarise(tokens)
     assert summary.kl_per_token.estimate.value is None
     assert summary.kl_per_token.lower.value == 1

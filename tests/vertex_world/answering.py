@@ -34,9 +34,9 @@ class Answer(NamedTuple):
 class Service:
     """The models behind all endpoints.
 
-    ``reshape_logprobs`` says whether temperature, topP and topK also change the log-probabilities that are reported:
-    nobody has settled what the service does, so the harsher case is the default, and a caller who wants the model's
-    own probabilities sends temperature 1, topP 1 and no topK.
+    ``reshape_logprobs`` says whether temperature, topP and topK also change the log-probabilities that are reported.
+    Nobody has settled what the service does, so the harsher case is the default: a caller who wants the model's own
+    probabilities sends temperature 1, topP 1 and no topK.
     """
 
     language_model: LanguageModel
@@ -50,8 +50,8 @@ class Service:
         spec = {**MODELS, **self.models}.get(model)
         if spec is None or spec.shut or (spec.locations is not None and location not in spec.locations):
             message = (
-                f"Publisher Model `{where}` was not found or your project does not have access to it. Please ensure you "
-                "are using a valid model version. For more information, see: "
+                f"Publisher Model `{where}` was not found or your project does not have access to it. Please ensure "
+                "you are using a valid model version. For more information, see: "
                 "https://cloud.google.com/vertex-ai/generative-ai/docs/learn/model-versions"
             )
             raise ApiError(404, message)
@@ -171,9 +171,7 @@ class Service:
                 return steps, "STOP"
         return steps, "MAX_TOKENS"
 
-    def _step(
-        self, known: Distribution, config: dict[str, Any], rng: np.random.Generator, request_hash: str
-    ) -> Step:
+    def _step(self, known: Distribution, config: dict[str, Any], rng: np.random.Generator, request_hash: str) -> Step:
         shaped = known._replace(logprobs=_reshaped(known.logprobs, config))
         top = config.get("logprobs", 0)
         step = sample_step(shaped, rng, top, greedy=config.get("temperature", 1) == 0)

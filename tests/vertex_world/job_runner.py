@@ -58,9 +58,15 @@ class JobRunner:
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
+        self._held = 0  # jobs that a worker holds or that wait for one
         self._pool = ThreadPoolExecutor(self.max_running, thread_name_prefix="vertex-job")
 
     def start(self, job: Job) -> None:
+        """Give a job to the next free worker; until there is one it is queued."""
+        with self.lock:
+            self._held += 1
+            if self._held > self.max_running:
+                job.state = "JOB_STATE_QUEUED"
         self._pool.submit(self._guarded, self._run, job)
 
     def finish_cancel(self, job: Job) -> None:
@@ -78,7 +84,17 @@ class JobRunner:
             self._end(job, "JOB_STATE_FAILED", error={"code": 13, "message": "The stand-in crashed."})
 
     def _run(self, job: Job) -> None:
+        try:
+            self._run_held(job)
+        finally:
+            with self.lock:
+                self._held -= 1
+
+    def _run_held(self, job: Job) -> None:
         spool = RowSpool()
+        with self.lock:
+            if job.state == "JOB_STATE_QUEUED":
+                job.state, job.update_time = "JOB_STATE_PENDING", now()
         job.cancelled.wait(0 if self._stopping.is_set() else self.job_seconds / 4)
         if job.outcome == "NEVER_STARTS" and not job.cancelled.is_set():
             self._park(job, "JOB_STATE_PENDING", spool)
@@ -165,9 +181,7 @@ class JobRunner:
             failed = shapes[self.service.faults.failed_response]
             fields = {"status": error.row_status(), "processed_time": stamp, "request": echo, **failed}
             return _Row({**extra, **fields}, None, True)
-        if self.service.faults.hits(
-            self.service.faults.missing_rate, "missing", answer.request_hash, job.index
-        ):
+        if self.service.faults.hits(self.service.faults.missing_rate, "missing", answer.request_hash, job.index):
             return _Row(None, None, False)
         fields = {"status": "", "processed_time": stamp, "request": echo, "response": answer.response}
         return _Row({**extra, **fields}, answer.request_hash, False)

@@ -133,9 +133,8 @@ class JobStore:
             name = body["displayName"]
             job = Job(job_id, index, project, location, name, model, body, outcome, fraction, create_time=now())
             self._jobs[job_id] = job
-            created = job.to_json()
-        self._run(job)
-        return created
+            self._run(job)
+            return job.to_json()
 
     def get(self, location: str, job_id: str) -> dict[str, Any]:
         with self.lock:
@@ -151,9 +150,7 @@ class JobStore:
         size = _page_size(query.get("pageSize"))
         start = _page_start(query.get("pageToken"))
         with self.lock:
-            jobs = [
-                job.to_json() for job in self._jobs.values() if job.location == location and not job.deleted
-            ]
+            jobs = [job.to_json() for job in self._jobs.values() if job.location == location and not job.deleted]
         jobs = [job for job in reversed(jobs) if keep is None or keep(job)]
         page = jobs[start : start + size]
         answer: dict[str, Any] = {"batchPredictionJobs": page} if page else {}

@@ -18,6 +18,7 @@ Contents = Sequence[tuple[str, str]]
 """Turns before the answer: (role, text)."""
 
 EOS_ID = 1
+_CERTAIN = 100.0  # nats above the rest: 1 - p is below the rounding of float64
 
 
 class Distribution(NamedTuple):
@@ -44,7 +45,8 @@ class LanguageModel(Protocol):
 _SPECIAL = [
     "<ctrl63>", "<ctrl95>", " ", "  ", "    ", "\n", "\n\n", "\t", ".", ",", "!", "?", ":", ";", "'", '"', "\\", "/",
     "{", "}", "<", ">", "&", "$", "%", "é", "e\u0301", "ß", "İ", "\u200b", "\u2028", "\u00a0", "\ufeff", "🙂",
-    "👩\u200d🚀", "🇩🇪", "日本", "語", "中", "文字", " Привет", "мир", "العربية", "हिन्दी", "ไทย", "한국어", "שלום", "Ω", "∑", "½", "\x85", "\x7f",
+    "👩\u200d🚀", "🇩🇪", "日本", "語", "中", "文字", " Привет", "мир", "العربية", "हिन्दी", "ไทย", "한국어", "שלום",
+    "Ω", "∑", "½", "\x85", "\x7f",
 ]  # fmt: skip
 _SYLLABLES = [
     "ka", "lo", "mi", "ren", "tas", "vel", "dor", "shi", "un",
@@ -83,6 +85,8 @@ class SyntheticModel:
         The Zipf exponent of a context is drawn between these: the smaller, the flatter.
     eos_probability : float
         Of ending the turn, in the base model, in every context.
+    certain_rate : float
+        Fraction of contexts in which one token has all the probability: its log-probability is exactly 0.
     """
 
     vocabulary: int = 1000
@@ -90,6 +94,7 @@ class SyntheticModel:
     noise: Mapping[str, float] = field(default_factory=dict)
     exponents: tuple[float, float] = (1.2, 4.0)
     eos_probability: float = 0.01
+    certain_rate: float = 0.0
 
     def __post_init__(self) -> None:
         self.texts, self.ids = build_vocabulary(self.vocabulary, self.seed)
@@ -113,7 +118,10 @@ class SyntheticModel:
         ranked += np.log1p(-self.eos_probability) - _logsumexp(ranked)
         logits = np.empty(self.vocabulary)
         logits[0] = np.log(self.eos_probability) if self.eos_probability > 0 else -np.inf
-        logits[1:][rng.permutation(self.vocabulary - 1)] = ranked
+        order = rng.permutation(self.vocabulary - 1)
+        logits[1:][order] = ranked
+        if rng.random() < self.certain_rate:
+            logits[1 + order[0]] += _CERTAIN
         return logits
 
     def _count_tokens(self, text: str) -> int:

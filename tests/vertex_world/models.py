@@ -38,9 +38,7 @@ _SHUT = ModelSpec("gemini-2.0-flash-001", thinking="none", shut=True)
 MODELS: dict[str, ModelSpec] = {
     "gemini-2.5-flash": _FLASH_25,
     "gemini-2.5-flash-lite": replace(_FLASH_25, version="gemini-2.5-flash-lite", thinking="off", min_budget=512),
-    "gemini-2.5-pro": replace(
-        _FLASH_25, version="gemini-2.5-pro", thinking="forced", min_budget=128, max_budget=32768
-    ),
+    "gemini-2.5-pro": replace(_FLASH_25, version="gemini-2.5-pro", thinking="forced", min_budget=128, max_budget=32768),
     **{
         name: replace(_SHUT, version=name)
         for name in (

@@ -36,6 +36,7 @@ class GcsServer:
 
     def __init__(self, external_url: str, backend: StorageBackend) -> None:
         self._external_url = external_url
+        self.external_host = external_url.removeprefix("http://")
         self._backend = backend
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,7 +60,7 @@ class GcsServer:
         # The wrapper's own class sets an environment variable of this process, so that only its binary is used.
         command = [str(_server._get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
         command += ["-backend", self._backend, "-external-url", self._external_url, "-log-level", "warn"]
-        command += ["-public-host", self._external_url.removeprefix("http://")]
+        command += ["-public-host", self.external_host]
         if self._backend == "filesystem":
             command += ["-filesystem-root", f"{self._directory.name}/objects"]
         self.url = f"http://127.0.0.1:{port}"

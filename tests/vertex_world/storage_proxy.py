@@ -86,9 +86,7 @@ class StorageProxy:
             return self._bucket(method, target, headers, body, match[1] and unquote(match[1]))
         return self._forward(method, target, headers, body)
 
-    def _bucket(
-        self, method: str, target: str, headers: dict[str, str], body: bytes, name: str | None
-    ) -> StorageReply:
+    def _bucket(self, method: str, target: str, headers: dict[str, str], body: bytes, name: str | None) -> StorageReply:
         sent = json.loads(body) if body else {}
         if method == "POST" and not _BUCKET_NAME.fullmatch(sent.get("name", "")):
             return _error(400, f"Invalid bucket name: '{sent.get('name', '')}'")
@@ -156,9 +154,7 @@ class StorageProxy:
                 self._uploads[started] = _Upload(unquote(match[1]), name, query.get("ifGenerationMatch"))
         return reply
 
-    def _resume(
-        self, method: str, target: str, headers: dict[str, str], body: bytes, upload_id: str
-    ) -> StorageReply:
+    def _resume(self, method: str, target: str, headers: dict[str, str], body: bytes, upload_id: str) -> StorageReply:
         # The condition is looked at when the upload is finished, not when it begins: two that began together race.
         content_range = next((value for key, value in headers.items() if key.lower() == "content-range"), "")
         upload = self._uploads.get(upload_id)
@@ -181,6 +177,7 @@ class StorageProxy:
 
     def _forward(self, method: str, target: str, headers: dict[str, str], body: bytes) -> StorageReply:
         sent = {key: value for key, value in headers.items() if key.lower() not in _HOP_BY_HOP}
+        sent["Host"] = self.server.external_host  # where uploads go on, and where mediaLink points
         reply = self.server.pool.request(
             method,
             self.server.url + quote(target, safe="/?&=%:+*,;@!$'()~"),

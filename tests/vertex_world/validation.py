@@ -14,7 +14,7 @@ from tests.vertex_world.wire import ApiError, malformed
 
 Message = dict[str, Any]
 
-# A field's kind: "string", "bool", "int", "float", "map", "any" (not looked into), a message by name, [kind] for a list.
+# A field's kind: "string", "bool", "int", "float", "map", "any" (unchecked), a message by name, [kind] for a list.
 MESSAGES: dict[str, dict[str, Any]] = {
     "GenerateContentRequest": {
         "contents": ["Content"],

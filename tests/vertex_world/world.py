@@ -80,9 +80,7 @@ class VertexWorld:
         self._gcs = GcsServer(self.url, storage_backend)
         self.objects = ObjectStore(self._gcs)
         self._account = ServiceAccount(project, self.url, token_lifetime_s)
-        self.service = Service(
-            self.language_model, dict(models or {}), self.faults, self.ledger, reshape_logprobs
-        )
+        self.service = Service(self.language_model, dict(models or {}), self.faults, self.ledger, reshape_logprobs)
         lock = threading.RLock()
         self._runner = JobRunner(
             self.service,
@@ -172,9 +170,7 @@ class VertexWorld:
         **options: Any,
     ) -> list[Path]:
         """Write response files of one of the world's models, as `sampling.write_response_files` does."""
-        return write_response_files(
-            directory, self.language_model, model_name, prompts, n, max_tokens, seed, **options
-        )
+        return write_response_files(directory, self.language_model, model_name, prompts, n, max_tokens, seed, **options)
 
     def expire_tokens(self) -> None:
         """All access tokens issued so far stop working."""

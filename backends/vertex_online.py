@@ -1,0 +1,186 @@
+"""Vertex AI online prediction, and the Gemini Developer API where only an API key is set: the same requests, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from google import genai
+from google.genai import types
+from pydantic import Field
+
+from backends import gemini
+from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
+from backends.call_limit import CallLimit
+from backends.errors import BackendError, RetryableBackendError
+from backends.gemini_calls import generate, prove_usable
+from backends.prices import Price, price_of, token_cost
+from backends.retry import DailyQuotaError, StatusError, translated, with_retries
+from backends.vertex_client import check_location, make_client, require_project
+from kl.records import Score, ScoreFailure
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT_S = 0.15
+
+
+class VertexOnlineOptions(BackendOptions):
+    """Settings of the backend ``vertex_online``."""
+
+    project_id: str | None = Field(
+        default=None,
+        description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT; without one, GOOGLE_API_KEY or GEMINI_API_KEY "
+        "selects the Gemini Developer API.",
+    )
+    location: str = Field(default="us-central1", min_length=1, description="Vertex AI location.")
+    max_concurrent: int = Field(
+        default=10, ge=1, le=1000, description="Calls in flight over all responses, 1 to 1000; fewer under throttling."
+    )
+    retry_deadline_s: float = Field(
+        default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict[str, Price],
+        description="USD per million tokens by model, online list price, in place of the built-in table: "
+        "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
+    )
+    request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
+
+
+class VertexOnlineBackend(Backend):
+    """Scores through ``generateContent``, one call a context."""
+
+    Options: ClassVar[type[BackendOptions]] = VertexOnlineOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=gemini.MAX_TOP_LOGPROBS)
+    options: VertexOnlineOptions
+
+    def __init__(self, options: VertexOnlineOptions, state_dir: Path | None = None) -> None:
+        super().__init__(options, state_dir)
+        self._api_key = os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")
+        if options.project_id or not self._api_key:
+            self._project = require_project(options.project_id)
+            self._location = check_location(options.location)
+        self._calls: Counter[str] = Counter()
+        self._quota_used: str | None = None
+
+    async def __aenter__(self) -> Self:
+        self._limit = CallLimit(self.options.max_concurrent)
+        self._client = self._make_client()
+        return self
+
+    def _make_client(self) -> genai.Client:
+        if self.options.project_id or not self._api_key:
+            return make_client(self._project, self._location, self.options.request_timeout_s)
+        with translated("connect to the Gemini Developer API"):
+            timeout = types.HttpOptions(timeout=int(self.options.request_timeout_s * 1000))
+            return genai.Client(vertexai=False, api_key=self._api_key, http_options=timeout)
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.aio.aclose()
+        self._client.close()
+
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        """The generation settings; online and batch requests share their scores."""
+        return gemini.request_identity(request)
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """The list price; caches that the service applies by itself would lower it."""
+        assert isinstance(options, VertexOnlineOptions)
+        price = price_of(model, options.prices)
+        return token_cost(price, input_tokens, output_tokens)
+
+    @classmethod
+    def request_bytes(cls, request: ScoreRequest) -> int:
+        """The size of the requests as JSON lines."""
+        return sum(gemini.BatchRows(request).sizes())
+
+    def parallel_groups(self) -> int:
+        """Enough groups to keep every place among the calls in flight taken."""
+        return min(self.options.max_concurrent, 50)
+
+    def report(self) -> dict[str, Any]:
+        """How many calls were made, repeated ones included, by outcome."""
+        return {"calls": dict(sorted(self._calls.items()))}
+
+    async def preflight(self, model: str) -> str | None:
+        """One tiny request with a prefill."""
+        return await prove_usable(self._client, model, self.options.retry_deadline_s)
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Ask for every context; as many calls are prepared as may be in flight."""
+        contexts = _contexts(requests)
+        results: asyncio.Queue[Score | ScoreFailure | None] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                for model, key, body in contexts:
+                    results.put_nowait(await self._ask(model, key, body))
+            finally:
+                results.put_nowait(None)
+
+        workers = [asyncio.create_task(work()) for _ in range(self.options.max_concurrent)]
+        try:
+            for _ in workers:
+                while (result := await results.get()) is not None:
+                    yield result
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _ask(self, model: str, key: str, body: dict[str, Any]) -> Score | ScoreFailure:
+        if self._quota_used is not None:
+            return ScoreFailure(key, "daily-quota", self._quota_used)
+        try:
+            answer = await with_retries(
+                lambda: self._call(model, body),
+                what=f"ask {gemini.model_id(model)}",
+                deadline_s=self.options.retry_deadline_s,
+                first_wait_s=_FIRST_WAIT_S,
+            )
+        except DailyQuotaError as error:
+            self._quota_used = str(error)
+            logger.error("%s", error)
+            return ScoreFailure(key, "daily-quota", str(error))
+        except RetryableBackendError as error:
+            return ScoreFailure(key, "deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
+        except StatusError as error:
+            return ScoreFailure(key, "refused", str(error))
+        except BackendError as error:
+            return ScoreFailure(key, "unexpected-shape", str(error))
+        return gemini.parse_response(key, answer)
+
+    async def _call(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+        async with self._limit.slot():
+            try:
+                with translated("call"):
+                    answer = await generate(self._client, model, body)
+            except RetryableBackendError as error:
+                self._calls["throttled" if error.status == 429 else "fault"] += 1
+                await self._limit.note(throttled=error.status == 429)
+                raise
+            except BackendError:
+                self._calls["refused"] += 1
+                raise
+        self._calls["answered"] += 1
+        await self._limit.note(throttled=False)
+        return answer
+
+
+def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(model, key, body) of each distinct context; bodies are built when they are due."""
+    seen: set[str] = set()
+    for request in requests:
+        config = gemini.generation_config(request.model, request.top_logprobs)
+        for _, key, prefix in request.contexts():
+            if key not in seen:
+                seen.add(key)
+                yield request.model, key, gemini.request_body(request.prompt, prefix, config)

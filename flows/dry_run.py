@@ -1,0 +1,75 @@
+"""What a run would ask and cost, without a call."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from backends.errors import ConfigError
+from backends.prices import PRICES_AS_OF
+from flows.config import RunConfig, resolve_backend
+from flows.inputs import find_inputs
+from flows.plan import Asker, Plan, make_plan
+from flows.scoring import Stores
+
+Rows = list[tuple[str, str]]
+
+
+def plan_without_calls(config: RunConfig) -> Plan:
+    """The plan of a run, from files alone; the backend is built and never entered."""
+    backend, options, _ = resolve_backend(config)
+    built = backend(options, state_dir=config.output_dir / "scores")
+    asker = Asker(config, backend, options)
+    return make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, built.in_flight())
+
+
+def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
+    """Refuse to start above the limit, or where no price is known to hold against it.
+
+    Raises
+    ------
+    ConfigError
+        With the estimate.
+    """
+    cost = plan.estimate.cost_usd
+    if max_cost_usd is None or not plan.n_to_ask:
+        return
+    if cost is None:
+        raise ConfigError(
+            f"max_cost_usd is {max_cost_usd:g}, but no price of this model is known. Set it with "
+            "--set 'backend.prices={MODEL: {input: USD, output: USD}}' (per million tokens)."
+        )
+    if cost > max_cost_usd:
+        raise ConfigError(
+            f"the estimated cost of {cost:.4f} USD is above max_cost_usd = {max_cost_usd:g}. Raise it, or measure less "
+            "(--max-files)."
+        )
+
+
+def plan_rows(plan: Plan, config: RunConfig) -> Rows:
+    """(label, text) of a dry run."""
+    work = plan.estimate
+    problems = Counter(problem.kind for problem in plan.problems if not problem.repaired)
+    rows: Rows = [
+        ("configuration", json.dumps(json.loads(config.model_dump_json()), ensure_ascii=False)),
+        ("files", f"{len(plan.files):,}"),
+        ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
+        ("positions", f"{plan.n_positions:,}"),
+        ("distinct contexts", f"{plan.n_contexts:,}"),
+        ("on disk already", f"{plan.n_stored:,}"),
+        ("in jobs of earlier runs", f"{plan.n_in_flight:,}"),
+        ("requests", f"{plan.n_to_ask:,} in {len(plan.groups):,} groups"),
+        ("request bytes", f"{work.request_bytes:,}"),
+        ("input tokens, estimated", f"{work.input_tokens:,}"),
+        ("output tokens, estimated", f"{work.output_tokens:,}"),
+        ("cost, estimated", _cost_text(work.cost_usd)),
+    ]
+    return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _cost_text(cost: float | None) -> str:
+    if cost is None:
+        return "no price is known for this model; set backend.prices"
+    if cost == 0:
+        return "0 USD"
+    return f"{cost:.4f} USD (list prices of {PRICES_AS_OF}, or those of the configuration)"

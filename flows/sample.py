@@ -1,0 +1,90 @@
+"""Let model P write responses, with its top log-probabilities: ``sample-responses`` and ``python -m flows.sample``."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    # Prefect reads its settings when it is imported, so that the program prepares them before it loads this module.
+    from flows.sample_program import main
+
+    raise SystemExit(main())
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Failed, State
+
+from backends.base import Backend
+from backends.errors import ConfigError, TokenKLError
+from backends.session import BackendSession
+from flows.config import SampleConfig, resolve_backend
+from flows.progress import ProgressReporter
+from kl.records import Prompt, Response, Turn
+from kl.response_writer import response_document
+from kl.results import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+
+@task(cache_policy=NO_CACHE)
+def sample(config: SampleConfig) -> list[str]:
+    """Write one file per prompt; prompts whose file is there already are left alone."""
+    backend, options, _ = resolve_backend(config)
+    if not backend.capabilities.samples:
+        raise ConfigError(f"the backend {config.backend.name} does not write responses; 'local' does.")
+    if config.sampling.top_logprobs > backend.capabilities.max_top_logprobs:
+        raise ConfigError(
+            f"sampling.top_logprobs is {config.sampling.top_logprobs}, but the backend {config.backend.name} reports at "
+            f"most {backend.capabilities.max_top_logprobs}."
+        )
+    targets = [config.output_dir / f"{index:03d}_{_slug(text)}.json" for index, text in enumerate(config.prompts)]
+    missing = [index for index, path in enumerate(targets) if not _is_done(path, config, index)]
+    if missing:
+        with BackendSession(backend(options, state_dir=config.output_dir)) as session:
+            session.run(session.backend.preflight(config.model1))
+            with ProgressReporter("prompts sampled", len(missing)) as progress:
+                for index in missing:
+                    document = session.run(_write_responses(session.backend, config, index))
+                    write_json_atomic(targets[index], document)
+                    progress.advance(1)
+    return [str(path) for path in targets]
+
+
+async def _write_responses(backend: Backend, config: SampleConfig, index: int) -> dict[str, Any]:
+    prompt = Prompt((Turn("user", config.prompts[index]),), config.system)
+    found: list[Response] = [
+        response async for response in backend.sample(prompt, config.model1, config.sampling, config.num_responses)
+    ]
+    return response_document(prompt, config.model1, _sampling(config), found)
+
+
+def _sampling(config: SampleConfig) -> dict[str, Any]:
+    return config.sampling.model_dump()
+
+
+def _is_done(path: Path, config: SampleConfig, index: int) -> bool:
+    if not path.exists():
+        return False
+    document = json.loads(path.read_text(encoding="utf-8"))
+    asked = (config.prompts[index], config.system, config.model1, _sampling(config), config.num_responses)
+    there = (*(document.get(name) for name in ("prompt", "system", "model", "sampling")), len(document["responses"]))
+    if asked != there:
+        raise ConfigError(f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it.")
+    return True
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"
+
+
+@flow(name="sample-responses")
+def sample_responses(config: SampleConfig) -> list[str] | State[list[str]]:
+    """Write P's responses with their log-probabilities; returns the paths of the files."""
+    try:
+        return sample(config)
+    except TokenKLError as error:
+        return Failed(message=str(error), data=error)

@@ -1,0 +1,136 @@
+"""The results of a run: files for programs, rows for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+
+from flows.config import RunConfig
+from flows.inputs import InputFile, file_defect, read_input
+from flows.measuring import Measured
+from flows.report import RunReport
+from kl.headline import headline
+from kl.response_table import ResponseInfo, summarise_responses
+from kl.results import (
+    ResponseText,
+    result_paths,
+    write_kl_json,
+    write_responses,
+    write_run_info,
+    write_summary,
+    write_tokens,
+)
+from kl.schemas import TOKENS
+from kl.summary import RunFacts, Summary, summarise_dataset
+
+_PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
+
+
+def write_results(measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> RunReport:
+    """Write every file of the output contract; the parts that they were made from are removed."""
+    output = config.output_dir
+    write_tokens(measured.parts, output / "tokens.parquet")
+    tokens = pl.scan_parquet(output / "tokens.parquet")
+    write_responses(summarise_responses(tokens, measured.responses), output / "responses.parquet")
+    summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
+    write_summary(summary, output / "summary.json")
+    _write_per_file(measured, config)
+    write_run_info(_run_info(measured, config, record), output / "run.json")
+    shutil.rmtree(output / ".parts", ignore_errors=True)
+    return _report(summary, measured, config)
+
+
+def _facts(measured: Measured, config: RunConfig) -> RunFacts:
+    verdict = measured.diagnostic.verdict()
+    diagnostic = measured.diagnostic
+    return RunFacts(
+        model_p=", ".join(sorted(measured.models_p)) or None,
+        model_q=config.model2,
+        estimator=config.estimator,
+        top_logprobs=config.k,
+        prior_var=measured.prior_var,
+        samplings=sorted(measured.samplings, key=repr),
+        alignment={
+            "verdict": verdict.level,
+            "reasons": list(verdict.reasons),
+            "overlap": diagnostic.overlap,
+            "mean_shared_mass_p": diagnostic.mean_shared_mass_p,
+            "top_absent": diagnostic.top_absent,
+            "id_mismatch": diagnostic.id_mismatch,
+            "ambiguous_mass": diagnostic.ambiguous_mass,
+            "unseen_q": diagnostic.unseen_q,
+            "positions_by_id_bytes_text": list(diagnostic.n_by_key),
+        },
+    )
+
+
+def _write_per_file(measured: Measured, config: RunConfig) -> None:
+    targets = result_paths(file.source_file for file in measured.files)
+    parts = {part.name: part for part in measured.parts}
+    for index, file in enumerate(measured.files):
+        part = parts.get(f"{index:08d}.parquet")
+        tokens = pl.read_parquet(part) if part is not None else pl.DataFrame(schema=TOKENS)
+        _write_file(file, tokens, config, targets[file.source_file])
+
+
+def _write_file(file: InputFile, tokens: pl.DataFrame, config: RunConfig, target: str) -> None:
+    parsed = read_input(file)
+    texts = [ResponseText(response.response_idx, response.text) for response in parsed.responses]
+    texts += [ResponseText(item.response_idx, item.text, item.kind, item.message) for item in parsed.unreadable]
+    models = {response.model for response in parsed.responses if response.model is not None}
+    defect = file_defect(parsed)
+    write_kl_json(
+        config.output_dir / target,
+        prompt=parsed.prompt,
+        model_p=parsed.model or (models.pop() if len(models) == 1 else None),
+        model_q=config.model2,
+        responses=sorted(texts, key=lambda text: text.response_idx),
+        tokens=tokens,
+        error=defect.message if defect is not None else None,
+    )
+
+
+def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "model1": sorted(measured.models_p),
+        "model2": config.model2,
+        "model2_versions": sorted(measured.versions_q),
+        "other_writers": measured.other_writers,
+        **record,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _report(summary: Summary, measured: Measured, config: RunConfig) -> RunReport:
+    output = config.output_dir
+    warnings = list(summary.warnings)
+    if measured.other_writers:
+        first = measured.other_writers[0]
+        warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
+    names = ("summary.json", "responses.parquet", "tokens.parquet", "run.json")
+    return RunReport(
+        n_positions=summary.counts.positions,
+        n_measured=summary.counts.measured,
+        missing=dict(summary.counts.missing_by_reason),
+        skipped=dict(Counter(_skipped(info) for info in measured.responses if info.reason is not None)),
+        repaired=measured.repaired,
+        headline=headline(summary),
+        warnings=warnings,
+        paths=[str(output / name) for name in names] + [f"{output}/*_kl.json ({len(measured.files)} files)"],
+    )
+
+
+def _skipped(info: ResponseInfo) -> str:
+    assert info.reason is not None
+    return info.reason
