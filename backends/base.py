@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kl.records import Prompt, Response, Score, ScoreFailure
 
-
 # A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
 _BYTES_PER_TOKEN = 4
 
@@ -42,8 +41,8 @@ class ScoreRequest:
     """Contexts of one response that a model is asked about.
 
     The context of position ``t`` is ``prompt`` followed by the first ``t`` tokens of the response, as text
-    ``text[:prefix_ends[t]]``. Only ``positions`` are asked; ``keys[i]`` belongs to ``positions[i]`` and comes back in the
-    result. Prefixes are cut when they are needed, so a long response costs no more memory than its text.
+    ``text[:prefix_ends[t]]``. Only ``positions`` are asked; ``keys[i]`` belongs to ``positions[i]`` and comes back in
+    the result. Prefixes are cut when they are needed, so a long response costs no more memory than its text.
 
     Attributes
     ----------
@@ -202,7 +201,7 @@ class Backend(ABC):
     def in_flight(self) -> Mapping[str, str]:
         """Keys that an earlier run has already asked for, with the name of the remote job that answers them.
 
-        The flow asks for the keys of one job together, so that the backend can wait for that job instead of buying again.
+        The flow asks for the keys of one job together, so that the backend can wait for it instead of buying again.
         """
         return {}
 

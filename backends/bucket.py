@@ -13,12 +13,14 @@ import google.api_core.exceptions
 import google_crc32c
 from google.cloud import storage
 from google.cloud.storage import Blob
+from google.cloud.storage.exceptions import InvalidResponse
 
 from backends.errors import BackendError, ConfigError
 from backends.retry import StatusError, translated, with_retries
 
 T = TypeVar("T")
 
+_PRECONDITION_FAILED = 412
 _UPLOAD_CHUNK = 8 * 1024 * 1024
 # Uploads hold a chunk each, downloads a file on disk.
 _PARALLEL_TRANSFERS = 4
@@ -74,7 +76,6 @@ class BatchBucket:
 
         ``lines`` is iterated once per attempt and must be repeatable. Returns the object's ``gs://`` address.
         """
-
         async with self._transfers:
             await self._run(f"upload gs://{self.name}/{path}", lambda: self._upload(path, lines))
         return f"gs://{self.name}/{path}"
@@ -83,11 +84,17 @@ class BatchBucket:
         blob = self._client.bucket(self.name).blob(path)
         checksum = google_crc32c.Checksum()
         try:
-            with blob.open("wb", chunk_size=_UPLOAD_CHUNK, if_generation_match=0, ignore_flush=True, retry=None) as file:
+            with blob.open(
+                "wb", chunk_size=_UPLOAD_CHUNK, if_generation_match=0, ignore_flush=True, retry=None
+            ) as file:
                 for line in lines:
                     checksum.update(line)
                     file.write(line)
         except google.api_core.exceptions.PreconditionFailed as error:
+            self._accept_own_upload(blob, lines, error)
+        except InvalidResponse as error:
+            if error.response.status_code != _PRECONDITION_FAILED:
+                raise
             self._accept_own_upload(blob, lines, error)
 
     def _accept_own_upload(self, blob: Blob, lines: Iterable[bytes], error: Exception) -> None:
@@ -124,7 +131,7 @@ class BatchBucket:
         """The path inside this bucket of a ``gs://`` address."""
         start = f"gs://{self.name}/"
         if not uri.startswith(start):
-            raise BackendError(f"{uri} is not in the bucket {self.name}; results are read from the run's own bucket only.")
+            raise BackendError(f"{uri} is not in the bucket {self.name}, from which alone results are read.")
         return uri.removeprefix(start)
 
     async def _run(self, what: str, operation: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-# A few throttled calls in a hundred are repeated and that is all; a quarter of a window means that the rate is too high.
+# A few throttled calls in a hundred are repeated and that is all; a quarter of a window means too high a rate.
 _TOO_MANY_THROTTLED = 0.25
 _FEW_THROTTLED = 0.1
 _SMALLEST_WINDOW = 50

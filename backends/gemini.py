@@ -1,8 +1,8 @@
 """The Gemini wire: request body out, log-probabilities in. Shared by the Vertex backends.
 
-The service facts behind the choices: temperature 1 and topP 1 are pinned because whether they reshape the reported values
-is not documented; a tool, a topK or a response schema could mask tokens, so none is sent; thinking tokens would count
-against the one token that is asked for.
+The service facts behind the choices: temperature 1 and topP 1 are pinned because whether they reshape the reported
+values is not documented; a tool, a topK or a response schema could mask tokens, so none is sent; thinking tokens would
+count against the one token that is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MAX_TOP_LOGPROBS = 20
 # Masked tokens are reported as float32 -2**100; a real log-probability is never near this.
 _SENTINEL_BELOW = -1e20
 # Answers that end for one of these reasons were refused, and would be again.
+_DECISIVE_FIELDS = frozenset({"contents", "systemInstruction", "generationConfig"})
 _BLOCKING_REASONS = frozenset(
     {"SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"}
 )
@@ -130,12 +131,10 @@ def _dumps(value: Any) -> str:
 def canonical_request(body: dict[str, Any]) -> str:
     """A request body in one canonical form: no nulls, no empty maps, sorted keys, camelCase, numbers as floats.
 
-    Two spellings of a request that the service treats alike (it echoes requests with injected nulls, reordered keys or in
-    snake_case) have one canonical form.
+    Two spellings of a request that the service treats alike (it echoes requests with injected nulls, reordered keys or
+    in snake_case) have one canonical form.
     """
-    kept = {
-        name: value for name, value in _canonical(body).items() if name in {"contents", "systemInstruction", "generationConfig"}
-    }
+    kept = {name: value for name, value in _canonical(body).items() if name in _DECISIVE_FIELDS}
     kept["contents"] = [
         {"role": turn.get("role", "user"), "text": "".join(part.get("text", "") for part in turn.get("parts", []))}
         for turn in kept.get("contents", [])

@@ -61,11 +61,6 @@ class JobLedger:
         """The entry of a job."""
         return self._entries.get(job_key)
 
-    def latest_job(self, key: str, place: str) -> JobEntry | None:
-        """The newest job at ``place`` that was to answer a score key."""
-        entry = self._entries.get(self._latest.get(key, ""))
-        return entry if entry is not None and entry.backend_place == place else None
-
     def in_flight(self, place: str) -> dict[str, str]:
         """Score key → key of the newest job at ``place`` that was to answer it."""
         return {key: job for key, job in self._latest.items() if self._entries[job].backend_place == place}

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest
-from backends.errors import BackendError
+from backends.errors import TokenKLError
 from backends.llama import ENGINE, Cache
 from backends.llama_gguf import BACKEND, FloatArray
 from backends.llama_tokenizer import PromptRefusedError, Tokenizer, split_text
@@ -138,7 +138,7 @@ def _score_steps(request: ScoreRequest) -> Iterator[list[Score | ScoreFailure]]:
             yield results
     except PromptRefusedError as error:
         yield [ScoreFailure(key, "prompt-refused", str(error), final=True) for key in left]
-    except BackendError as error:
+    except TokenKLError as error:
         yield [ScoreFailure(key, "model-not-usable", str(error)) for key in left]
     except Exception as error:
         logger.exception("%s: the local engine failed", request.name)

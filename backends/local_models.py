@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.errors import MissingDependencyError, ModelNotUsableError
-from backends.llama import Llama, LlamaConfig, check_shapes
+from backends.llama import Llama
+from backends.llama_config import LlamaConfig, check_shapes
 from backends.llama_gguf import BACKEND, HOW_TO_INSTALL, GGUFFile, content_hash, read_gguf, require_packages
 from backends.llama_tokenizer import ChatTemplate, Tokenizer
 

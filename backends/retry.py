@@ -1,7 +1,7 @@
 """Repeating calls to a service: one layer, honest about when it gives up.
 
-The SDKs' own retries are off. A call is repeated after throttling, a 5xx or a broken connection, with exponential backoff
-and jitter, not before the service's ``Retry-After``, until a deadline.
+The SDKs' own retries are off. A call is repeated after throttling, a 5xx or a broken connection, with exponential
+backoff and jitter, not before the service's ``Retry-After``, until a deadline.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import google.auth.exceptions
 import httpx2
 import requests.exceptions
 import tenacity
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.genai import errors as genai_errors
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
@@ -27,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 _RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
+_TRANSPORT_ERRORS = (
+    DataCorruption,
+    httpx2.TransportError,
+    requests.exceptions.RequestException,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 class DailyQuotaError(BackendError):
@@ -93,6 +101,9 @@ def translated(what: str) -> Generator[None]:
     except google.api_core.exceptions.GoogleAPICallError as error:
         response: Any = getattr(error, "response", None)
         raise _from_status(what, error.code, error.message, _headers(response)) from error
+    except InvalidResponse as error:  # resumable transfers speak to the service below the other error classes
+        response = error.response
+        raise _from_status(what, response.status_code, _line(error), _headers(response)) from error
     except google.auth.exceptions.DefaultCredentialsError as error:
         raise ConfigError(
             f"{what}: no Google credentials were found. Run 'gcloud auth application-default login', or set "
@@ -102,7 +113,7 @@ def translated(what: str) -> Generator[None]:
         if getattr(error, "retryable", False) or isinstance(error, google.auth.exceptions.TransportError):
             raise RetryableBackendError(f"{what}: the token service failed: {_line(error)}") from error
         raise ConfigError(f"{what}: Google refused the credentials: {_line(error)}") from error
-    except (httpx2.TransportError, requests.exceptions.RequestException, ConnectionError, TimeoutError) as error:
+    except _TRANSPORT_ERRORS as error:
         raise RetryableBackendError(f"{what}: {type(error).__name__}: {_line(error)}") from error
 
 

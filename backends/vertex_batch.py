@@ -42,11 +42,16 @@ class VertexBatchOptions(BackendOptions):
     bucket_name: str | None = Field(
         default=None, description="Bucket for batch files; made when absent. Default: {project_id}-kl-batch."
     )
-    poll_interval_s: float = Field(default=10.0, gt=0, le=3600, description="Seconds between looks at a job, up to 3600.")
+    poll_interval_s: float = Field(
+        default=10.0, gt=0, le=3600, description="Seconds between looks at a job, above 0, up to 3600."
+    )
     wait_deadline_s: float = Field(
         default=4 * 86400.0,
         gt=0,
-        description="Seconds to wait for a job (default 4 days: 72 h in the queue, 24 h of work). A later run attaches to it.",
+        description="Seconds to wait for a job (default 4 days: 72 h in the queue, 24 h of work); a later run attaches.",
+    )
+    output_deadline_s: float = Field(
+        default=120.0, ge=0, description="Seconds after a job's end within which its output must appear."
     )
     retry_deadline_s: float = Field(
         default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
@@ -99,6 +104,8 @@ class VertexBatchBackend(Backend):
         self._place = f"{project}/{location}/{bucket}"
         self._project, self._location, self._bucket_name = project, location, bucket
         self._ledger = JobLedger(state_dir / "jobs")
+        # Jobs that this run records itself are waited for where they are made.
+        self._earlier = self._ledger.in_flight(self._place)
         self._reported: dict[str, dict[str, Any]] = {}
 
     async def __aenter__(self) -> Self:
@@ -139,7 +146,7 @@ class VertexBatchBackend(Backend):
 
     def in_flight(self) -> Mapping[str, str]:
         """Keys in jobs that this output folder has on record."""
-        return self._ledger.in_flight(self._place)
+        return self._earlier
 
     def report(self) -> dict[str, Any]:
         """The jobs of this run with their states."""
@@ -161,8 +168,7 @@ class VertexBatchBackend(Backend):
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
         by_job: dict[str | None, list[str]] = {}
         for key in rows.keys:
-            entry = self._ledger.latest_job(key, self._place)
-            by_job.setdefault(entry.job_key if entry else None, []).append(key)
+            by_job.setdefault(self._earlier.get(key), []).append(key)
         fresh = by_job.pop(None, [])
         for keys in by_job.values():
             yield rows.only(keys)
@@ -170,7 +176,7 @@ class VertexBatchBackend(Backend):
 
     async def _score_rows(self, rows: RowSet) -> AsyncIterator[Score | ScoreFailure]:
         failures: dict[str, ScoreFailure] = {}
-        earlier = self._ledger.latest_job(rows.keys[0], self._place)
+        earlier = self._ledger.get(self._earlier.get(rows.keys[0], ""))
         attempts = 0
         while rows.keys:
             async with self._slots:
@@ -244,7 +250,8 @@ class VertexBatchBackend(Backend):
     async def _wait(self, job: RemoteJob, rows: int) -> RemoteJob:
         until = time.monotonic() + self.options.wait_deadline_s
         while True:
-            self._reported[job.name] = {"name": job.name, "display_name": job.display_name, "state": job.state, "rows": rows}
+            known = {"name": job.name, "display_name": job.display_name, "state": job.state, "rows": rows}
+            self._reported[job.name] = known
             try:
                 if job.terminal:
                     return job
@@ -260,18 +267,26 @@ class VertexBatchBackend(Backend):
             job = await self._jobs.get(job.name)
 
     async def _read(self, ended: _Ended, rows: RowSet) -> AsyncIterator[Score | ScoreFailure]:
-        directory = ended.job.output_directory
-        if directory is None:
-            return
         reader = OutputReader(rows)
         with tempfile.TemporaryDirectory(prefix="tokenkl-") as folder:
-            for index, path in enumerate(await self._bucket.output_files(directory)):
+            for index, path in enumerate(await self._output_files(ended.job)):
                 local = Path(folder) / f"{index}.jsonl"
                 await self._bucket.download(path, local)
                 for result in reader.read(local):
                     yield result
                 local.unlink()
         reader.log_oddities(ended.job.name)
+
+
+    async def _output_files(self, job: RemoteJob) -> list[str]:
+        """The output of a job, which may appear a little after its end."""
+        until = time.monotonic() + self.options.output_deadline_s
+        while True:
+            files = await self._bucket.output_files(job.output_directory) if job.output_directory else []
+            if files or not job.has_output or time.monotonic() > until:
+                return files
+            await asyncio.sleep(min(self.options.poll_interval_s, 5.0))
+            job = await self._jobs.get(job.name)
 
 
 class _GiveUp(Exception):

@@ -87,6 +87,14 @@ class RemoteJob:
     output_directory: str | None = None
     error: str | None = None
     error_code: int | None = None
+    successful_rows: int | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether rows must be there, though perhaps a moment after the state says that the job ended."""
+        if self.successful_rows is not None:
+            return self.successful_rows > 0
+        return self.state in ("SUCCEEDED", "PARTIALLY_SUCCEEDED")
 
     @property
     def terminal(self) -> bool:
@@ -212,6 +220,7 @@ def _from_sdk(job: types.BatchJob) -> RemoteJob:
         output_directory=job.output_info.gcs_output_directory if job.output_info else None,
         error=_error_text(job.error.model_dump()) if job.error else None,
         error_code=job.error.code if job.error else None,
+        successful_rows=_known_count(job.completion_stats.successful_count if job.completion_stats else None),
     )
 
 
@@ -226,7 +235,13 @@ def _from_json(job: dict[str, Any]) -> RemoteJob:
         output_directory=job.get("outputInfo", {}).get("gcsOutputDirectory"),
         error=_error_text(error) if error else None,
         error_code=error.get("code") if error else None,
+        successful_rows=_known_count(job.get("completionStats", {}).get("successfulCount")),
     )
+
+
+def _known_count(value: int | str | None) -> int | None:
+    # REST writes counts as texts, and -1 for one that is not known.
+    return int(value) if value is not None and int(value) >= 0 else None
 
 
 def _error_text(error: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Vertex AI online prediction, and the Gemini Developer API where only an API key is set: the same requests, one by one."""
+"""Vertex AI online prediction, and the Gemini Developer API where only an API key is set: the same requests, singly."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class VertexOnlineOptions(BackendOptions):
 
     project_id: str | None = Field(
         default=None,
-        description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT; without one, GOOGLE_API_KEY or GEMINI_API_KEY "
-        "selects the Gemini Developer API.",
+        description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT; without one, GOOGLE_API_KEY or "
+        "GEMINI_API_KEY selects the Gemini Developer API.",
     )
     location: str = Field(default="us-central1", min_length=1, description="Vertex AI location.")
     max_concurrent: int = Field(

@@ -238,8 +238,8 @@ def _parse_set(pair: str) -> dict[str, Any]:
         raise ConfigError(f"--set {pair!r} is not KEY=VALUE; write for example --set backend.poll_interval_s=30.")
     try:
         value: Any = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {pair!r}: the value is not valid YAML. Put quotes around it.") from error
+    except yaml.YAMLError:
+        value = text  # such as "*.json", which YAML takes for an alias; the field decides whether a text will do
     for name in reversed(names):
         value = {name: value}
     return value

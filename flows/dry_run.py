@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from backends.errors import ConfigError
 from backends.prices import PRICES_AS_OF
@@ -50,8 +52,13 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
     """(label, text) of a dry run."""
     work = plan.estimate
     problems = Counter(problem.kind for problem in plan.problems if not problem.repaired)
+    _, options, notes = resolve_backend(config)
+    settings = config.model_dump(mode="json", exclude={"backend"}) | {
+        "backend": {"name": config.backend.name} | options.model_dump(mode="json")
+    }
     rows: Rows = [
-        ("configuration", json.dumps(json.loads(config.model_dump_json()), ensure_ascii=False)),
+        *_settings_rows("", settings),
+        *(("note", note) for note in notes),
         ("files", f"{len(plan.files):,}"),
         ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
         ("positions", f"{plan.n_positions:,}"),
@@ -65,6 +72,14 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
         ("cost, estimated", _cost_text(work.cost_usd)),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _settings_rows(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _settings_rows(f"{path}{name}.", value)
+        else:
+            yield f"{path}{name}", json.dumps(value, ensure_ascii=False)
 
 
 def _cost_text(cost: float | None) -> str:

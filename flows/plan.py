@@ -106,7 +106,7 @@ class Plan:
     n_contexts: int = 0
     n_stored: int = 0
     n_in_flight: int = 0
-    estimate: WorkEstimate = WorkEstimate()
+    estimate: WorkEstimate = field(default_factory=WorkEstimate)
 
     @property
     def n_to_ask(self) -> int:

@@ -38,8 +38,8 @@ def sample(config: SampleConfig) -> list[str]:
         raise ConfigError(f"the backend {config.backend.name} does not write responses; 'local' does.")
     if config.sampling.top_logprobs > backend.capabilities.max_top_logprobs:
         raise ConfigError(
-            f"sampling.top_logprobs is {config.sampling.top_logprobs}, but the backend {config.backend.name} reports at "
-            f"most {backend.capabilities.max_top_logprobs}."
+            f"sampling.top_logprobs is {config.sampling.top_logprobs}, but the backend {config.backend.name} reports "
+            f"at most {backend.capabilities.max_top_logprobs}."
         )
     targets = [config.output_dir / f"{index:03d}_{_slug(text)}.json" for index, text in enumerate(config.prompts)]
     missing = [index for index, path in enumerate(targets) if not _is_done(path, config, index)]

@@ -11,8 +11,8 @@ from flows.config import SampleConfig, resolve_backend
 from flows.environment import prepare_environment
 
 _DESCRIPTION = (
-    "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with its "
-    "top log-probabilities at every position. Files that are there already are left alone."
+    "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with "
+    "its top log-probabilities at every position. Files that are there already are left alone."
 )
 
 

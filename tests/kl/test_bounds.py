@@ -66,7 +66,8 @@ def test_lower_bounds_equal_a_bisection_over_the_one_unknown_ratio(case):
         slow = slow_bounds.lower(
             {c.token: np.exp(c.logprob) for c in lists_p[t]}, {c.token: np.exp(c.logprob) for c in lists_q[t]}, 1e-9
         )
-        assert [values[t] for values in low] == pytest.approx(slow, rel=1e-8, abs=1e-8)
+        # Masses that are 1 up to rounding can make a sum of -1e-8; the bounds end at 0.
+        assert [values[t] for values in low] == pytest.approx([max(value, 0) for value in slow], rel=1e-8, abs=1e-8)
 
 
 def completions(logp, logq, k_p, k_q):
@@ -147,7 +148,9 @@ def test_corners_are_finite_and_swap(lists):
 @pytest.mark.parametrize("lists", [CORNERS[name] for name in list(CORNERS)[:-1]], ids=list(CORNERS)[:-1])
 def test_corners_equal_the_slow_reference(lists):
     top_p, top_q = lists
-    slow = slow_bounds.lower({c.token: np.exp(c.logprob) for c in top_p}, {c.token: np.exp(c.logprob) for c in top_q}, 1e-6)
+    slow = slow_bounds.lower(
+        {c.token: np.exp(c.logprob) for c in top_p}, {c.token: np.exp(c.logprob) for c in top_q}, 1e-6
+    )
     low = lower_bounds(cells(align([top_p], [top_q])))
     assert [values[0] for values in low] == pytest.approx(slow, rel=1e-7, abs=1e-8)
 
@@ -179,9 +182,11 @@ def colliding(logs, k, n_texts):
 @settings(max_examples=100, deadline=None)
 def test_bounds_hold_when_a_list_repeats_a_text(seed, k_p, k_q, noise):
     logp, logq = gaussian_pair(seed, 20, 14, noise, zipf=0.8)
-    # Only the tokens that are listed twice betray themselves; a text that each side lists once is taken to be one token.
+    # Only a text that is listed twice betrays itself; one that each side lists once is taken to be one token.
     lists_p, lists_q = colliding(logp, k_p, 13), colliding(logq, k_q, 13)
-    seen = [{c.token for c in (*top_p, *top_q) if c.token == "t0"} for top_p, top_q in zip(lists_p, lists_q, strict=True)]
+    seen = [
+        {c.token for c in (*top_p, *top_q) if c.token == "t0"} for top_p, top_q in zip(lists_p, lists_q, strict=True)
+    ]
     twice = [
         any([c.token for c in top].count("t0") == 2 for top in pair) or not seen[t]
         for t, pair in enumerate(zip(lists_p, lists_q, strict=True))
@@ -196,7 +201,10 @@ def test_bounds_hold_when_a_list_repeats_a_text(seed, k_p, k_q, noise):
 def test_bounds_hold_when_tokens_cannot_be_told_apart(seed, k_p, k_q, noise):
     logp, logq = gaussian_pair(seed, 20, 12, noise, zipf=0.8)
     unclear = [
-        [tuple(c._replace(token="\ufffd", token_id=None) if c.token_id in (0, 1, 5) else c for c in top) for top in side]
+        [
+            tuple(c._replace(token="\ufffd", token_id=None) if c.token_id in (0, 1, 5) else c for c in top)
+            for top in side
+        ]
         for side in (top_lists(logp, k_p), top_lists(logq, k_q))
     ]
     low = lower_bounds(cells(align(*unclear)))
@@ -235,25 +243,20 @@ def test_open_mass_stays_outside_at_the_smallest_completion(seed):
     assert -1e-6 <= found - lower_bounds(cell).kl[0] <= 1e-4
 
 
-@given(pairs())
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 1.0, 4.0]))
 @settings(max_examples=60, deadline=None)
-def test_upper_bounds_hold_under_their_assumption(case):
-    logp, logq, k_p, k_q = case
-    logp, logq = gaussian_pair(int(1e6 * abs(logp[0, 0])), *logp.shape, 1.0)  # float64, summing to 1
-    aligned = align(top_lists(logp, k_p), top_lists(logq, k_q))
-    cell = cells(aligned)
-    true = true_divergences(logp, logq)[0]
-    ratio = logp - logq
-    for t in range(len(logp)):
-        in_p, in_q = np.argsort(-logp[t])[:k_p], np.argsort(-logq[t])[:k_q]
-        hidden = np.setdiff1d(np.arange(logp.shape[1]), np.intersect1d(in_p, in_q))
-        if hidden.size == 0:
-            continue
-        width, largest = np.ptp(ratio[t, hidden]), ratio[t, hidden].max()
-        assert upper_range(cell, float(width))[t] >= true[t] - 1e-9
-        assert upper_ratio(cell, float(largest))[t] >= true[t] - 1e-9
-        assert upper_floor(cell, float(np.exp(logq[t].min())))[t] >= true[t] - 1e-9
-        assert lower_bounds(cell).kl[t] <= upper_floor(cell, float(np.exp(logq[t].min())))[t] + 1e-9
+def test_upper_bounds_hold_under_their_assumption(seed, k_p, k_q, noise):
+    logp, logq = gaussian_pair(seed, 10, 15, noise, zipf=0.8)
+    cell = cells(align(top_lists(logp, k_p), top_lists(logq, k_q)))
+    low, true = lower_bounds(cell).kl, true_divergences(logp, logq)[0]
+    for t, ratio in enumerate(logp - logq):
+        listed_p, listed_q = np.argsort(-logp[t])[:k_p], np.argsort(-logq[t])[:k_q]
+        hidden = np.setdiff1d(np.arange(15), np.intersect1d(listed_p, listed_q))
+        by_floor = upper_floor(cell, float(np.exp(logq[t].min())))[t]
+        assert upper_range(cell, float(np.ptp(ratio[hidden])))[t] >= true[t] - 1e-9
+        assert upper_ratio(cell, float(ratio[hidden].max()))[t] >= true[t] - 1e-9
+        assert by_floor >= true[t] - 1e-9
+        assert low[t] <= by_floor + 1e-9
 
 
 @pytest.mark.parametrize("smallest", [0.0, -0.1, 1.5, float("nan")])

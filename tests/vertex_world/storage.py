@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import socket
@@ -46,6 +47,7 @@ class GcsServer:
 
     def start(self) -> None:
         """Start it, on another port if somebody else was quicker."""
+        atexit.register(self._terminate)  # also where nobody gets to call stop()
         self._directory = tempfile.TemporaryDirectory(prefix="vertex-world-gcs-", ignore_cleanup_errors=True)
         for _ in range(5):
             with socket.socket() as probe:
@@ -98,6 +100,7 @@ class GcsServer:
 
     def stop(self) -> None:
         self._terminate()
+        atexit.unregister(self._terminate)
         self.pool.clear()
         if self._log is not None:
             self._log.close()

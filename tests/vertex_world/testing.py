@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -80,3 +81,38 @@ def upload_rows(rows: list[dict[str, Any]], name: str, bucket: str = "bucket") -
         text = "".join(json.dumps(row) + "\n" for row in rows)
         client.bucket(bucket).blob(f"in/{name}.jsonl").upload_from_string(text)
     return f"gs://{bucket}/in/{name}.jsonl"
+
+
+def ask(world: VertexWorld, prompt: str = "q", client: genai.Client | None = None) -> types.GenerateContentResponse:
+    """One online call with the real client; the environment must be the world's."""
+    with contextlib.nullcontext(client) if client else genai_client(world) as client:
+        return client.models.generate_content(model=FLASH, contents=prompt, config=scoring_config())
+
+
+def start_job(world: VertexWorld, rows: int = 10, name: str = "a") -> types.BatchJob:
+    """A job of ``rows`` prompts q0, q1, … with keys k0, k1, …"""
+    lines = [{"key": f"k{index}", "request": scoring_request(f"q{index}")} for index in range(rows)]
+    source = upload_rows(lines, name)
+    with genai_client(world) as client:
+        return client.batches.create(
+            model=FLASH, src=source, config={"display_name": name, "dest": f"gs://bucket/out/{name}"}
+        )
+
+
+def files(world: VertexWorld, index: int = 0) -> dict[str, bytes]:
+    """What lies in the output folder of job number ``index``."""
+    folder = world.jobs[index].output_directory
+    if folder is None:
+        return {}
+    return {uri.removeprefix(folder + "/"): world.objects.read(uri) for uri in world.objects.list(folder + "/")}
+
+
+def rows_of(world: VertexWorld, index: int = 0) -> list[dict[str, Any]]:
+    """Its output rows, in the order of files and lines."""
+    return [
+        json.loads(line)
+        for name, content in files(world, index).items()
+        if not name.startswith("incremental")
+        for line in content.split(b"\n")
+        if line
+    ]

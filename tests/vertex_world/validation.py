@@ -6,6 +6,7 @@ what the rest of the world works with and what is hashed.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -145,6 +146,8 @@ def _parse_value(kind: Any, value: Any, path: str) -> Any:
 def _string(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise _invalid_value(path, "TYPE_STRING", value)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise malformed(f"Invalid JSON payload received. Unpaired surrogate at '{path}'.")
     return value
 
 
@@ -155,13 +158,13 @@ def _bool(value: Any, path: str) -> bool:
 
 
 def _int(value: Any, path: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
         raise _invalid_value(path, "TYPE_INT32", value)
     return int(value)
 
 
 def _float(value: Any, path: str) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _invalid_value(path, "TYPE_FLOAT", value)
     return int(value) if value == int(value) else value
 

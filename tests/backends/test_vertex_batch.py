@@ -1,0 +1,203 @@
+"""Batch jobs against the local Vertex AI: the happy path, every state, every trap, nothing bought twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.vertex_batch import VertexBatchBackend, VertexBatchOptions
+from kl.records import Response, Score, ScoreFailure
+from tests.backends.conftest import Results, distinct, request_for, score_all
+from tests.vertex_world.language_model import prompt_turns
+from tests.vertex_world.world import VertexWorld
+
+
+def options(**settings: Any) -> VertexBatchOptions:
+    return VertexBatchOptions(project_id="stand-in-project", poll_interval_s=0.05, **settings)
+
+
+@pytest.fixture
+def score(tmp_path: Path) -> Callable[..., Results]:
+    """Score responses, one group each, with a backend that keeps its state in one folder over several calls."""
+
+    def run(responses: list[Response], per_group: int = 1, **settings: Any) -> Results:
+        chosen = options(**settings)
+        requests = distinct([request_for(response, VertexBatchBackend, chosen) for response in responses])
+        groups = [requests[start : start + per_group] for start in range(0, len(requests), per_group)]
+        return score_all(VertexBatchBackend(chosen, tmp_path / "state"), groups)
+
+    return run
+
+
+def all_scored(results: Results) -> bool:
+    return bool(results) and all(isinstance(result, Score) for result in results.values())
+
+
+def expected_top(world: VertexWorld, response: Response, position: int) -> list[float]:
+    """Q's 20 largest log-probabilities at a position, from the world's own distribution."""
+    prefix = "".join(item.sampled.token for item in response.positions[:position])
+    turns = prompt_turns(response.prompt.turns[0].content)
+    distribution = world.language_model.distribution("gemini-2.5-flash", turns, response.prompt.system, prefix)
+    return sorted(distribution.logprobs, reverse=True)[:20]
+
+
+def test_every_distinct_context_is_one_row_and_one_group_is_one_job(in_vertex_world, responses, score) -> None:
+    asked = responses()
+    results = score(asked)
+    assert all_scored(results)
+    assert in_vertex_world.rejected == []
+    assert len(in_vertex_world.jobs) == len(asked)
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+    assert sum(in_vertex_world.rows_bought.values()) == len(results)
+
+
+def test_scores_are_those_of_the_model(in_vertex_world, responses, score) -> None:
+    asked = responses(prompts=1, n=1)
+    results = score(asked)
+    keys = request_for(asked[0], VertexBatchBackend, options()).keys
+    for position, key in enumerate(keys):
+        logprobs = [candidate.logprob for candidate in results[key].top]
+        assert logprobs == pytest.approx(expected_top(in_vertex_world, asked[0], position), abs=1e-5)
+        assert results[key].model_version
+
+
+def test_several_responses_in_one_group_share_a_job_and_their_equal_contexts(in_vertex_world, responses, score) -> None:
+    asked = responses(prompts=3, n=3)
+    results = score(asked, per_group=9)
+    assert all_scored(results)
+    assert len(in_vertex_world.jobs) == 1
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+    assert sum(in_vertex_world.rows_bought.values()) == len(results)
+
+
+def test_files_stay_within_the_limits_of_rows(in_vertex_world, responses, score) -> None:
+    results = score(responses(prompts=2, n=2), per_group=4, max_rows_per_job=7)
+    assert all_scored(results)
+    assert max(job.rows_in for job in in_vertex_world.jobs) <= 7
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Switches of the world with which every position is still measured, each row bought at most once."""
+
+    id: str
+    switches: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+SURVIVED = [
+    Fault("rows in any order", {"shuffle_rows": True}),
+    Fault("three shards", {"shards": 3, "shuffle_rows": True}),
+    Fault("shards of another name", {"shards": 3, "shard_name": "predictions_{index:03d}.jsonl"}),
+    Fault("rows without our key", {"drop_keys": True, "shuffle_rows": True}),
+    Fault("rows without our key, echoed with nulls", {"drop_keys": True, "mangle_echo": True, "shuffle_rows": True}),
+    Fault("rows twice", {"duplicate_rate": 0.5}),
+    Fault("incremental files of wrong data", {"incremental_siblings": True}),
+    Fault("fields nobody knows", {"extra_fields": True}),
+    Fault("sampled token not in the list", {"chosen_absent_rate": 0.5}),
+    Fault("masked tokens", {"sentinel_rate": 0.5}),
+    Fault("throttled calls", {"http": {kind: {"429": 0.2} for kind in ("create", "get", "list", "token", "storage")}}),
+    Fault("failing calls", {"http": {kind: {"503": 0.2} for kind in ("create", "get", "list", "token", "storage")}}),
+    Fault("broken connections", {"http": {kind: {"reset": 0.2} for kind in ("create", "get", "list", "storage")}}),
+    Fault("create done, answer lost", {"http_script": {"create": ["lost", "lost-503", "lost"]}}),
+    Fault("uploads done, answer lost", {"http_script": {"storage.upload": [None, "lost", None, "lost-503"]}}),
+    Fault("output after the end", {"output_delay_s": 0.5}),
+    Fault("failed first", {"job_outcomes": ["FAILED"]}),
+    Fault("expired half-way", {"job_outcomes": [("EXPIRED", 0.5), ("EXPIRED", 0.5)]}),
+    Fault("cancelled half-way", {"job_outcomes": [("CANCELLED", 0.5)]}),
+    Fault("partially succeeded", {"job_outcomes": ["PARTIALLY_SUCCEEDED", "PARTIALLY_SUCCEEDED"]}),
+    Fault("succeeded, all rows failed", {"job_outcomes": ["SUCCEEDED_ALL_ROWS_FAILED"]}),
+    Fault("error with objects", {"job_outcomes": ["FAILED", "FAILED"], "job_error_details": True}),
+    Fault("service agents not there yet", {"provision_first_job": True}),
+    Fault("row errors", {"row_error_rate": 0.2}),
+    Fault("row errors, null response", {"row_error_rate": 0.2, "failed_response": "null"}),
+    Fault("row errors, empty response", {"row_error_rate": 0.2, "failed_response": "empty"}),
+]
+
+
+@pytest.mark.parametrize("fault", SURVIVED, ids=lambda fault: fault.id)
+def test_all_is_measured_and_nothing_bought_twice(fault: Fault, in_vertex_world, responses, score) -> None:
+    for name, value in fault.switches.items():
+        setattr(in_vertex_world.faults, name, value)
+    results = score(responses(prompts=3, n=1), retry_deadline_s=60, **fault.settings)
+    assert all_scored(results)
+    assert in_vertex_world.rejected == []
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+
+
+def test_missing_rows_are_asked_again(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.missing_rate = 0.2
+    results = score(responses(prompts=3, n=1))
+    assert all_scored(results)
+    assert in_vertex_world.faults.injected["missing_rate"] or sum(in_vertex_world.faults.injected.values())
+
+
+def test_a_cut_last_line_is_one_missing_row(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.truncate_last_line = True
+    results = score(responses(prompts=1, n=1), max_attempts=20)
+    failed = [result for result in results.values() if isinstance(result, ScoreFailure)]
+    assert len(failed) <= 1  # the last row of every job is cut, so that one row may never come
+
+
+def test_blocked_prompts_are_final_and_always_failing_rows_are_named(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.blocked_rate = 0.1
+    in_vertex_world.faults.failing_rate = 0.1
+    results = score(responses(prompts=4, n=1), max_attempts=3)
+    reasons = {result.reason for result in results.values() if isinstance(result, ScoreFailure)}
+    assert reasons == {"blocked", "row-error"}
+    assert all(result.final == (result.reason == "blocked") for result in results.values() if isinstance(result, ScoreFailure))
+    assert sum(isinstance(result, Score) for result in results.values()) > len(results) / 2
+
+
+def test_a_job_that_always_fails_says_so_in_the_services_words(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.job_outcomes = ["FAILED"] * 10
+    results = score(responses(prompts=1, n=1), max_attempts=2)
+    assert {result.reason for result in results.values()} == {"job-failed"}
+    assert all("FAILED" in result.message for result in results.values())
+    assert len(in_vertex_world.jobs) == 2
+
+
+def test_an_unknown_state_is_an_error_and_makes_no_second_job(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.job_outcomes = ["JOB_STATE_FROBNICATED"]
+    results = score(responses(prompts=1, n=1))
+    assert {result.reason for result in results.values()} == {"unknown-state"}
+    assert "FROBNICATED" in next(iter(results.values())).message
+    assert len(in_vertex_world.jobs) == 1
+
+
+@pytest.mark.parametrize("outcome", ["NEVER", "PAUSED", "NEVER_STARTS"])
+def test_a_wait_has_a_deadline_and_the_next_run_attaches(outcome, in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.job_outcomes = [outcome]
+    asked = responses(prompts=1, n=1)
+    results = score(asked, wait_deadline_s=0.5)
+    assert {result.reason for result in results.values()} == {"deadline"}
+    again = score(asked, wait_deadline_s=0.5)
+    assert {result.reason for result in again.values()} == {"deadline"}
+    assert len(in_vertex_world.jobs) == 1
+
+
+def test_a_second_run_with_the_same_folder_reads_the_same_job(in_vertex_world, responses, score) -> None:
+    asked = responses()
+    first, second = score(asked), score(asked)
+    assert first == second
+    assert len(in_vertex_world.jobs) == len(asked)
+
+
+def test_a_run_grouped_otherwise_still_finds_the_jobs(in_vertex_world, responses, score) -> None:
+    asked = responses(prompts=3, n=1)
+    first = score(asked)
+    assert score(asked, per_group=3) == first
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+
+
+def test_a_run_without_the_folder_finds_the_jobs_by_name(in_vertex_world, responses, tmp_path) -> None:
+    asked = responses(prompts=2, n=1)
+    groups = [[request_for(response, VertexBatchBackend, options())] for response in asked]
+    first = score_all(VertexBatchBackend(options(), tmp_path / "one"), groups)
+    second = score_all(VertexBatchBackend(options(), tmp_path / "two"), groups)
+    assert first == second
+    assert len(in_vertex_world.jobs) == 2

@@ -1,0 +1,85 @@
+"""A real Prefect server for the whole session, and the real command line against it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SERVER_START_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def clean_environment(home: Path, **extra: str) -> dict[str, str]:
+    """The environment of a newcomer: nothing of Prefect's or Google's, a home of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GOOGLE_", "GEMINI_"))}
+    return kept | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server with a database of its own."""
+    home = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    log = (home / "server.log").open("wb")
+    environment = clean_environment(home, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}/api", server, home / "server.log")
+        yield f"http://127.0.0.1:{port}/api"
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + SERVER_START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"the Prefect server ended: {log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise TimeoutError(f"the Prefect server did not start in {SERVER_START_S} s: {log.read_text()[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished program."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run_program(prefect_api: str, tmp_path: Path) -> Run:
+    """``run_program("flows.run", "--flag", …, env={…})``: the program as a user starts it, with the session's server."""
+
+    def run(module: str, *arguments: object, env: Mapping[str, str] | None = None, timeout_s: float = 240) -> Done:
+        environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **(env or {}))
+        command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
