@@ -32,7 +32,7 @@ class BackendOptions(BaseModel):
     system: str | None = Field(
         default=None,
         description="System text given to this backend's model in place of the one in the response file; "
-        "an empty text removes it. Default: the file's own.",
+        "an empty text asks for none. Default: the file's own.",
     )
 
 

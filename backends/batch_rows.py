@@ -146,7 +146,7 @@ class OutputReader:
     def log_oddities(self, job_name: str) -> None:
         """Say what in the output was no answer to anything asked."""
         if self._unreadable:
-            logger.warning("batch job %s: %d output lines are not JSON and count as missing", job_name, self._unreadable)
+            logger.warning("batch job %s: %d output lines are not JSON, hence missing", job_name, self._unreadable)
         if self._foreign:
             logger.debug("batch job %s: %d output lines answer no open row", job_name, self._foreign)
 

@@ -7,7 +7,7 @@
     │   └── MissingDependencyError
     └── BackendError                       the service or the model
         ├── RetryableBackendError          may succeed when repeated; `retry_after_s` if the service said
-        ├── ModelNotUsableError            exists not, gives no logprobs, or refuses a prefill
+        ├── ModelNotUsableError (also ConfigError)  exists not, gives no logprobs, or refuses a prefill
         ├── ResponseShapeError             an answer that cannot be read
         └── BatchFailedError               a batch job that ended without its rows
 
@@ -86,7 +86,7 @@ class RetryableBackendError(BackendError):
         self.status = status
 
 
-class ModelNotUsableError(BackendError):
+class ModelNotUsableError(BackendError, ConfigError):
     """The model does not exist, gives no log-probabilities or does not continue a prefill."""
 
 

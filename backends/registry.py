@@ -38,7 +38,8 @@ def build_targets(plugins: Iterable[object] = ()) -> dict[str, str]:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise ConfigError(
-            f"a backend plugin implements a hook that does not exist: {error}. The one hook is register_backends(register)."
+            f"a backend plugin implements a hook that does not exist: {error}. "
+            "The one hook is register_backends(register)."
         ) from error
     return _collect(manager)
 

@@ -5,7 +5,7 @@ One folder per prompt, so that reading what one prompt needs never touches the r
     scores/<prompt_id>/<part>.parquet
 
 A part is written whole or not at all. The same score may stand in two parts (a run was killed between writing a merged
-part and removing its pieces); the answers are equal and the first one read counts. All parts together are a plain table:
+part and removing its pieces); the answers are equal and the first one read counts. All parts are one plain table:
 ``polars.read_parquet("scores/*/*.parquet")``.
 """
 
@@ -135,7 +135,7 @@ class ScoreStore:
 
     def _write(self, frame: pl.DataFrame, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A part of this name may be written by two tasks at once only with equal keys; the temporary name still differs.
+        # Two tasks write a part of one name only with equal keys; their temporary names differ all the same.
         temporary = target.with_name(f".{target.name}.{os.getpid()}-{id(frame)}.tmp")
         try:
             with temporary.open("wb") as file:

@@ -1,7 +1,7 @@
 """One event loop per process for all backend work, shared by the threads that ask.
 
-The tasks of a flow run in threads; what they share (the limit on calls in flight, the poller of remote jobs, the reaction
-to a cancel) lives here, on one loop in one thread.
+The tasks of a flow run in threads; what they share (the limit on calls in flight, the poller of remote jobs, the
+reaction to a cancel) lives here, on one loop in one thread.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
 from backends.batch_rows import OutputReader, RowSet, split_rows
 from backends.bucket import BatchBucket
 from backends.errors import BackendError, ConfigError
+from backends.gemini_calls import prove_usable
 from backends.job_ledger import JobEntry, JobLedger
 from backends.prices import BATCH_SHARE, Price, price_of, token_cost
 from backends.vertex_client import BatchJobs, RemoteJob, check_location, make_client, require_project
@@ -48,7 +49,7 @@ class VertexBatchOptions(BackendOptions):
     wait_deadline_s: float = Field(
         default=4 * 86400.0,
         gt=0,
-        description="Seconds to wait for a job (default 4 days: 72 h in the queue, 24 h of work); a later run attaches.",
+        description="Seconds to wait for a job (4 days: 72 h in the queue, 24 h of work); a later run attaches to it.",
     )
     output_deadline_s: float = Field(
         default=120.0, ge=0, description="Seconds after a job's end within which its output must appear."
@@ -153,9 +154,10 @@ class VertexBatchBackend(Backend):
         return {"bucket": self._bucket_name, "jobs": list(self._reported.values())}
 
     async def preflight(self, model: str) -> str | None:
-        """Check what needs no call: whether the model can answer with one token."""
-        gemini.thinking_config(model)
-        return None
+        """One tiny online request with a prefill, and the bucket."""
+        version = await prove_usable(self._client, model, self.options.retry_deadline_s)
+        await self._bucket.ensure()
+        return version
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for all positions in as few jobs as the limits allow, and follow up on what they leave out."""

@@ -122,7 +122,9 @@ class BatchJobs:
     without it.
     """
 
-    def __init__(self, client: genai.Client, project_id: str, location: str, deadline_s: float, timeout_s: float) -> None:
+    def __init__(
+        self, client: genai.Client, project_id: str, location: str, deadline_s: float, timeout_s: float
+    ) -> None:
         self._client = client
         self._parent = f"projects/{project_id}/locations/{location}"
         self._url = f"{_base_url(location)}/{_api_version()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, TokenKLError
 from flows.config import CommonConfig, ConfigT, build_config
 
 EXIT_COMPLETE = 0
@@ -100,3 +101,22 @@ def exit_code_of(program: Callable[[], int]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
+
+
+def result_of(state: Any) -> Any:
+    """What a flow returned; None if it failed, with the reason on standard error.
+
+    Raises
+    ------
+    ConfigError
+        If that is why it failed.
+    """
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, ConfigError):
+        raise result
+    if isinstance(result, BaseException) and not isinstance(result, TokenKLError):
+        traceback.print_exception(result)  # a fault of this program: whoever mends it needs to see where
+    if state.is_failed() or state.is_crashed():
+        print(f"error: {result if isinstance(result, TokenKLError) else state.message}", file=sys.stderr)  # noqa: T201
+        return None
+    return result

@@ -10,7 +10,8 @@ from dotenv import load_dotenv
 
 # Each can be overridden in the environment or in .env.
 _PREFECT_DEFAULTS = {
-    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # What goes wrong is said once, by the program; Prefect would add its own lines and tracebacks.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",

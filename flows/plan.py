@@ -39,7 +39,7 @@ class Asker:
             return None
         prompt = response.prompt
         if side == "q" and self.options.system is not None:
-            prompt = replace(prompt, system=self.options.system or None)
+            prompt = replace(prompt, system=self.options.system)
         ids = _own_ids(response) if self.backend.capabilities.token_ids else None
         bare = ScoreRequest(
             name=response.name,

@@ -17,7 +17,7 @@ from prefect.runtime import task_run
 from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from backends.errors import TokenKLError
+from backends.errors import ConfigError, TokenKLError
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost
 from flows.inputs import find_inputs
@@ -29,6 +29,8 @@ from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, 
 from flows.writing import write_results
 
 logger = logging.getLogger(__name__)
+
+_PROBLEMS_SHOWN = 100
 
 
 def _group_name() -> str:
@@ -56,7 +58,7 @@ def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupO
         work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance)
         return session.run(work)
     except TokenKLError as error:
-        return Failed(message=str(error))
+        return Failed(message=str(error), data=error)
 
 
 @task(cache_policy=NO_CACHE)
@@ -91,6 +93,7 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
             check_cost(plan, config.max_cost_usd)
             if plan.groups and config.preflight:
                 session.run(session.backend.preflight(config.model2))
+            _log_plan(plan)
             outcomes = _score_all(plan, config)
             record = _record(plan, outcomes, started) | {"backend_report": session.backend.report()}
         finally:
@@ -100,12 +103,20 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
         return Failed(message=str(error), data=error)
 
 
-def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
+def _log_plan(plan: Plan) -> None:
+    defects = [problem for problem in plan.problems if not problem.repaired]
+    for problem in defects[:_PROBLEMS_SHOWN]:
+        logger.warning("%s", problem.message)
+    if len(defects) > _PROBLEMS_SHOWN:
+        logger.warning("… and %d more; responses.parquet names them all", len(defects) - _PROBLEMS_SHOWN)
     logger.info(
         "%d responses in %d files: %d positions, %d contexts, %d of them on disk, %d to ask in %d groups",
         plan.n_responses, len(plan.files), plan.n_positions, plan.n_contexts, plan.n_stored, plan.n_to_ask,
         len(plan.groups),
     )  # fmt: skip
+
+
+def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     workers = min(len(plan.groups), session_for(config).backend.parallel_groups())
     if not workers:
         return []
@@ -115,9 +126,12 @@ def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
         )
         futures.wait()
         states = [future.state for future in futures]
-    for state in states:
-        if not state.is_completed():
-            logger.error("a group of responses was not scored: %s", state.message)
+    failed = [state for state in states if not state.is_completed()]
+    for state in failed:
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, ConfigError):
+            raise error  # it holds for every group: no credentials, no rights, no disk
+        logger.error("a group of responses was not scored: %s", state.message)
     return [state.result() for state in states if state.is_completed()]
 
 

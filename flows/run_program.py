@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backends.errors import ConfigError
-from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
+from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config, result_of
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost, plan_rows, plan_without_calls
 from flows.environment import prepare_environment
@@ -44,12 +43,8 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from flows.run import kl_divergence
 
-    state = kl_divergence(config, return_state=True)
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, ConfigError):
-        raise result
+    result = result_of(kl_divergence(config, return_state=True))
     if not isinstance(result, RunReport):
-        print(f"error: {state.message}", file=sys.stderr)  # noqa: T201
         return EXIT_ERROR
     show(result)
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE

@@ -18,7 +18,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed, State
 
-from backends.base import Backend
+from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
 from flows.config import SampleConfig, resolve_backend
@@ -42,7 +42,8 @@ def sample(config: SampleConfig) -> list[str]:
             f"at most {backend.capabilities.max_top_logprobs}."
         )
     targets = [config.output_dir / f"{index:03d}_{_slug(text)}.json" for index, text in enumerate(config.prompts)]
-    missing = [index for index, path in enumerate(targets) if not _is_done(path, config, index)]
+    system = _system(config, options)
+    missing = [index for index, path in enumerate(targets) if not _is_done(path, config, system, index)]
     if missing:
         with BackendSession(backend(options, state_dir=config.output_dir)) as session:
             session.run(session.backend.preflight(config.model1))
@@ -55,22 +56,26 @@ def sample(config: SampleConfig) -> list[str]:
 
 
 async def _write_responses(backend: Backend, config: SampleConfig, index: int) -> dict[str, Any]:
-    prompt = Prompt((Turn("user", config.prompts[index]),), config.system)
+    prompt = Prompt((Turn("user", config.prompts[index]),), _system(config, backend.options))
     found: list[Response] = [
         response async for response in backend.sample(prompt, config.model1, config.sampling, config.num_responses)
     ]
     return response_document(prompt, config.model1, _sampling(config), found)
 
 
+def _system(config: SampleConfig, options: BackendOptions) -> str | None:
+    return config.system if options.system is None else options.system
+
+
 def _sampling(config: SampleConfig) -> dict[str, Any]:
     return config.sampling.model_dump()
 
 
-def _is_done(path: Path, config: SampleConfig, index: int) -> bool:
+def _is_done(path: Path, config: SampleConfig, system: str | None, index: int) -> bool:
     if not path.exists():
         return False
     document = json.loads(path.read_text(encoding="utf-8"))
-    asked = (config.prompts[index], config.system, config.model1, _sampling(config), config.num_responses)
+    asked = (config.prompts[index], system, config.model1, _sampling(config), config.num_responses)
     there = (*(document.get(name) for name in ("prompt", "system", "model", "sampling")), len(document["responses"]))
     if asked != there:
         raise ConfigError(f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it.")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from backends.errors import ConfigError
-from flows.cli import EXIT_COMPLETE, EXIT_ERROR, exit_code_of, make_parser, parse_config
+from flows.cli import EXIT_COMPLETE, EXIT_ERROR, exit_code_of, make_parser, parse_config, result_of
 from flows.config import SampleConfig, resolve_backend
 from flows.environment import prepare_environment
 
@@ -29,12 +28,8 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from flows.sample import sample_responses
 
-    state = sample_responses(config, return_state=True)
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, ConfigError):
-        raise result
+    result = result_of(sample_responses(config, return_state=True))
     if not isinstance(result, list):
-        print(f"error: {state.message}", file=sys.stderr)  # noqa: T201
         return EXIT_ERROR
     for path in result:
         print(path)  # noqa: T201

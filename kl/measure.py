@@ -125,7 +125,7 @@ def measure_response(
         columns |= {name: _scatter(name, column, at, n) for name, column in measured.items()}
         estimates = np.asarray(measured["kl_estimate"], dtype=np.float64)
         missing |= _not_determined(pairs, estimates, exact[at], aligned)
-    columns["logprob_p"] = pl.Series(columns["logprob_p"], dtype=pl.Float64).fill_nan(None)
+    columns["logprob_p"] = pl.Series(columns["logprob_p"], nan_to_null=True)
     columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
     columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
@@ -358,17 +358,21 @@ def _same_top(aligned: Aligned) -> list[bool | None]:
 
 def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:
     """A column of n rows from values at some of them; NaN becomes null only where it means "not known"."""
+    if TOKENS[name] == pl.Float64:
+        floats = np.full(n, np.nan)
+        floats[at] = column
+        _check_finite(name, floats, at)
+        return pl.Series(name, floats, nan_to_null=True)
     values = pl.Series(name, column, dtype=TOKENS[name])
-    if values.dtype == pl.Float64:
-        values = values.fill_nan(None) if name in _MAY_BE_UNKNOWN else values
-        finite = values.is_finite()
-        if not finite.all():
-            row = int((~finite).fill_null(False).arg_true()[0])
-            raise ArithmeticError(
-                f"{name}={values[row]} at position {at[row]}: a fault of this program, please report it."
-            )
     if len(at) == n:
         return values
     place = np.full(n, -1, dtype=np.int64)
     place[at] = np.arange(len(at))
     return values.gather(pl.Series(place).replace(-1, None))
+
+
+def _check_finite(name: str, floats: FloatArray, at: IntArray) -> None:
+    faults = np.isinf(floats[at]) if name in _MAY_BE_UNKNOWN else ~np.isfinite(floats[at])
+    if faults.any():
+        row = int(at[faults.argmax()])
+        raise ArithmeticError(f"{name}={floats[row]} at position {row}: a fault of this program, please report it.")

@@ -157,6 +157,13 @@ class TestSeveralTokensOfOneKey:
         assert aligned.n_duplicate_keys[0] == 1
         assert pairs_of(aligned) == [(pytest.approx(np.log(0.2)), pytest.approx(np.log(0.1)))]
 
+    def test_a_text_repeated_by_q_is_open_for_p_too(self):
+        q = [(Candidate("x", np.log(0.4)), Candidate("x", np.log(0.3)))]
+        aligned = align([candidates(x=np.log(0.6), y=np.log(0.2))], q)
+        assert aligned.overlap[0] == 0
+        assert aligned.open_p[0] == pytest.approx(0.6)
+        assert aligned.open_q[0] == pytest.approx(0.7)
+
     def test_an_entry_repeated_to_the_bit_counts_once(self):
         p = [(Candidate("x", np.log(0.4)), Candidate("x", np.log(0.4)))]
         aligned = align(p, [candidates(y=-0.1)])

@@ -61,6 +61,12 @@ def test_unclear_texts_are_warned_about_above_one_percent():
     assert any("Record token ids" in reason for reason in found.verdict().reasons)
 
 
+def test_an_unclear_top_token_is_not_counted_as_absent():
+    top = (Candidate("\ufffd", -0.5), Candidate("a", -1.5))
+    found = diagnose(align([top, top], [top, (Candidate("a", -0.5),)]))
+    assert found.top_absent == 0.0
+
+
 def test_sums_do_not_depend_on_how_positions_were_grouped():
     logp, logq = gaussian_pair(0, 12, 80, 0.7)
     lists_p, lists_q = top_lists(logp, 10), top_lists(logq, 10)
