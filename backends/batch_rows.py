@@ -54,10 +54,7 @@ class RowSet:
 
     def key_by_request(self) -> dict[str, str]:
         """Canonical request → key, to recognise rows that came back without their key."""
-        return {
-            gemini.canonical_request(row["request"]): row["key"]
-            for row in (json.loads(line) for line in self)
-        }
+        return {gemini.canonical_request(row["request"]): row["key"] for row in (json.loads(line) for line in self)}
 
 
 def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:

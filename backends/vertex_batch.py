@@ -279,7 +279,6 @@ class VertexBatchBackend(Backend):
                 local.unlink()
         reader.log_oddities(ended.job.name)
 
-
     async def _output_files(self, job: RemoteJob) -> list[str]:
         """The output of a job, which may appear a little after its end."""
         until = time.monotonic() + self.options.output_deadline_s

@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 _API_VERSION = "v1beta1"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
-PENDING_STATES = frozenset(
-    {"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"}
-)
+PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.
 TERMINAL_STATES = frozenset({"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"})
 

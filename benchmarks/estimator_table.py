@@ -202,7 +202,9 @@ def accuracy_rows(pairs: Pairs, sizes: Sequence[int]) -> Iterator[str]:
         cells: list[str] = []
         for name in ESTIMATORS:
             found = accuracy(measured.estimate(name).kl[known], pairs.exact[known])
-            cells.append(f"{100 * found.bias:+.0f} / {found.rmse:.2f} / {found.spearman:.2f} / {100 * found.off_by_2:.1f}")
+            cells.append(
+                f"{100 * found.bias:+.0f} / {found.rmse:.2f} / {found.spearman:.2f} / {100 * found.off_by_2:.1f}"
+            )
         yield f"| {pairs.label}, {pairs.exact.mean():.3g} | {k} | {' | '.join(cells)} | {_coverage(measured, pairs)} |"
 
 

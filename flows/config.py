@@ -18,7 +18,7 @@ from backends.base import Backend, BackendOptions, SampleSettings
 from backends.errors import ConfigError
 from backends.registry import load_backend, parse_options
 
-Estimator = Literal["bucket", "lower", "floor"]
+Estimator = Literal["censored", "floor", "lower", "bucket"]
 
 
 class BackendChoice(BaseModel):
@@ -84,7 +84,9 @@ class RunConfig(CommonConfig):
     responses_per_job: int = Field(
         default=1, ge=1, le=100_000, description="Responses per group: one task and one batch job, 1 to 100000."
     )
-    estimator: Estimator = Field(default="bucket", description="Which estimate is reported as kl_estimate.")
+    estimator: Estimator = Field(
+        default="censored", description="What is reported as the estimate: censored, floor, lower or bucket."
+    )
     max_cost_usd: float | None = Field(
         default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this."
     )

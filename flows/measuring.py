@@ -87,15 +87,17 @@ def measure_files(files: list[InputFile], asker: Asker, stores: Stores) -> Measu
 
 def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: ProgressReporter) -> Measured:
     variances: list[NDArray[np.float64]] = []
-    diagnostics: list[AlignmentDiagnostic] = []
+    diagnostic = AlignmentDiagnostic()
     for file in files:
+        parts = [diagnostic]
         for response in read_input(file).responses:
             results = _results(response, asker, stores)
             variances.append(response_variances(response, results))
-            diagnostics.append(response_diagnostic(response, results))
+            parts.append(response_diagnostic(response, results))
+        diagnostic = AlignmentDiagnostic.total(parts)
         progress.advance(1)
     prior = pooled_prior(np.concatenate(variances)) if variances else None
-    return Measured(files, prior, AlignmentDiagnostic.total(diagnostics))
+    return Measured(files, prior, diagnostic)
 
 
 def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:

@@ -114,9 +114,7 @@ class Plan:
         return sum(group.n_positions for group in self.groups)
 
 
-def make_plan(
-    files: list[InputFile], asker: Asker, store: ScoreStore, in_flight: Mapping[str, str]
-) -> Plan:
+def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight: Mapping[str, str]) -> Plan:
     """Read every file once and decide what is missing.
 
     Equal contexts can only come from equal prompts; 64 bits of each key are kept per prompt while planning.
@@ -153,9 +151,7 @@ def make_plan(
     return plan
 
 
-def _missing(
-    request: ScoreRequest | None, stored: set[str], asked: set[int], plan: Plan
-) -> list[tuple[int, str]]:
+def _missing(request: ScoreRequest | None, stored: set[str], asked: set[int], plan: Plan) -> list[tuple[int, str]]:
     missing: list[tuple[int, str]] = []
     for position, key in zip(request.positions, request.keys, strict=True) if request else ():
         short = int(key[:16], 16)
@@ -203,4 +199,3 @@ def requests_of(group: Group, asker: Asker) -> Iterator[tuple[str, ScoreRequest]
         wanted = set(ask.positions.tolist())
         pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if pair[0] in wanted]
         yield response.prompt.prompt_id, _restrict(request, pairs)
-

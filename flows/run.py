@@ -121,9 +121,7 @@ def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     if not workers:
         return []
     with ProgressReporter("contexts scored", plan.n_to_ask) as progress, ThreadPoolTaskRunner(workers) as runner:
-        futures = runner.map(
-            score, {"group": plan.groups, "config": unmapped(config), "progress": unmapped(progress)}
-        )
+        futures = runner.map(score, {"group": plan.groups, "config": unmapped(config), "progress": unmapped(progress)})
         futures.wait()
         states = [future.state for future in futures]
     failed = [state for state in states if not state.is_completed()]

@@ -68,7 +68,8 @@ def _system(config: SampleConfig, options: BackendOptions) -> str | None:
 
 
 def _sampling(config: SampleConfig) -> dict[str, Any]:
-    return config.sampling.model_dump()
+    # 0 is off: said, because a top-k that is not stated could have been any.
+    return config.sampling.model_dump() | {"top_k": 0}
 
 
 def _is_done(path: Path, config: SampleConfig, system: str | None, index: int) -> bool:

@@ -88,7 +88,7 @@ def measure_response(
     prior_var : float, optional
         `kl.censored.pooled_prior` of the whole data set; ``None`` if it has none.
     exact_kl : float64, shape (T,), optional
-        From `kl.divergence.exact`; NaN where unknown, ``inf`` where infinite. It replaces ``kl_estimate``.
+        From `kl.divergence.exact`; NaN where unknown, ``inf`` where infinite, which leaves no estimate.
     selected : bool, shape (T,), optional
         Positions that were drawn for measurement; default all. Needs ``pi``.
     pi : float64, shape (T,), optional
@@ -329,8 +329,9 @@ def _list_columns(aligned: Aligned, values: Measured, pairs: list[_Pair], vocabu
 
 def _estimate_columns(values: Measured, estimator: str, exact: FloatArray) -> dict[str, Column]:
     estimate = values.estimate(estimator)
-    kl = np.where(np.isnan(exact), estimate.kl, np.where(np.isinf(exact), np.nan, exact))
-    # The limit holds for the model; an exact value or another estimator may lie above it.
+    # An exact value stands beside the estimate and does not replace it, except that an infinite one leaves no estimate.
+    kl = np.where(np.isinf(exact), np.nan, estimate.kl)
+    # The limit holds for the model; another estimator may lie above it.
     upper = np.where(np.isnan(kl), values.upper_plausible, np.maximum(values.upper_plausible, kl))
     return {
         "kl_estimate": kl,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import entr, stdtrit
 
 from kl.intervals import CONFIDENCE, MIN_CLUSTERS, Estimate
-from kl.keys import is_known
+from kl.keys import listed, logprob_of
 from kl.records import Response
 
 FloatArray = NDArray[np.float64]
@@ -119,8 +119,8 @@ def listed_entropy(response: Response) -> FloatArray:
     longest = max((len(position.top) for position in response.positions), default=0)
     logs = np.full((len(response.positions), longest), -np.inf)
     for row, position in zip(logs, response.positions, strict=True):
-        known = [c.logprob for c in position.top if c.logprob is not None and is_known(c.logprob)]
-        row[: len(known)] = known
+        logprobs = [logprob_of(candidate) for candidate in listed(position.top).candidates]
+        row[: len(logprobs)] = logprobs
     probs = np.exp(logs)
     rest = np.maximum(1.0 - probs.sum(axis=1), 0.0)
     return entr(probs).sum(axis=1) + entr(rest)
@@ -139,9 +139,17 @@ def _start(response: Response, seed: int, n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Variation:
-    """How token KL varies: ``cv_token`` = standard deviation / mean over positions, ``icc`` = their correlation within
-    a prompt, at least 0. ``assumed`` says that it was not measured on these data.
-    """  # noqa: D205
+    """How token KL varies over positions.
+
+    Attributes
+    ----------
+    cv_token : float
+        Standard deviation divided by mean.
+    icc : float
+        Correlation of two positions of one prompt, at least 0.
+    assumed : bool
+        Whether the values were not measured on the data at hand.
+    """
 
     cv_token: float
     icc: float

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-_LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}  # noqa: S104
+_LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
 
 
 @pytest.fixture(autouse=True, scope="session")

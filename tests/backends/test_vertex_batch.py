@@ -149,7 +149,9 @@ def test_blocked_prompts_are_final_and_always_failing_rows_are_named(in_vertex_w
     results = score(responses(prompts=4, n=1), max_attempts=3)
     reasons = {result.reason for result in results.values() if isinstance(result, ScoreFailure)}
     assert reasons == {"blocked", "row-error"}
-    assert all(result.final == (result.reason == "blocked") for result in results.values() if isinstance(result, ScoreFailure))
+    assert all(
+        result.final == (result.reason == "blocked") for result in results.values() if isinstance(result, ScoreFailure)
+    )
     assert sum(isinstance(result, Score) for result in results.values()) > len(results) / 2
 
 

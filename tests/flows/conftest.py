@@ -25,7 +25,9 @@ def free_port() -> int:
 
 def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     """The environment of a newcomer: nothing of Prefect's or Google's, a home of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GOOGLE_", "GEMINI_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GOOGLE_", "GEMINI_"))
+    }
     return kept | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
 
 

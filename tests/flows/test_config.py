@@ -39,7 +39,12 @@ def yaml_file(tmp_path: Path):
 def test_flags_win_over_the_file_and_set_over_both(yaml_file) -> None:
     file = yaml_file("input_dir: a\noutput_dir: b\nmodel2: from-file\nmax_files: 3\nbackend: {name: local}\n")
     config = config_of("--config", file, "--model2", "from-flag", "--set", "max_files=9")
-    assert (str(config.input_dir), config.model2, config.max_files, config.backend.name) == ("a", "from-flag", 9, "local")
+    assert (str(config.input_dir), config.model2, config.max_files, config.backend.name) == (
+        "a",
+        "from-flag",
+        9,
+        "local",
+    )
 
 
 def test_the_file_wins_over_the_environment_and_the_environment_over_the_default(yaml_file, monkeypatch) -> None:
@@ -119,9 +124,17 @@ def test_a_mistake_is_one_line_that_names_it(mistake: Mistake, tmp_path: Path) -
 
 
 BACKEND_MISTAKES = [
-    ("unknown backend", ("--backend", "vertex"), r"unknown backend 'vertex'. Did you mean .*Known: .*local.*vertex_batch"),
+    (
+        "unknown backend",
+        ("--backend", "vertex"),
+        r"unknown backend 'vertex'. Did you mean .*Known: .*local.*vertex_batch",
+    ),
     ("unknown option", ("--set", "backend.pol_interval_s=3"), "Did you mean 'poll_interval_s'"),
-    ("option out of bounds", ("--set", "backend.poll_interval_s=0"), r"backend.poll_interval_s: .*greater than 0, got 0"),
+    (
+        "option out of bounds",
+        ("--set", "backend.poll_interval_s=0"),
+        r"backend.poll_interval_s: .*greater than 0, got 0",
+    ),
     ("option of another kind", ("--set", "backend.max_attempts=often"), "backend.max_attempts: .*'often'"),
     (
         "two projects",
@@ -131,7 +144,9 @@ BACKEND_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [case[1:] for case in BACKEND_MISTAKES], ids=[c[0] for c in BACKEND_MISTAKES])
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [case[1:] for case in BACKEND_MISTAKES], ids=[c[0] for c in BACKEND_MISTAKES]
+)
 def test_a_mistake_about_the_backend_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
         resolve_backend(config_of(*BASE, *arguments))

@@ -72,16 +72,21 @@ def test_the_results_have_the_form_that_the_contract_says(run_program: Run, tmp_
 
 
 def test_a_model_against_itself_differs_nowhere(run_program: Run, tmp_path: Path, three_files: Path) -> None:
-    tokens = run_example(
-        run_program, tmp_path / "out", "--input-dir", str(three_files), "--model2", "smollm2-135m"
-    )
+    tokens = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files), "--model2", "smollm2-135m")
     assert tokens["kl_exact"].max() == 0
     assert tokens["kl_lower"].max() == 0
     assert tokens["kl_estimate"].max() == 0
 
 
 def test_another_system_text_is_another_model(run_program: Run, tmp_path: Path, three_files: Path) -> None:
-    arguments = ("--input-dir", str(three_files), "--model2", "smollm2-135m", "--set", "backend.system=You are a pirate.")
+    arguments = (
+        "--input-dir",
+        str(three_files),
+        "--model2",
+        "smollm2-135m",
+        "--set",
+        "backend.system=You are a pirate.",
+    )
     tokens = run_example(run_program, tmp_path / "out", *arguments)
     assert tokens["kl_exact"].mean() > 0.01
 
@@ -99,7 +104,9 @@ def test_responses_of_another_model_get_no_exact_value_and_a_warning(run_program
     document["model"] = document["responses"][0]["model"] = "smollm2-135m@int8"
     (folder / "a.json").write_text(json.dumps(document))
     output = tmp_path / "out"
-    done = run_program("flows.run", "--config", ROOT / "examples/quickstart.yaml", "--input-dir", folder, "--output-dir", output)
+    done = run_program(
+        "flows.run", "--config", ROOT / "examples/quickstart.yaml", "--input-dir", folder, "--output-dir", output
+    )
     assert done.code == 0, done.err
     assert "smollm2-135m@int8 gives other values than those on record" in done.out
     assert pl.read_parquet(output / "tokens.parquet")["kl_exact"].null_count() == 6

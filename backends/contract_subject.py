@@ -1,0 +1,229 @@
+"""What the contract suite examines: a backend, a model, and a few responses that are awkward on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import tempfile
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from backends.base import Backend, BackendOptions, ScoreRequest
+from backends.keys import context_keys
+from kl.records import Prompt, Score, ScoreFailure, Turn
+
+T = TypeVar("T")
+Place = tuple[str, int]
+"""Where a context stands: name of the case, position."""
+
+USUAL_TOP_LOGPROBS = 20
+_SHOWN = 5
+
+
+class ContractBreach(AssertionError):
+    """A backend does not keep the contract; the message says what was seen and what is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A prompt, and the token texts of a response to it."""
+
+    name: str
+    prompt: Prompt
+    tokens: tuple[str, ...]
+
+
+def _asked(text: str) -> tuple[Turn, ...]:
+    return (Turn("user", text),)
+
+
+CASES = (
+    Case("plain", Prompt(_asked("Greet me.")), ("Hello", " there", ",", " friend", ".")),
+    Case("other prompt", Prompt(_asked("Count to three.")), ("One", ",", " two")),
+    Case(
+        "emoji and scripts",
+        Prompt(_asked('Write "Grüße" 👩\u200d👩\u200d👧 in 日本語\\.')),
+        ("Grüße", " 👩\u200d👩\u200d👧", "日本", "語", " e\u0301", "\u2028", "שלום", "🙂", '"', "\\n", "\ufeff", "."),
+    ),
+    Case(
+        "control and empty tokens",
+        Prompt(_asked("Show me your special tokens: <|im_start|> <eos>")),
+        ("", "<|im_end|>", "", "\n", "\t", "</s>", "", "<end_of_turn>", "[INST]", "\r\n", "  "),
+    ),
+    Case("system text", Prompt(_asked("Name a colour."), "Answer in one word, in French."), ("Rouge", ".")),
+    Case(
+        "several turns",
+        Prompt((Turn("user", "My name is Ada."), Turn("model", "Nice to meet you!"), Turn("user", "My name?"))),
+        ("Ada", "!"),
+    ),
+)
+"""Every position of these is asked, the empty prefix included."""
+
+
+class Ask(NamedTuple):
+    """Requests of one call, and which context each key stands for."""
+
+    requests: tuple[ScoreRequest, ...]
+    places: dict[str, Place]
+
+
+@dataclass(eq=False)
+class Subject:
+    """A backend with what the suite needs to use it. Making one calls nothing.
+
+    Attributes
+    ----------
+    backend : type of Backend
+        The class, not an instance.
+    model : str
+        A model that can be used. Some 200 contexts of a few tokens are asked of it, in about ten calls of `score`.
+    unknown_model : str or None
+        A name that `preflight` must refuse; None only for a service that takes any name.
+    options : mapping
+        The backend's options, as after ``--set backend.``.
+    changed_options : sequence of mappings
+        Further options, each of which changes the answers; each must then change the identity.
+    cases : sequence of Case
+        Leave one out only if no answer is possible: for a model without a system role, for example.
+    noise_nats : float
+        How far two answers to one request may be apart; 0 is the claim that the model is deterministic.
+    deadline_s : float
+        Seconds that one call of `score` or `preflight` may take.
+    """
+
+    backend: type[Backend]
+    model: str
+    unknown_model: str | None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    changed_options: Sequence[Mapping[str, Any]] = ()
+    cases: Sequence[Case] = CASES
+    noise_nats: float = 0.0
+    deadline_s: float = 120.0
+
+    @property
+    def top_logprobs(self) -> int:
+        """The length of list that the suite asks for."""
+        return min(USUAL_TOP_LOGPROBS, self.backend.capabilities.max_top_logprobs)
+
+    def new_options(self, **changes: Any) -> BackendOptions:
+        """Options validated as the flow does it."""
+        return self.backend.Options.model_validate({**self.options, **changes})
+
+    def request(self, case: Case, **changes: Any) -> ScoreRequest:
+        """All contexts of a case, under keys that nothing has asked for before.
+
+        With ``salt`` the keys are those of another request with that salt; other changes are fields of `ScoreRequest`.
+        """
+        salt = changes.pop("salt", None) or secrets.token_hex(8)
+        ends = [sum(map(len, case.tokens[:index])) for index in range(len(case.tokens))]
+        bare = ScoreRequest(
+            name=case.name,
+            model=self.model,
+            prompt=case.prompt,
+            text="".join(case.tokens),
+            prefix_ends=tuple(ends),
+            token_ids=None,
+            positions=(),
+            keys=(),
+            top_logprobs=self.top_logprobs,
+        )
+        bare = replace(bare, **changes)
+        identity = self.backend.identity(self.new_options(), bare) | {"contract": salt}
+        keys = tuple(context_keys(bare.model, bare.prompt, identity, case.tokens, bare.token_ids))
+        return replace(bare, positions=tuple(range(len(keys))), keys=keys)
+
+    @functools.cached_property
+    def answers(self) -> dict[Place, Score]:
+        """The score of every context of every case, asked in one call; asked once and kept."""
+        ask = planned(self.request(case) for case in self.cases)
+        return scored(ask, self.ask(ask))
+
+    def ask(self, ask: Ask) -> list[Score | ScoreFailure]:
+        """What a fresh backend yields for a call, however many results that are."""
+        return self.use(lambda backend: self.collect(backend, ask))
+
+    async def collect(self, backend: Backend, ask: Ask) -> list[Score | ScoreFailure]:
+        """What `score` of an entered backend yields for a call."""
+        found: list[Score | ScoreFailure] = []
+
+        async def work() -> None:
+            async for result in backend.score(ask.requests):
+                found.append(result)
+
+        await self.in_time(work(), f"score() of {len(ask.places)} contexts")
+        return found
+
+    async def in_time(self, work: Coroutine[Any, Any, T], what: str, limit_s: float | None = None) -> T:
+        """Await ``work``, at most ``deadline_s`` or ``limit_s`` seconds."""
+        limit_s = self.deadline_s if limit_s is None else limit_s
+        task = asyncio.create_task(work)
+        done, _ = await asyncio.wait({task}, timeout=limit_s)
+        if not done:
+            task.cancel()
+            raise ContractBreach(f"{what} did not end within {limit_s:g} s.")
+        return task.result()
+
+    def use(self, work: Callable[[Backend], Coroutine[Any, Any, T]], state_dir: Path | None = None) -> T:
+        """Run ``work(backend)`` with a fresh backend that was entered and is left afterwards."""
+
+        async def main() -> T:
+            with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
+                async with self.backend(self.new_options(), state_dir=state_dir or Path(folder)) as backend:
+                    return await work(backend)
+
+        return asyncio.run(main())
+
+
+def planned(requests: Iterable[ScoreRequest]) -> Ask:
+    """Requests with every key in them once, the way a run plans them: it never asks a key twice."""
+    places: dict[str, Place] = {}
+    kept: list[ScoreRequest] = []
+    for request in requests:
+        fresh: dict[str, int] = {}
+        for position, key in zip(request.positions, request.keys, strict=True):
+            if key not in places:
+                fresh.setdefault(key, position)
+        places |= {key: (request.name, position) for key, position in fresh.items()}
+        kept.append(replace(request, positions=tuple(fresh.values()), keys=tuple(fresh)))
+    return Ask(tuple(kept), places)
+
+
+def restricted(request: ScoreRequest, wanted: Callable[[int], bool]) -> ScoreRequest:
+    """The request with only those of its positions that are wanted."""
+    pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if wanted(pair[0])]
+    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
+
+
+def scored(ask: Ask, results: Iterable[Score | ScoreFailure]) -> dict[Place, Score]:
+    """The results by place.
+
+    Raises
+    ------
+    ContractBreach
+        If a context has no score.
+    """
+    by_key = {result.key: result for result in results}
+    problems = [
+        _no_score(place, by_key.get(key)) for key, place in ask.places.items() if not isinstance(by_key.get(key), Score)
+    ]
+    if problems:
+        raise ContractBreach(joined(problems))
+    return {
+        ask.places[key]: result for key, result in by_key.items() if isinstance(result, Score) and key in ask.places
+    }
+
+
+def _no_score(place: Place, result: Score | ScoreFailure | None) -> str:
+    case, position = place
+    if isinstance(result, ScoreFailure):
+        return f"{case!r}, position {position}: {result.reason}: {result.message}"
+    return f"{case!r}, position {position}: no result."
+
+
+def joined(problems: Sequence[str]) -> str:
+    """The first few problems, a line each, and how many more there are."""
+    more = [f"… and {len(problems) - _SHOWN} more."] if len(problems) > _SHOWN else []
+    return "\n".join([*problems[:_SHOWN], *more])
