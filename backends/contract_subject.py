@@ -6,7 +6,7 @@ import asyncio
 import functools
 import secrets
 import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,13 +18,14 @@ from kl.records import Prompt, Score, ScoreFailure, Turn
 T = TypeVar("T")
 Place = tuple[str, int]
 """Where a context stands: name of the case, position."""
+Problems = Iterator[str]
 
-USUAL_TOP_LOGPROBS = 20
+_USUAL_TOP_LOGPROBS = 20
 _SHOWN = 5
 
 
 class ContractBreach(AssertionError):
-    """A backend does not keep the contract; the message says what was seen and what is asked for."""
+    """A backend does not keep the contract; the message says what is asked for and what was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Subject:
     backend : type of Backend
         The class, not an instance.
     model : str
-        A model that can be used. Some 200 contexts of a few tokens are asked of it, in about ten calls of `score`.
+        A model that can be used. A few hundred contexts of a few tokens are asked of it, in about a dozen calls.
     unknown_model : str or None
         A name that `preflight` must refuse; None only for a service that takes any name.
     options : mapping
@@ -87,11 +88,13 @@ class Subject:
     changed_options : sequence of mappings
         Further options, each of which changes the answers; each must then change the identity.
     cases : sequence of Case
-        Leave one out only if no answer is possible: for a model without a system role, for example.
+        The first is asked most. Leave one out only if no answer is possible: for a model without a system role, say.
     noise_nats : float
         How far two answers to one request may be apart; 0 is the claim that the model is deterministic.
     deadline_s : float
-        Seconds that one call of `score` or `preflight` may take.
+        Seconds that one call of `score`, `sample` or `preflight` may take.
+    close_s : float
+        Seconds within which a cancelled call must end.
     """
 
     backend: type[Backend]
@@ -102,46 +105,56 @@ class Subject:
     cases: Sequence[Case] = CASES
     noise_nats: float = 0.0
     deadline_s: float = 120.0
+    close_s: float = 30.0
 
     @property
     def top_logprobs(self) -> int:
         """The length of list that the suite asks for."""
-        return min(USUAL_TOP_LOGPROBS, self.backend.capabilities.max_top_logprobs)
+        return min(_USUAL_TOP_LOGPROBS, self.backend.capabilities.max_top_logprobs)
 
     def new_options(self, **changes: Any) -> BackendOptions:
         """Options validated as the flow does it."""
         return self.backend.Options.model_validate({**self.options, **changes})
 
-    def request(self, case: Case, **changes: Any) -> ScoreRequest:
-        """All contexts of a case, under keys that nothing has asked for before.
-
-        With ``salt`` the keys are those of another request with that salt; other changes are fields of `ScoreRequest`.
-        """
-        salt = changes.pop("salt", None) or secrets.token_hex(8)
-        ends = [sum(map(len, case.tokens[:index])) for index in range(len(case.tokens))]
+    def bare_request(self, case: Case, **changes: Any) -> ScoreRequest:
+        """A request for a case that asks no position; ``changes`` are fields of `ScoreRequest`."""
+        ends = tuple(sum(map(len, case.tokens[:index])) for index in range(len(case.tokens)))
         bare = ScoreRequest(
             name=case.name,
             model=self.model,
             prompt=case.prompt,
             text="".join(case.tokens),
-            prefix_ends=tuple(ends),
+            prefix_ends=ends,
             token_ids=None,
             positions=(),
             keys=(),
             top_logprobs=self.top_logprobs,
         )
-        bare = replace(bare, **changes)
-        identity = self.backend.identity(self.new_options(), bare) | {"contract": salt}
+        return replace(bare, **changes)
+
+    def request(self, case: Case, **changes: Any) -> ScoreRequest:
+        """All contexts of a case, under keys that nothing has asked for before."""
+        bare = self.bare_request(case, **changes)
+        identity = self.backend.identity(self.new_options(), bare) | {"contract": secrets.token_hex(8)}
         keys = tuple(context_keys(bare.model, bare.prompt, identity, case.tokens, bare.token_ids))
         return replace(bare, positions=tuple(range(len(keys))), keys=keys)
 
     @functools.cached_property
     def answers(self) -> dict[Place, Score]:
         """The score of every context of every case, asked in one call; asked once and kept."""
-        ask = planned(self.request(case) for case in self.cases)
-        return scored(ask, self.ask(ask))
+        return self.scores(planned(self.request(case) for case in self.cases))
 
-    def ask(self, ask: Ask) -> list[Score | ScoreFailure]:
+    def scores(self, ask: Ask) -> dict[Place, Score]:
+        """What a fresh backend answers.
+
+        Raises
+        ------
+        ContractBreach
+            If a context has no score.
+        """
+        return scored(ask, self.results(ask))
+
+    def results(self, ask: Ask) -> list[Score | ScoreFailure]:
         """What a fresh backend yields for a call, however many results that are."""
         return self.use(lambda backend: self.collect(backend, ask))
 
@@ -153,18 +166,8 @@ class Subject:
             async for result in backend.score(ask.requests):
                 found.append(result)
 
-        await self.in_time(work(), f"score() of {len(ask.places)} contexts")
+        await in_time(work(), f"score() of {len(ask.places)} contexts", self.deadline_s)
         return found
-
-    async def in_time(self, work: Coroutine[Any, Any, T], what: str, limit_s: float | None = None) -> T:
-        """Await ``work``, at most ``deadline_s`` or ``limit_s`` seconds."""
-        limit_s = self.deadline_s if limit_s is None else limit_s
-        task = asyncio.create_task(work)
-        done, _ = await asyncio.wait({task}, timeout=limit_s)
-        if not done:
-            task.cancel()
-            raise ContractBreach(f"{what} did not end within {limit_s:g} s.")
-        return task.result()
 
     def use(self, work: Callable[[Backend], Coroutine[Any, Any, T]], state_dir: Path | None = None) -> T:
         """Run ``work(backend)`` with a fresh backend that was entered and is left afterwards."""
@@ -175,6 +178,24 @@ class Subject:
                     return await work(backend)
 
         return asyncio.run(main())
+
+
+async def in_time(work: Awaitable[T], what: str, limit_s: float) -> T:
+    """Await ``work``, at most ``limit_s`` seconds.
+
+    Raises
+    ------
+    ContractBreach
+        If it takes longer.
+    """
+    scope = asyncio.timeout(limit_s)
+    try:
+        async with scope:
+            return await work
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise ContractBreach(f"{what} did not end within {limit_s:g} s.") from error
 
 
 def planned(requests: Iterable[ScoreRequest]) -> Ask:
@@ -191,9 +212,9 @@ def planned(requests: Iterable[ScoreRequest]) -> Ask:
     return Ask(tuple(kept), places)
 
 
-def restricted(request: ScoreRequest, wanted: Callable[[int], bool]) -> ScoreRequest:
-    """The request with only those of its positions that are wanted."""
-    pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if wanted(pair[0])]
+def restricted(request: ScoreRequest, wanted: Callable[[int, str], bool]) -> ScoreRequest:
+    """The request with only the positions for which ``wanted(position, key)``."""
+    pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if wanted(*pair)]
     return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
 
 
@@ -206,24 +227,79 @@ def scored(ask: Ask, results: Iterable[Score | ScoreFailure]) -> dict[Place, Sco
         If a context has no score.
     """
     by_key = {result.key: result for result in results}
-    problems = [
-        _no_score(place, by_key.get(key)) for key, place in ask.places.items() if not isinstance(by_key.get(key), Score)
-    ]
+    found: dict[Place, Score] = {}
+    problems: list[str] = []
+    for key, place in ask.places.items():
+        match by_key.get(key):
+            case Score() as score:
+                found[place] = score
+            case ScoreFailure(reason=reason, message=message):
+                problems.append(f"{shown(place)}: {reason}: {message}")
+            case _:
+                problems.append(f"{shown(place)}: no result.")
     if problems:
         raise ContractBreach(joined(problems))
-    return {
-        ask.places[key]: result for key, result in by_key.items() if isinstance(result, Score) and key in ask.places
-    }
+    return found
 
 
-def _no_score(place: Place, result: Score | ScoreFailure | None) -> str:
-    case, position = place
-    if isinstance(result, ScoreFailure):
-        return f"{case!r}, position {position}: {result.reason}: {result.message}"
-    return f"{case!r}, position {position}: no result."
+def shown(place: Place) -> str:
+    """A place in words."""
+    return f"{place[0]!r}, position {place[1]}"
 
 
 def joined(problems: Sequence[str]) -> str:
     """The first few problems, a line each, and how many more there are."""
     more = [f"… and {len(problems) - _SHOWN} more."] if len(problems) > _SHOWN else []
     return "\n".join([*problems[:_SHOWN], *more])
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that the contract asks for.
+
+    Attributes
+    ----------
+    name : str
+        In words; also ``str(check)``.
+    rule : str
+        What is asked for, in a sentence.
+    find_problems : callable
+        Yields a line for each breach that it finds in a subject.
+    applies : callable
+        Whether a subject claims what is checked.
+    """
+
+    name: str
+    rule: str
+    find_problems: Callable[[Subject], Problems]
+    applies: Callable[[Subject], bool]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def run(self, subject: Subject) -> None:
+        """Examine a backend.
+
+        Raises
+        ------
+        ContractBreach
+            If it does not keep this part of the contract. What the backend itself raises comes through.
+        """
+        try:
+            problems = list(self.find_problems(subject))
+        except ContractBreach as error:
+            problems = [str(error)]
+        if problems:
+            raise ContractBreach(f"{subject.backend.__name__}: {self.rule}\n{joined(problems)}")
+
+
+def check(
+    applies: Callable[[Subject], bool] = lambda subject: True,
+) -> Callable[[Callable[[Subject], Problems]], Check]:
+    """Make a function that yields problems a `Check`, named and described by its name and docstring."""
+
+    def make(function: Callable[[Subject], Problems]) -> Check:
+        name = function.__name__.replace("_", " ")
+        return Check(name, " ".join((function.__doc__ or "").split()), function, applies)
+
+    return make

@@ -4,6 +4,11 @@ One folder per prompt, so that reading what one prompt needs never touches the r
 
     scores/<prompt_id>/<part>.parquet
 
+While a group of responses is at work its answers go, one by one as they arrive, to a journal; from time to time and at
+the end they become a part and the journal goes away. A journal that a killed run left behind is taken in by the next::
+
+    scores/journals/<name>.jsonl
+
 A part is written whole or not at all. The same score may stand in two parts (a run was killed between writing a merged
 part and removing its pieces); the answers are equal and the first one read counts. All parts are one plain table:
 ``polars.read_parquet("scores/*/*.parquet")``.
@@ -12,7 +17,10 @@ part and removing its pieces); the answers are equal and the first one read coun
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -47,6 +55,9 @@ SCORES = pl.Schema(
         "scored_at": pl.Datetime("us", "UTC"),
     }
 )
+_JOURNALS = "journals"
+_PARTS_WORTH_MERGING = 4
+_SYNC_INTERVAL_S = 1.0
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs"]
 
 
@@ -94,20 +105,39 @@ class ScoreStore:
 
     def append(self, prompt_id: str, model: str, results: Sequence[Score | ScoreFailure]) -> None:
         """Write scores and final failures as one part."""
-        rows = [
-            _row(model, result)
-            for result in results
-            if isinstance(result, Score) or result.final or self._every_failure
-        ]
+        self.write_rows(prompt_id, [_row(model, result) for result in results if self._keeps(result)])
+
+    def _keeps(self, result: Score | ScoreFailure) -> bool:
+        return isinstance(result, Score) or result.final or self._every_failure
+
+    def write_rows(self, prompt_id: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows of the schema `SCORES` as one part."""
         if rows:
             frame = pl.DataFrame(rows, schema=SCORES, orient="row")
             digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
             self._write(frame, self.root / prompt_id / f"{digest}.parquet")
 
+    def journal(self, name: str) -> ScoreJournal:
+        """A journal for the answers of one group; ``name`` must be free among those open."""
+        return ScoreJournal(self.root / _JOURNALS / f"{name}.jsonl", self)
+
+    def recover(self) -> int:
+        """Take in what killed runs left in journals; returns how many answers. No other run may be using the folder."""
+        count = 0
+        for path in sorted((self.root / _JOURNALS).glob("*.jsonl")):
+            count += ScoreJournal(path, self).recover()
+        return count
+
+    def compact_all(self) -> None:
+        """Merge small parts, prompt by prompt. No other run may be using the folder."""
+        for folder in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if folder.is_dir() and folder.name != _JOURNALS:
+                self.compact(folder.name)
+
     def compact(self, prompt_id: str) -> None:
         """Merge the many small parts of a prompt into one, sorted by key."""
         parts = self._parts(prompt_id)
-        if len(parts) < 2 or any(self._has_full(part) for part in parts):
+        if len(parts) < _PARTS_WORTH_MERGING or any(self._has_full(part) for part in parts):
             return
         frame = pl.concat(self._read(part, SCORES.names()) for part in parts).unique("key", keep="first").sort("key")
         digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
@@ -146,6 +176,69 @@ class ScoreStore:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+class ScoreJournal:
+    """Answers on disk the moment they arrive, one line each, until they are written as a part.
+
+    A line reaches the operating system before `add` returns, so that killing the process loses none; the disk is told
+    about once a second, for the machine's own failures. Full vocabularies are left out: they are large, and no service
+    sells them.
+    """
+
+    def __init__(self, path: Path, store: ScoreStore) -> None:
+        self._path = path
+        self._store = store
+        self._file: io.FileIO | None = None
+        self._synced = 0.0
+
+    def add(self, prompt_id: str, model: str, result: Score | ScoreFailure) -> None:
+        """Append one answer; failures that may pass are not kept."""
+        if isinstance(result, ScoreFailure):
+            if not result.final:
+                return
+        elif result.full_logprobs is not None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = io.FileIO(self._path, "ab")
+        line = json.dumps({"prompt_id": prompt_id, **_row(model, result)}, default=_plain) + "\n"
+        self._file.write(line.encode("ascii"))
+        if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def clear(self) -> None:
+        """Forget the lines: they stand in a part now."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._path.unlink(missing_ok=True)
+
+    def recover(self) -> int:
+        """Write the lines of a killed run as parts, then clear; a line that was cut short is dropped."""
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        with self._path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    row = json.loads(line)
+                    row["scored_at"] = datetime.fromisoformat(row["scored_at"])
+                    row["token_bytes"] = row["token_bytes"] and [
+                        item if item is None else bytes(item) for item in row["token_bytes"]
+                    ]
+                    by_prompt.setdefault(row.pop("prompt_id"), []).append(row)
+        for prompt_id, rows in by_prompt.items():
+            self._store.write_rows(prompt_id, rows)
+        self.clear()
+        return sum(len(rows) for rows in by_prompt.values())
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, bytes):
+        return list(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no place in a journal")
 
 
 def _row(model: str, result: Score | ScoreFailure) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """``python -m flows.analyze``: a finished run's numbers again, and two runs side by side.
 
-Works from the files of the output folders alone; asks no backend, starts no flow and writes nothing unless asked to.
+Works from the files of the output folders alone: asks no backend, starts no flow, writes nothing unless told to.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import polars as pl
 from rich.console import Console
@@ -19,41 +20,28 @@ from rich.text import Text
 
 from backends.errors import ConfigError
 from flows.cli import EXIT_COMPLETE, exit_code_of
+from flows.run_folder import FinishedRun, Rows, load_run, worst_positions, worst_responses
 from kl.breakdowns import TOP_ROWS
 from kl.headline import headline
 from kl.intervals import CONFIDENCE, Estimate
 from kl.paired import IncomparableRunsError, PairedDifference, paired_difference
-from kl.response_table import RESPONSES
 from kl.results import write_json_atomic
-from kl.schemas import TOKENS
-from kl.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
-from kl.token_table import INFINITE, IS_INFINITE, MEASURED, TokenTableError
+from kl.summary import Summary
+from kl.token_table import INFINITE, TokenTableError
 
-Rows = list[dict[str, Any]]
-
-_NEEDED = ("tokens.parquet", "responses.parquet", "summary.json", "run.json")
-_UNFINISHED = ".parts"  # put there when a run begins to measure, removed when everything is written
-_CONTEXT_TOKENS = 8  # shown before a position
 _DESCRIPTION = (
     "Shows a finished run of flows.run from its output folder: the headline, and the worst tokens, positions and "
-    "responses. With --compare, how much nearer to P one of two models is, from the paired difference of two runs "
-    "over the same responses."
+    "responses. With --compare, which of two models is nearer to P and by how much, from the paired difference of two "
+    "runs over the same responses of P. docs/reading-the-numbers.md says what each number means."
 )
 _EPILOG = (
-    "examples: python -m flows.analyze results/quickstart --top 10; "
-    "python -m flows.analyze --compare results/int8 results/int4. "
-    "exit codes: 0 shown; 2 a mistake in the call, or a folder that holds no finished run, or runs that cannot be "
-    "compared. docs/reading-the-numbers.md says what each number means."
+    "examples: python -m flows.analyze results/quickstart --top 10 | "
+    "python -m flows.analyze --compare results/int8 results/int4 | "
+    "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 )
-
-
-class Run(NamedTuple):
-    """A finished run: where it is, its summary, its token table and its response table (both lazy)."""
-
-    folder: Path
-    summary: Summary
-    tokens: pl.LazyFrame
-    responses: pl.LazyFrame
+_DEFAULT_TOP = 20
+_FILE_WIDTH = 10_000  # characters, more than any row has
+_PERCENT = f"{100 * CONFIDENCE:.0f} % CI"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,38 +53,34 @@ def _analyze(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
         payload = _show_comparison(*options.compare) if options.compare else _show_run(options.run_dir, options.top)
-    except (IncomparableRunsError, TokenTableError, pl.exceptions.PolarsError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (IncomparableRunsError, TokenTableError) as error:
+        raise ConfigError(str(error)) from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ConfigError(f"the results cannot be read: {' '.join(str(error).split())}") from error
     if options.json is not None:
         _write_json(options.json, payload)
     return EXIT_COMPLETE
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m flows.analyze", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="Output folder of a finished run.")
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A", "B"),
-        help="Output folders of two runs over the same responses of P, with different models Q (or settings).",
-    )
-    parser.add_argument(
-        "--top", type=int, metavar="N", help=f"Rows of each table of worst ones, 1 to {TOP_ROWS}. Default: 20."
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write what is shown, in full, to this file.")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
+                        help="Output folders of two finished runs over the same responses of P.")  # fmt: skip
+    parser.add_argument("--top", type=int, metavar="N",
+                        help=f"Rows of each table of the worst, 1 to {TOP_ROWS}. Default: {_DEFAULT_TOP}.")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write what is shown, unrounded, to this file.")
     options = parser.parse_args(arguments)
     if (options.run_dir is None) == (options.compare is None):
         parser.error("give either RUN_DIR or --compare A B")
     if options.compare and options.top is not None:
         parser.error("--top belongs to RUN_DIR, not to --compare")
-    options.top = 20 if options.top is None else options.top
+    options.top = _DEFAULT_TOP if options.top is None else options.top
     if not 1 <= options.top <= TOP_ROWS:
         parser.error(f"--top is {options.top}; it goes from 1 to {TOP_ROWS}")
     return options
@@ -109,202 +93,69 @@ def _write_json(path: Path, payload: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-# Loading.
-
-
-def load_run(folder: Path) -> Run:
-    """A finished run from its output folder.
-
-    Raises
-    ------
-    ConfigError
-        If there is no finished run, or its files were written by another version or do not belong together.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; give the output folder of a run.")
-    if (folder / _UNFINISHED).exists():
-        raise ConfigError(f"the run in {folder} is not finished: run the same command again, or wait for it to end.")
-    missing = [name for name in _NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(f"{folder} holds no finished run: {', '.join(missing)} not found. Run flows.run to its end.")
-    summary = _load_summary(folder / "summary.json")
-    tokens, responses = (_scan(folder / f"{name}.parquet") for name in ("tokens", "responses"))
-    _check_columns(folder, tokens, responses)
-    n_rows = int(tokens.select(pl.len()).collect().item())
-    if n_rows != summary.counts.positions:
-        raise ConfigError(
-            f"the files in {folder} are not of one run: summary.json speaks of {summary.counts.positions:,} positions, "
-            f"tokens.parquet holds {n_rows:,}. Run the same command again."
-        )
-    return Run(folder, summary, tokens, responses)
-
-
-def _scan(path: Path) -> pl.LazyFrame:
-    # A bracket or "=" in a folder's name is neither a pattern nor a partition.
-    return pl.scan_parquet(path, glob=False, hive_partitioning=False)
-
-
-def _check_columns(folder: Path, tokens: pl.LazyFrame, responses: pl.LazyFrame) -> None:
-    for name, frame, schema in (("tokens", tokens, TOKENS), ("responses", responses, RESPONSES)):
-        try:
-            absent = [column for column in schema if column not in frame.collect_schema()]
-        except (pl.exceptions.PolarsError, OSError) as error:
-            detail = " ".join(str(error).split())
-            raise ConfigError(f"{folder / name}.parquet cannot be read: {detail}") from error
-        if absent:
-            raise _other_version(folder / f"{name}.parquet", f"it lacks the columns {', '.join(absent)}")
-
-
-def _load_summary(path: Path) -> Summary:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Run the same command again.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise _other_version(path, f"its format is not {FORMAT}")
-    try:
-        return summary_from_json(data)
-    except (KeyError, TypeError) as error:
-        raise _other_version(path, str(error)) from error
-
-
-def _other_version(path: Path, why: str) -> ConfigError:
-    return ConfigError(f"{path} was written by another version ({why}). Run the same command again; scores are kept.")
-
-
-def summary_from_json(data: Mapping[str, Any]) -> Summary:
-    """The inverse of `Summary.to_json`.
-
-    Raises
-    ------
-    KeyError, TypeError
-        If a field is absent or unknown.
-    """
-    estimates = (
-        *("reverse_kl_per_token", "reverse_kl_lower_per_token", "js_per_token", "js_lower_per_token"),
-        *("tv_lower_per_token", "same_top_p"),
-    )
-    sampled, delta = data["sampled_token"], data["delta_p"]
-    typed = {name: Estimate(**data[name]) for name in estimates} | {
-        name: Divergence(**{key: Estimate(**value) for key, value in data[name].items()})
-        for name in ("kl_per_token", "kl_per_response")
-    }
-    means = ("k1_per_token", "k1_per_response", "k3_per_token", "k3_per_response")
-    known = {name: None if sampled[name] is None else Estimate(**sampled[name]) for name in means}
-    return Summary(
-        **{
-            **data,
-            **typed,
-            "counts": Counts(**data["counts"]),
-            "identification": Identification(**data["identification"]),
-            "delta_p": DeltaP(**(delta | {"mean": Estimate(**delta["mean"])})),
-            "sampled_token": SampledToken(**(sampled | known)),
-        }
-    )
-
-
 # One run.
 
 
 def _show_run(folder: Path, top: int) -> dict[str, Any]:
     run = load_run(folder)
-    console = Console(highlight=False)
-    rows = headline(run.summary)
-    _print_pairs(console, [("P", run.summary.model_p or "not stated"), ("Q", run.summary.model_q), *rows])
-    for warning in run.summary.warnings:
-        console.print(Text(f"warning: {warning}"), soft_wrap=True)
-    tokens, positions, responses = run.summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
-    _print_table(console, "Tokens with the largest sum of KL", _token_cells(tokens))
-    _print_table(console, "Positions with the largest KL", _position_cells(positions))
-    _print_table(console, "Responses with the largest KL per token", _response_cells(responses))
+    summary = run.summary
+    tokens, positions, responses = summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
+    rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
+    console = _console()
+    _print_pairs(console, rows)
+    _print_lines(console, [f"warning: {warning}" for warning in summary.warnings])
+    _print_table(console, "Tokens with the largest sum of KL, nats", _token_cells(tokens))
+    _print_table(console, "Positions with the largest KL, nats", _position_cells(positions))
+    _print_table(console, "Responses with the largest KL per token, nats", _response_cells(responses))
     return {
         "run": str(folder),
         "headline": [list(row) for row in rows],
         "worst_tokens": tokens,
         "worst_positions": positions,
         "worst_responses": responses,
-        "summary": run.summary.to_json(),
+        "summary": summary.to_json(),
     }
 
 
-def worst_positions(run: Run, top: int) -> Rows:
-    """The measured positions with the largest KL, infinite ones first, each with the text before it.
-
-    ``kl_estimate`` is ``None`` where the KL is infinite (``reason`` is ``infinite``).
-    """
-    columns = ("source_file", "response_idx", "position", "token")
-    values = ("kl_estimate", "kl_lower", "kl_upper_plausible", "logprob_p", "logprob_q", "reason")
-    order = pl.when(IS_INFINITE).then(float("inf")).otherwise("kl_estimate")
-    ranked = run.tokens.with_columns(order.alias("order")).filter(MEASURED & pl.col("order").is_not_null())
-    worst = ranked.select(*columns, *values, "order").sort(
-        ["order", *columns[:3]], descending=[True, False, False, False]
-    )
-    found = worst.head(top).drop("order").collect()
-    return found.join(
-        _texts_before(run.tokens, found), on=columns[:3], how="left", maintain_order="left"
-    ).to_dicts()
-
-
-def _texts_before(tokens: pl.LazyFrame, places: pl.DataFrame) -> pl.DataFrame:
-    """``before``: the last few tokens before each place, joined."""
-    keys = ("source_file", "response_idx")
-    wanted = places.select(*keys, pl.col("position").alias("at")).lazy()
-    near = tokens.select(*keys, "position", "token").join(wanted, on=keys, how="inner")
-    near = near.filter(pl.col("position").is_between(pl.col("at") - _CONTEXT_TOKENS, pl.col("at") - 1))
-    joined = near.sort("position").group_by(*keys, "at").agg(pl.col("token").str.join("").alias("before"))
-    return joined.collect().rename({"at": "position"})
-
-
-def worst_responses(run: Run, top: int) -> Rows:
-    """The responses with the largest mean KL per token, those with an infinite one first."""
-    chosen = (
-        *("source_file", "response_idx", "n_positions", "n_measured", "n_infinite", "kl_mean_per_token", "kl_sum"),
-        *("kl_lower_sum", "max_kl", "max_kl_position", "same_top_rate", "finish_reason"),
-    )
-    order = pl.when(pl.col("n_infinite") > 0).then(float("inf")).otherwise("kl_mean_per_token")
-    ranked = run.responses.with_columns(order.alias("order")).filter(pl.col("order").is_not_null())
-    by = ["order", "source_file", "response_idx"]
-    return ranked.sort(by, descending=[True, False, False]).head(top).select(chosen).collect().to_dicts()
-
-
-def _token_cells(rows: Rows) -> list[dict[str, str]]:
+def _token_cells(rows: Rows) -> Rows:
     return [
         {
             "token": _quoted(row["token"]),
             "positions": f"{row['n_measured']:,}",
-            "KL, sum": _number(row["kl_sum"]),
-            "KL, mean": _number(row["kl_mean"]),
-            "share of the KL": "" if row["kl_share"] is None else f"{row['kl_share']:.1%}",
+            "sum": _number(row["kl_sum"]),
+            "mean": _number(row["kl_mean"]),
+            "share": "" if row["kl_share"] is None else f"{row['kl_share']:.1%}",
         }
         for row in rows
     ]
 
 
-def _position_cells(rows: Rows) -> list[dict[str, str]]:
+def _position_cells(rows: Rows) -> Rows:
     return [
         {
-            "where": f"{row['source_file']}#{row['response_idx']} position {row['position']}",
+            "response, position": f"{row['source_file']}#{row['response_idx']}, {row['position']}",
             "text before": _quoted(row["before"] or ""),
             "token": _quoted(row["token"]),
             "KL": "infinite" if row["reason"] == INFINITE else _number(row["kl_estimate"]),
             "lower": _number(row["kl_lower"]),
-            "upper": "not identified" if row["kl_upper_plausible"] is None else _number(row["kl_upper_plausible"]),
-            "log p": _number(row["logprob_p"]),
-            "log q": "not listed" if row["logprob_q"] is None else _number(row["logprob_q"]),
+            "upper": _number(row["kl_upper_plausible"], "not identified"),
+            "log p": _number(row["logprob_p"], "not stated"),
+            "log q": _number(row["logprob_q"], "not listed"),
         }
         for row in rows
     ]
 
 
-def _response_cells(rows: Rows) -> list[dict[str, str]]:
+def _response_cells(rows: Rows) -> Rows:
     return [
         {
             "response": f"{row['source_file']}#{row['response_idx']}",
             "measured": f"{row['n_measured']:,} of {row['n_positions']:,}",
-            "KL per token": "infinite" if row["n_infinite"] else _number(row["kl_mean_per_token"]),
-            "KL, sum": "infinite" if row["n_infinite"] else _number(row["kl_sum"]),
-            "largest": "infinite" if row["n_infinite"] else _number(row["max_kl"]),
-            "at position": "" if row["max_kl_position"] is None else f"{row['max_kl_position']}",
+            "per token": _number(row["kl_mean_per_token"], "infinite"),
+            "sum": _number(row["kl_sum"], "infinite"),
+            "lower sum": _number(row["kl_lower_sum"], "not known"),
+            "largest": _number(row["max_kl"], "infinite"),
+            "at position": "" if row["max_kl_position"] is None else f"{row['max_kl_position']:,}",
             "same top": "" if row["same_top_rate"] is None else f"{row['same_top_rate']:.1%}",
         }
         for row in rows
@@ -316,25 +167,177 @@ def _response_cells(rows: Rows) -> list[dict[str, str]]:
 
 def _show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
     a, b = load_run(folder_a), load_run(folder_b)
-    column = _comparable_column(a.summary, b.summary)
-    difference = paired_difference(_with_estimate(a.tokens, column), _with_estimate(b.tokens, column))
-    lines = [*_notes(a.summary, b.summary, column), *comparison_lines(difference, a.summary.model_q, b.summary.model_q)]
-    console = Console(highlight=False)
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
+    column = comparable_column(a.summary, b.summary)
+    difference = paired_difference(_with_estimate(a, column), _with_estimate(b, column))
+    lines = [
+        f"P = {a.summary.model_p or 'not stated'}",
+        f"A = {a.summary.model_q} ({folder_a}): {_value_text(difference.a_per_token)}",
+        f"B = {b.summary.model_q} ({folder_b}): {_value_text(difference.b_per_token)}",
+        verdict(difference.per_token, "token"),
+        verdict(difference.per_response, "response"),
+        _paired_over(difference),
+        *(f"warning: {note}" for note in _notes(a.summary, b.summary, column)),
+    ]
+    _print_lines(_console(), lines)
     return {
         "a": str(folder_a),
         "b": str(folder_b),
         "compared_by": column,
+        "difference_is": "KL(P‖A) - KL(P‖B) in nats: positive where B is nearer to P",
         "lines": lines,
-        "difference": {
-            "note": "KL(P‖A) - KL(P‖B), nats; positive: B is nearer to P",
-            "per_token": difference.per_token._asdict() if False else _as_dict(difference.per_token),
-            "per_response": _as_dict(difference.per_response),
-            "a_per_token": _as_dict(difference.a_per_token),
-            "b_per_token": _as_dict(difference.b_per_token),
-            "n_positions": difference.n_positions,
-            "n_only_a": difference.n_only_a,
-            "n_only_b": difference.n_only_b,
-        },
+        **asdict(difference),
     }
+
+
+def comparable_column(a: Summary, b: Summary) -> str:
+    """The column of the token table that means the same in both runs.
+
+    What each run reports, if both report it by one estimator or both have the exact KL throughout. Else
+    ``kl_censored``, which every run has: an exact KL beside a truncated one would make a difference of the estimators
+    look like one of the models.
+    """
+    parts = _exact_part(a), _exact_part(b)
+    if parts == (1.0, 1.0) or (parts == (0.0, 0.0) and a.estimator == b.estimator):
+        return "kl_estimate"
+    return "kl_censored"
+
+
+def _exact_part(summary: Summary) -> float:
+    measured = summary.counts.measured
+    infinite = summary.counts.bounds_only_by_reason.get(INFINITE, 0)
+    return (summary.kl_per_token.exact.n + infinite) / measured if measured else 0.0
+
+
+def _with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
+    if column == "kl_estimate":
+        return run.tokens
+    # Rows without a point estimate keep their reason and stay without one.
+    return run.tokens.with_columns(kl_estimate=pl.when(pl.col("error").is_null()).then(column))
+
+
+def _notes(a: Summary, b: Summary, column: str) -> Iterator[str]:
+    if column == "kl_censored":
+        yield (
+            f"A reports the estimates of {_estimator(a)}, B those of {_estimator(b)}; "
+            "both are compared by their censored estimates."
+        )
+    elif _exact_part(a) < 1 and a.estimator != "censored":
+        yield (
+            f"both are compared by the estimator {a.estimator!r}, which misses more of a large KL than of a small one; "
+            "the difference is understated. Run both with the estimator 'censored'; no score is bought again."
+        )
+    if _exact_part(a) < 1 and a.top_logprobs != b.top_logprobs:
+        yield (
+            f"A was measured with {a.top_logprobs} candidates per position, B with {b.top_logprobs}; part of the "
+            "difference may come from that."
+        )
+
+
+def _estimator(summary: Summary) -> str:
+    part = _exact_part(summary)
+    name = repr(summary.estimator)
+    return name if part == 0 else "the full vocabulary" if part == 1 else f"the full vocabulary in part, else {name}"
+
+
+def verdict(difference: Estimate, unit: str) -> str:
+    """KL(P‖A) - KL(P‖B) with its interval, in a sentence; ``unit`` is ``token`` or ``response``."""
+    value, low, high = difference.value, difference.ci_low, difference.ci_high
+    if value is None:
+        return f"The difference per {unit} is not known: {difference.no_interval}."
+    further, nearer = ("A", "B") if value > 0 else ("B", "A")
+    if low is None or high is None:
+        return (
+            f"{further} is further from P than {nearer} by {_number(abs(value))} nats per {unit} in these data, but "
+            f"without an interval ({difference.no_interval}) chance is not excluded."
+            if value
+            else f"The means per {unit} are equal, without an interval ({difference.no_interval})."
+        )
+    if low == high == 0:
+        return f"A and B are equally far from P: the difference per {unit} is 0 for every prompt."
+    if low <= 0 <= high:
+        interval = f"{_PERCENT} {_signed(low, difference)} to {_signed(high, difference)}"
+        return (
+            f"A and B cannot be told apart per {unit}: the difference is {_signed(value, difference)} nats "
+            f"({interval}, {difference.n_clusters:,} prompts; above 0 B is nearer to P)."
+        )
+    near, far = sorted((abs(low), abs(high)))
+    size, near_text, far_text = (_rounded(number, difference) for number in (abs(value), near, far))
+    return (
+        f"{further} is further from P than {nearer} by {size} nats per {unit} "
+        f"({_PERCENT} {near_text} to {far_text}, {difference.n_clusters:,} prompts)."
+    )
+
+
+def _value_text(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return f"not known: {estimate.no_interval}"
+    text = f"{_rounded(estimate.value, estimate)} nats per token"
+    if estimate.ci_low is None or estimate.ci_high is None:
+        return f"{text} (no interval: {estimate.no_interval})"
+    return f"{text} ({_PERCENT} {_rounded(estimate.ci_low, estimate)} to {_rounded(estimate.ci_high, estimate)})"
+
+
+def _paired_over(difference: PairedDifference) -> str:
+    text = f"Paired over {difference.n_positions:,} positions that both runs measured"
+    only = [f"{n:,} only {side} measured" for side, n in (("A", difference.n_only_a), ("B", difference.n_only_b)) if n]
+    return f"{text}; left out: {', '.join(only)}." if only else f"{text}."
+
+
+# Texts.
+
+
+def _rounded(value: float, estimate: Estimate) -> str:
+    """With two digits of the standard error."""
+    if not estimate.se:
+        return _number(value)
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(estimate.se)))}f}"
+
+
+def _signed(value: float, estimate: Estimate) -> str:
+    return _rounded(value, estimate) if value <= 0 else f"+{_rounded(value, estimate)}"
+
+
+def _number(value: float | None, unknown: str = "") -> str:
+    if value is None:
+        return unknown
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _quoted(text: str) -> str:
+    # As a literal, so that spaces, line breaks and control characters are seen and the terminal is left alone.
+    return repr(text)
+
+
+def _console() -> Console:
+    # Folded into a terminal; in a file or a pipe a row is a line, however long.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
+def _print_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, text in rows:
+        table.add_row(Text(label), Text(text))
+    console.print(table)
+
+
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _print_table(console: Console, title: str, rows: Rows) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    if not rows:
+        console.print("none: nothing has an estimate")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

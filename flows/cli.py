@@ -114,9 +114,10 @@ def result_of(state: Any) -> Any:
     result = state.result(raise_on_failure=False)
     if isinstance(result, ConfigError):
         raise result
-    if isinstance(result, BaseException) and not isinstance(result, TokenKLError):
+    expected = isinstance(result, TokenKLError | OSError)
+    if isinstance(result, BaseException) and not expected:
         traceback.print_exception(result)  # a fault of this program: whoever mends it needs to see where
     if state.is_failed() or state.is_crashed():
-        print(f"error: {result if isinstance(result, TokenKLError) else state.message}", file=sys.stderr)  # noqa: T201
+        print(f"error: {result if expected else state.message}", file=sys.stderr)  # noqa: T201
         return None
     return result

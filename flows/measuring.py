@@ -63,8 +63,6 @@ class Measured:
     versions_q: set[str] = field(default_factory=set[str])
     other_writers: list[str] = field(default_factory=list[str])
     repaired: dict[str, int] = field(default_factory=dict[str, int])
-    input_tokens: int = 0
-    output_tokens: int = 0
 
 
 def parts_folder(output_dir: Path) -> Path:

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     raise SystemExit(main())
 
 import logging
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from prefect import flow, task, unmapped
@@ -17,6 +18,7 @@ from prefect.runtime import task_run
 from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost
@@ -25,7 +27,7 @@ from flows.measuring import Measured, measure_files
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
 from flows.progress import ProgressReporter
 from flows.report import RunReport
-from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for
+from flows.scoring import GroupOutcome, Stores, close_session, run_lock, score_and_store, session_for
 from flows.writing import write_results
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,14 @@ def _group_name() -> str:
 @task(cache_policy=NO_CACHE)
 def read(config: RunConfig) -> Plan:
     """Read all responses, find what is on disk already, and plan what is asked."""
+    scores = Stores.of(config.output_dir).scores
+    recovered = scores.recover()
+    if recovered:
+        logger.info("%d scores of a run that was stopped were taken in", recovered)
     backend, options, _ = resolve_backend(config)
     asker = Asker(config, backend, options)
     in_flight = session_for(config).backend.in_flight()
-    return make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, in_flight)
+    return make_plan(find_inputs(config), asker, scores, in_flight)
 
 
 @task(task_run_name=_group_name, cache_policy=NO_CACHE)
@@ -57,7 +63,7 @@ def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupO
         asks = list(requests_of(group, Asker(config, backend, options)))
         work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance)
         return session.run(work)
-    except TokenKLError as error:
+    except (TokenKLError, OSError) as error:
         return Failed(message=str(error), data=error)
 
 
@@ -81,26 +87,32 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
     Ends as Failed, with one line, if nothing could be asked at all; positions that could not be measured are part of a
     result and counted in it.
     """
-    started = datetime.now(UTC)
     try:
-        backend, _, notes = resolve_backend(config)
-        check_capabilities(config, backend)
-        for note in notes:
-            logger.warning("%s", note)
-        session = session_for(config)
-        try:
-            plan = read(config)
-            check_cost(plan, config.max_cost_usd)
-            if plan.groups and config.preflight:
-                session.run(session.backend.preflight(config.model2))
-            _log_plan(plan)
-            outcomes = _score_all(plan, config)
-            record = _record(plan, outcomes, started) | {"backend_report": session.backend.report()}
-        finally:
-            close_session(config)
-        return write(measure(plan, config), config, record)
-    except TokenKLError as error:
+        with run_lock(config.output_dir):
+            return _run(config)
+    except (TokenKLError, OSError) as error:
         return Failed(message=str(error), data=error)
+
+
+def _run(config: RunConfig) -> RunReport:
+    started = datetime.now(UTC)
+    backend, options, notes = resolve_backend(config)
+    check_capabilities(config, backend)
+    for note in notes:
+        logger.warning("%s", note)
+    session = session_for(config)
+    try:
+        plan = read(config)
+        check_cost(plan, config.max_cost_usd)
+        proven = session.run(session.backend.preflight(config.model2)) if plan.groups and config.preflight else None
+        _log_plan(plan)
+        outcomes = _score_all(plan, config)
+        record = _record(plan, outcomes, started, proven) | {"backend_report": session.backend.report()}
+    finally:
+        close_session(config)
+    Stores.of(config.output_dir).scores.compact_all()
+    record["spent"] = _spent(outcomes, backend, options)
+    return write(measure(plan, config), config, record)
 
 
 def _log_plan(plan: Plan) -> None:
@@ -133,7 +145,9 @@ def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     return [state.result() for state in states if state.is_completed()]
 
 
-def _record(plan: Plan, outcomes: list[GroupOutcome], started: datetime) -> dict[str, object]:
+def _record(
+    plan: Plan, outcomes: list[GroupOutcome], started: datetime, proven_version: str | None
+) -> dict[str, object]:
     return {
         "started_at": started.isoformat(timespec="seconds"),
         "contexts": plan.n_contexts,
@@ -141,5 +155,18 @@ def _record(plan: Plan, outcomes: list[GroupOutcome], started: datetime) -> dict
         "contexts_in_earlier_jobs": plan.n_in_flight,
         "contexts_asked": plan.n_to_ask,
         "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
+        "estimate": asdict(plan.estimate),
+        "preflight_version": proven_version,
         "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
     }
+
+
+def _spent(outcomes: list[GroupOutcome], backend: type[Backend], options: BackendOptions) -> dict[str, object]:
+    """What this run was charged for, by the service's own counts; answers that failed are not among them."""
+    spent: dict[str, object] = {}
+    for model in sorted({model for outcome in outcomes for model in outcome.tokens}):
+        counts = [outcome.tokens[model] for outcome in outcomes if model in outcome.tokens]
+        n_in, n_out = sum(count[0] for count in counts), sum(count[1] for count in counts)
+        cost = backend.cost_usd(options, model, n_in, n_out)
+        spent[model] = {"input_tokens": n_in, "output_tokens": n_out, "cost_usd": cost}
+    return spent

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from backends.base import Backend, ScoreRequest
-from backends.errors import BackendError
-from backends.score_store import ScoreStore
+from backends.errors import BackendError, ConfigError
+from backends.score_store import ScoreJournal, ScoreStore
 from backends.session import BackendSession
 from flows.config import RunConfig, resolve_backend
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
-# What a kill can cost: the answers of so many seconds, or so many bytes of full vocabularies.
-_FLUSH_INTERVAL_S = 1.0
-_FLUSH_BYTES = 32_000_000
+# How many answers wait in a journal before they become a part of the table, and how many bytes of full vocabularies.
+_PART_ROWS = 2000
+_PART_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +50,22 @@ class GroupOutcome:
     n_scored: int
     failures: dict[str, int]
     versions: tuple[str, ...]
+    tokens: dict[str, tuple[int, int]]  # model → input and output tokens, as the service counted them
 
 
 @dataclass(slots=True)
 class _Arrivals:
-    """Results that are not on disk yet, and what is still expected."""
+    """Results that are not in the table yet, and what is still expected."""
 
     stores: Stores
     where: dict[str, tuple[str, str]]  # key → prompt id, model
+    journal: ScoreJournal
     waiting: list[Score | ScoreFailure] = field(default_factory=list[Score | ScoreFailure])
     n_bytes: int = 0
     n_scored: int = 0
     failures: dict[str, int] = field(default_factory=dict[str, int])
     versions: set[str] = field(default_factory=set[str])
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     open_keys: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,8 @@ class _Arrivals:
         if result.key not in self.open_keys:
             raise BackendError(f"the backend answered {result.key}, which was not asked or was answered before.")
         self.open_keys.discard(result.key)
+        prompt_id, model = self.where[result.key]
+        self.journal.add(prompt_id, model, result)
         self.waiting.append(result)
         if isinstance(result, ScoreFailure):
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
@@ -79,18 +85,15 @@ class _Arrivals:
         self.n_bytes += result.full_logprobs.nbytes if result.full_logprobs is not None else 0
         if result.model_version is not None:
             self.versions.add(result.model_version)
+        sums = self.tokens.get(model, (0, 0))
+        self.tokens[model] = (sums[0] + (result.input_tokens or 0), sums[1] + (result.output_tokens or 0))
 
-    async def flush(self) -> None:
-        async with self.lock:
-            results, self.waiting, self.n_bytes = self.waiting, [], 0
-            try:
-                if results:
-                    await asyncio.to_thread(self._write, results)
-            except BaseException:
-                self.waiting = results + self.waiting
-                raise
+    @property
+    def full(self) -> bool:
+        return self.n_bytes > _PART_BYTES or len(self.waiting) >= _PART_ROWS
 
-    def _write(self, results: Sequence[Score | ScoreFailure]) -> None:
+    def write(self) -> None:
+        results, self.waiting, self.n_bytes = self.waiting, [], 0
         by_place: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
         for result in results:
             by_place.setdefault(self.where[result.key], []).append(result)
@@ -98,6 +101,7 @@ class _Arrivals:
             self.stores.scores.append(prompt_id, model, batch)
             failed = [result for result in batch if isinstance(result, ScoreFailure)]
             self.stores.failures.append(prompt_id, model, failed)
+        self.journal.clear()
 
 
 async def score_and_store(
@@ -106,7 +110,7 @@ async def score_and_store(
     stores: Stores,
     on_results: Callable[[int], None],
 ) -> GroupOutcome:
-    """Ask a backend for contexts and put each answer on disk within about a second of its arrival.
+    """Ask a backend for contexts and put each answer on disk the moment it arrives.
 
     Parameters
     ----------
@@ -115,38 +119,26 @@ async def score_and_store(
         Told how many further contexts are settled.
     """
     where = {key: (prompt_id, request.model) for prompt_id, request in asks for key in request.keys}
-    arrivals = _Arrivals(stores, where)
-    stop = asyncio.Event()
-    ticker = asyncio.create_task(_flush_regularly(arrivals, stop))
+    arrivals = _Arrivals(stores, where, stores.scores.journal(uuid.uuid4().hex))
     try:
         async with _closing(backend.score([request for _, request in asks])) as results:
             async for result in results:
                 arrivals.add(result)
                 on_results(1)
-                if arrivals.n_bytes > _FLUSH_BYTES:
-                    await arrivals.flush()
-                if ticker.done():
-                    break  # the disk refused results: buy no more
+                if arrivals.full:
+                    arrivals.write()  # not in a thread: a cancel must not overtake it
     except BackendError as error:
         logger.warning("%s", error)
         _fail_rest(arrivals, _reason(error), str(error), on_results)
     finally:
-        stop.set()
-        await ticker
-        await arrivals.flush()
+        arrivals.write()
     if arrivals.open_keys:
         message = f"the backend gave no result for {len(arrivals.open_keys)} of {len(where)} contexts."
         logger.error("%s", message)
         _fail_rest(arrivals, "no-result", message, on_results)
-        await arrivals.flush()
-    return GroupOutcome(arrivals.n_scored, arrivals.failures, tuple(sorted(arrivals.versions)))
-
-
-async def _flush_regularly(arrivals: _Arrivals, stop: asyncio.Event) -> None:
-    while not stop.is_set():
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _FLUSH_INTERVAL_S)
-        await arrivals.flush()
+        arrivals.write()
+    versions = tuple(sorted(arrivals.versions))
+    return GroupOutcome(arrivals.n_scored, arrivals.failures, versions, arrivals.tokens)
 
 
 @asynccontextmanager
@@ -198,6 +190,27 @@ def close_session(config: RunConfig) -> None:
         session = _sessions.pop(_session_name(config), None)
     if session is not None:
         session.__exit__(None, None, None)
+
+
+@contextmanager
+def run_lock(output_dir: Path) -> Generator[None]:
+    """Only one run at a time may use an output directory: two would buy the same contexts.
+
+    Raises
+    ------
+    ConfigError
+        If another run holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another run is using {output_dir}; wait for it, or choose another --output-dir.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _session_name(config: RunConfig) -> str:

@@ -118,6 +118,9 @@ def _report(summary: Summary, measured: Measured, config: RunConfig) -> RunRepor
     if measured.other_writers:
         first = measured.other_writers[0]
         warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
+    if len(measured.versions_q) > 1:
+        versions = ", ".join(sorted(measured.versions_q))
+        warnings.append(f"the answers come from {len(measured.versions_q)} versions of model 2: {versions}")
     names = ("summary.json", "responses.parquet", "tokens.parquet", "run.json")
     return RunReport(
         n_positions=summary.counts.positions,

@@ -156,9 +156,9 @@ class Variation:
     assumed: bool = False
 
 
-# Measured on a model of 135M parameters against itself with 8, 4 and 3 bits a weight and with another system prompt
-# (benchmarks/estimator_table.py, docs/estimators.md).
-ASSUMED = Variation(cv_token=1.6, icc=0.04, assumed=True)
+# Measured on a model of 135M parameters against itself with fewer bits a weight and with another system prompt: CV 0.6
+# to 3.2, correlation .03 to .13 (benchmarks/estimator_table.py, docs/estimators.md).
+ASSUMED = Variation(cv_token=1.6, icc=0.05, assumed=True)
 
 
 def variation_of_pilot(per_token: Estimate) -> Variation | None:
@@ -223,8 +223,12 @@ def expected_width_text(n_prompts: int, n_selected: int, pilot: Variation | None
     per_prompt = n_selected / n_prompts
     half = expected_half_width(n_prompts, max(per_prompt, 1.0), variation)
     assert half is not None
-    source = "assumed, no pilot: values of small quantised models, yours may differ" if variation.assumed else "pilot"
+    source = (
+        "assumed, as there is no pilot; on small models they were 0.6 to 3.2 and 0.03 to 0.13"
+        if variation.assumed
+        else "from the pilot"
+    )
     return (
         f"about ±{100 * half:.0f} % of the KL per token ({n_prompts:,} prompts with {per_prompt:,.0f} positions each; "
-        f"{source}: CV of token KL {variation.cv_token:.2g}, correlation within a prompt {variation.icc:.2g})"
+        f"CV of token KL {variation.cv_token:.2g}, correlation within a prompt {variation.icc:.2g}: {source})"
     )

@@ -57,14 +57,14 @@ def test_all_parts_are_one_plain_table(tmp_path) -> None:
 
 def test_compacting_keeps_every_score_once(tmp_path) -> None:
     store = ScoreStore(tmp_path)
-    for key in ("b", "a", "c"):
+    for key in ("b", "a", "c", "e"):
         store.append("p", "m", [score(key)])
     store.append("p", "m", [score("a"), score("d")])
     store.compact("p")
     assert len(list(tmp_path.glob("p/*.parquet"))) == 1
-    assert store.load("p", "abcd") == {key: score(key) for key in "abcd"}
+    assert store.load("p", "abcde") == {key: score(key) for key in "abcde"}
     store.compact("p")
-    assert store.known_keys("p") == set("abcd")
+    assert store.known_keys("p") == set("abcde")
 
 
 def test_a_part_that_was_cut_short_is_named(tmp_path) -> None:
@@ -80,3 +80,33 @@ def test_temporary_files_of_a_killed_run_are_no_scores(tmp_path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / ".0123.parquet.17-1.tmp").write_bytes(b"half")
     assert ScoreStore(tmp_path).known_keys("p") == set()
+
+
+def test_what_a_killed_run_left_in_a_journal_is_taken_in(tmp_path) -> None:
+    journal = ScoreStore(tmp_path).journal("a")
+    journal.add("p", "m", score("k1"))
+    journal.add("q", "m", ScoreFailure("k2", "blocked", "SAFETY", final=True))
+    journal.add("q", "m", ScoreFailure("k3", "row-error", "503"))
+    (path,) = tmp_path.glob("journals/*.jsonl")
+    with path.open("ab") as file:
+        file.write(b'{"prompt_id": "p", "key": "cut')
+
+    store = ScoreStore(tmp_path)
+    assert store.known_keys("p") == set()
+    assert store.recover() == 2
+    assert store.load("p", ["k1"]) == {"k1": score("k1")}
+    assert store.known_keys("q") == {"k2"}
+    assert list(tmp_path.glob("journals/*.jsonl")) == []
+    assert store.recover() == 0
+
+
+def test_a_journal_that_became_a_part_is_gone(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    journal = store.journal("a")
+    journal.add("p", "m", score("k1"))
+    store.append("p", "m", [score("k1")])
+    journal.clear()
+    assert store.recover() == 0
+    journal.add("p", "m", score("k2"))
+    assert store.recover() == 1
+    assert store.known_keys("p") == {"k1", "k2"}

@@ -1,0 +1,107 @@
+"""Checks of the contract suite on how a backend is called: at the same time, interrupted, taken up again."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+
+from backends.base import Backend
+from backends.contract_answers import differences
+from backends.contract_subject import (
+    Ask,
+    ContractBreach,
+    Problems,
+    Subject,
+    check,
+    in_time,
+    planned,
+    restricted,
+    scored,
+)
+from kl.records import Score, ScoreFailure
+
+Results = list[Score | ScoreFailure]
+_CANCELLED_AFTER_S = (0.0, 0.1, 0.5)
+
+
+@check()
+def nothing_asked_is_nothing_answered(subject: Subject) -> Problems:
+    """score() without requests, or with a request without positions, yields nothing."""
+    bare = subject.bare_request(subject.cases[0])
+    for what, requests in (("no requests", ()), ("a request without positions", (bare,))):
+        results = subject.results(Ask(requests, {}))
+        if results:
+            yield f"{what}: {len(results)} results."
+
+
+@check()
+def calls_at_the_same_time_keep_apart(subject: Subject) -> Problems:
+    """Several calls of score() on one backend at once each yield their own keys, with the same scores as alone."""
+    asks = [planned([subject.request(case)]) for case in subject.cases]
+
+    async def work(backend: Backend) -> list[Results]:
+        return await asyncio.gather(*(subject.collect(backend, ask) for ask in asks))
+
+    for ask, results in zip(asks, subject.use(work), strict=True):
+        foreign = [result.key for result in results if result.key not in ask.places]
+        if foreign:
+            yield f"{ask.requests[0].name!r}: {len(foreign)} results belong to another call."
+        yield from differences(scored(ask, results), subject.answers, subject.noise_nats)
+
+
+@check()
+def closing_the_results_early_leaves_the_backend_usable(subject: Subject) -> Problems:
+    """Who takes one result and closes the iterator is not kept waiting, and may ask again."""
+    ask = planned(subject.request(case) for case in subject.cases)
+    again = planned([subject.request(subject.cases[0])])
+
+    async def work(backend: Backend) -> Results:
+        results = backend.score(ask.requests)
+        await in_time(anext(results), "the first result", subject.deadline_s)
+        if isinstance(results, AsyncGenerator):  # other iterators have no close
+            await in_time(results.aclose(), "closing the results", subject.close_s)
+        return await subject.collect(backend, again)
+
+    yield from differences(scored(again, subject.use(work)), subject.answers, subject.noise_nats)
+
+
+@check()
+def a_cancelled_call_ends_and_can_be_taken_up_again(subject: Subject) -> Problems:
+    """Cancelling ends a call soon; a later run asks what in_flight() names, job by job, and gets every result."""
+    ask = planned(subject.request(case) for case in subject.cases)
+    with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
+        for wait_s in _CANCELLED_AFTER_S:
+            yield from subject.use(lambda backend, wait_s=wait_s: _cancel(subject, backend, ask, wait_s), Path(folder))
+        results = subject.use(lambda backend: _take_up(subject, backend, ask), Path(folder))
+    yield from differences(scored(ask, results), subject.answers, subject.noise_nats)
+
+
+async def _cancel(subject: Subject, backend: Backend, ask: Ask, wait_s: float) -> list[str]:
+    task = asyncio.create_task(subject.collect(backend, ask))
+    await asyncio.sleep(wait_s)
+    if not task.cancel():
+        task.result()
+        return []  # done before it could be cancelled
+    done, _ = await asyncio.wait({task}, timeout=subject.close_s)
+    if not done:
+        return [f"a call that was cancelled after {wait_s:g} s went on for more than {subject.close_s:g} s."]
+    return [] if task.cancelled() else [f"a call that was cancelled after {wait_s:g} s went on to its end."]
+
+
+async def _take_up(subject: Subject, backend: Backend, ask: Ask) -> Results:
+    in_flight = backend.in_flight()
+    foreign = in_flight.keys() - ask.places.keys()
+    if foreign:
+        raise ContractBreach(f"in_flight() names {len(foreign)} keys that nobody has asked for.")
+    groups = [_of_job(ask, in_flight, job) for job in sorted({in_flight.get(key, "") for key in ask.places})]
+    found = await asyncio.gather(*(subject.collect(backend, group) for group in groups))
+    results = [result for group in found for result in group]
+    if sorted(result.key for result in results) != sorted(ask.places):
+        raise ContractBreach(f"{len(results)} results for {len(ask.places)} keys after a call was cancelled.")
+    return results
+
+
+def _of_job(ask: Ask, in_flight: Mapping[str, str], job: str) -> Ask:
+    return planned(restricted(request, lambda _, key: in_flight.get(key, "") == job) for request in ask.requests)

@@ -1,0 +1,302 @@
+"""Batch files that nobody needs any more: ``python -m flows.clean``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backends.bucket_survey import Deletion, Fate, Survey, Totals
+from backends.errors import ConfigError, TokenKLError
+from backends.job_ledger import JobLedger
+from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
+from flows.config import CommonConfig, RunConfig, SampleConfig, resolve_backend
+from flows.environment import prepare_environment
+from flows.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    from backends.bucket_cleaning import BucketCleaner
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_LIFECYCLE_DAYS = 7
+_LONGEST_JOB_DAYS = 4
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_LONGEST = timedelta(days=36_500)
+
+_DESCRIPTION = """\
+List, and with --yes delete, what vertex_batch left in its bucket: files below batch_input/ and
+batch_output/ whose names it gave itself. The files of a job go together, when the newest of them is
+older than --older-than and the service says that the job has ended. Files of jobs that wait or
+run stay, and so do those whose job's state cannot be learnt.
+
+  python -m flows.clean --project-id P                                  what would be deleted
+  python -m flows.clean --project-id P --output-dir results/a --yes     delete, sparing what a run has not read
+  python -m flows.clean --config run.yaml --older-than 12h              bucket and output folder of a run
+  python -m flows.clean --project-id P --set-lifecycle --yes            and let the bucket do it from now on
+"""
+_EPILOG = (
+    "exit codes: 0 done (also: nothing to do, no such bucket); 3 done, but files stayed\n"
+    "because a job's state could not be learnt or a deletion failed; 2 a mistake in the\n"
+    "settings or the call; 1 anything else"
+)
+
+
+class CleanConfig(CommonConfig):
+    """What is cleaned. The configuration file of a run will do: what concerns the run alone is left aside."""
+
+    location: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Vertex AI location in which the jobs ran. Default: GOOGLE_CLOUD_LOCATION, else us-central1.",
+    )
+    bucket_name: str | None = Field(
+        default=None,
+        min_length=3,
+        max_length=222,
+        description="Bucket of the batch files, 3 to 222 characters. Default: {project_id}-kl-batch.",
+    )
+    older_than: str = Field(
+        default="7d",
+        description="Age from which files may go: a number and s, m, h, d or w, such as 30m, 12h, 7d, 2w.",
+    )
+    output_dir: tuple[Path, ...] = Field(
+        default=(), description="Output folder of a run whose unread batch output must stay; may be repeated."
+    )
+    set_lifecycle: bool = Field(
+        default=False,
+        description="Also give the bucket a lifecycle rule that deletes everything below the two prefixes after "
+        "--lifecycle-days; rules of others stay. The rule knows nothing of jobs and runs.",
+    )
+    lifecycle_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=36_500,
+        description="Days of the lifecycle rule, 1 to 36500; implies --set-lifecycle, which alone means "
+        f"{_DEFAULT_LIFECYCLE_DAYS}.",
+    )
+    yes: bool = Field(default=False, description="Do it. Without this, nothing is changed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_settings_of_runs(cls, values: Any) -> Any:
+        known = set(RunConfig.model_fields) | set(SampleConfig.model_fields)
+        unused = sorted((set(values) & known) - set(cls.model_fields) | (set(values) & {"max_concurrent"}))
+        if unused:
+            logger.info("settings of a run, of no use here: %s", ", ".join(unused))
+        return {name: value for name, value in values.items() if name not in unused}
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _one_folder(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("older_than")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        parse_duration(value)
+        return value
+
+    @property
+    def rule_days(self) -> int | None:
+        """The days of the lifecycle rule; None if no rule is asked for."""
+        if self.lifecycle_days is None and not self.set_lifecycle:
+            return None
+        return self.lifecycle_days or _DEFAULT_LIFECYCLE_DAYS
+
+
+def parse_duration(text: str) -> timedelta:
+    """The time that ``30m``, ``12h``, ``7d`` or ``2w`` means.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number with a unit, or longer than a century.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([smhdw])", text.strip())
+    duration = timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
+    if duration is None or duration > _LONGEST:
+        raise ValueError("must be a whole number with a unit, at most 36500d")
+    return duration
+
+
+def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
+    """Keys of the jobs that runs have on record and have not read to the end, each with its output folder.
+
+    Raises
+    ------
+    ConfigError
+        If a folder holds no records, which would protect nothing, or one that cannot be read.
+    """
+    unread: dict[str, str] = {}
+    for output_dir in output_dirs:
+        folder = output_dir / "scores" / "jobs"
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--output-dir {output_dir}: there are no job records ({folder}), hence nothing to protect. "
+                "Give the output folder of a run with vertex_batch, or leave it out."
+            )
+        unread |= {entry.job_key: str(output_dir) for entry in JobLedger(folder).entries() if not entry.ended}
+    return unread
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Clean from the command line; returns the exit code."""
+    try:
+        return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    except TokenKLError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt:
+        print("stopped; what was deleted is gone, the same command goes on.", file=sys.stderr)  # noqa: T201
+    return EXIT_ERROR
+
+
+def _run(arguments: Sequence[str]) -> int:
+    prepare_environment()
+    config = parse_config(_parser(), CleanConfig, _joined(arguments))
+    unread = unread_jobs(config.output_dir)
+    return asyncio.run(_clean(_cleaner(config), config, unread))
+
+
+def _parser() -> argparse.ArgumentParser:
+    own = ("backend", "max_concurrent", "older_than", "output_dir", "set_lifecycle", "yes")
+    parser = make_parser("python -m flows.clean", _DESCRIPTION, CleanConfig, skip=own)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    text = {name: CleanConfig.model_fields[name].description or "" for name in own}
+    parser.add_argument("--older-than", metavar="DURATION", help=f"{text['older_than']} Default: 7d.")
+    parser.add_argument("--output-dir", metavar="DIR", action="append", help=text["output_dir"])
+    parser.add_argument("--set-lifecycle", action="store_true", default=None, help=text["set_lifecycle"])
+    parser.add_argument("--yes", action="store_true", default=None, help=text["yes"])
+    return parser
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    # argparse takes "-1d" for a flag and would say that the duration is missing.
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--older-than" and re.match(r"-[0-9]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _cleaner(config: CleanConfig) -> BucketCleaner:
+    if config.backend.name != "vertex_batch":
+        raise ConfigError(f"the backend {config.backend.name} keeps no files in a bucket; only vertex_batch does.")
+    # Imported late: the SDKs take seconds, and --help or a mistake in the call needs none of them.
+    from backends.bucket_cleaning import BucketCleaner
+    from backends.vertex_batch import VertexBatchOptions
+    from backends.vertex_client import check_location, require_project
+
+    _, options, _ = resolve_backend(config)
+    assert isinstance(options, VertexBatchOptions)
+    project = require_project(options.project_id)
+    bucket = options.bucket_name or f"{project}-kl-batch"
+    location = check_location(options.location)
+    return BucketCleaner(project, location, bucket, options.retry_deadline_s, options.request_timeout_s)
+
+
+async def _clean(cleaner: BucketCleaner, config: CleanConfig, unread: dict[str, str]) -> int:
+    async with cleaner:
+        survey = await cleaner.survey(parse_duration(config.older_than), datetime.now(UTC), unread)
+        if survey is None:
+            _say(f"gs://{cleaner.bucket} does not exist: there is nothing to clean, and no rule to set.")
+            return EXIT_COMPLETE
+        _show_survey(cleaner.bucket, survey, config)
+        await _check_rule(cleaner, survey, config)
+        if not config.yes:
+            _say("dry run: nothing was changed; --yes does it.")
+            return EXIT_INCOMPLETE if survey.total(Fate.UNDECIDED).files else EXIT_COMPLETE
+        failed = (await _delete(cleaner, survey)).failed if survey.total(Fate.DELETE).files else 0
+        if config.rule_days is not None:
+            await cleaner.set_lifecycle(config.rule_days)
+            _say(f"the lifecycle rule of gs://{cleaner.bucket} is set: {config.rule_days} days.")
+        complete = not (failed or survey.total(Fate.UNDECIDED).files)
+        return EXIT_COMPLETE if complete else EXIT_INCOMPLETE
+
+
+async def _delete(cleaner: BucketCleaner, survey: Survey) -> Deletion:
+    with ProgressReporter("files deleted", survey.total(Fate.DELETE).files) as progress:
+        deletion = await cleaner.delete(survey, progress.advance)
+    _say(f"deleted: {_amount(deletion.deleted)}")
+    if deletion.replaced:
+        _say(f"kept: {_files(deletion.replaced)}: replaced by another of the same name meanwhile")
+    if deletion.failed:
+        _say(f"not deleted: {_files(deletion.failed)}, the last because of: {deletion.last_failure}")
+    return deletion
+
+
+async def _check_rule(cleaner: BucketCleaner, survey: Survey, config: CleanConfig) -> None:
+    """Say what the lifecycle rule changes; refuse one that would delete what is not ours."""
+    days = config.rule_days
+    if days is None:
+        return
+    if survey.foreign.files:
+        raise ConfigError(
+            f"no lifecycle rule is set: it would also delete {_files(survey.foreign.files)} in gs://{cleaner.bucket} "
+            f"that vertex_batch did not write, such as {survey.foreign_example}. Move what you need, delete the rest, "
+            "or leave --set-lifecycle and --lifecycle-days out."
+        )
+    state = await cleaner.lifecycle(days)
+    before = "".join(f", now {age} days" for age in state.ours)
+    change = "is set already" if state.as_asked else f"to be set{before}"
+    others = f"; {state.others} other rules stay" if state.others else ""
+    _say(f"lifecycle rule: delete what lies below batch_input/ and batch_output/ after {days} days: {change}{others}.")
+    if days <= _LONGEST_JOB_DAYS:
+        _say(
+            f"warning: a batch job may wait for 72 h and run for 24 h; a rule of {days} days may delete its input "
+            "under it, and its output before a run reads it."
+        )
+
+
+def _show_survey(bucket: str, survey: Survey, config: CleanConfig) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"gs://{bucket}", overflow="fold")
+    for title in ("files", "bytes", "oldest (UTC)", "newest (UTC)"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for prefix, totals in survey.by_prefix.items():
+        cells = (prefix, f"{totals.files:,}", f"{totals.size:,}", _time(totals.oldest), _time(totals.newest))
+        table.add_row(*(Text(cell) for cell in cells))
+    Console(highlight=False).print(table)
+    for decision, judged in sorted(survey.judged().items(), key=lambda item: (item[0].fate.value, item[0].reason)):
+        _say(f"{decision.fate.value}: {_amount(judged.totals)}: {decision.reason} (such as {judged.example})")
+    if survey.foreign.files:
+        example = survey.foreign_example
+        _say(f"kept: {_amount(survey.foreign)}: not named as vertex_batch names its files (such as {example})")
+    if not survey.total(Fate.DELETE).files:
+        _say(f"nothing to delete that is older than {config.older_than}.")
+    elif not config.output_dir:
+        _say("note: without --output-dir, output that a run has not read yet is not spared.")
+
+
+def _amount(totals: Totals) -> str:
+    return f"{_files(totals.files)}, {totals.size:,} bytes"
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file" if count == 1 else f"{count:,} files"
+
+
+def _time(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(Text(text), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
