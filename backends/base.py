@@ -209,6 +209,13 @@ class Backend(ABC):
         """What the run's record should say of the backend's work (job names, calls), as JSON types."""
         return {}
 
+    async def interrupted(self) -> str | None:
+        """Settle what must be settled when the user stops a run; returns one line on what goes on elsewhere.
+
+        All `score` iterators were closed before. It has two seconds.
+        """
+        return None
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.

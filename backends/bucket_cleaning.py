@@ -52,7 +52,8 @@ class BucketCleaner:
 
     def __init__(self, project_id: str, location: str, bucket: str, deadline_s: float, timeout_s: float) -> None:
         self.bucket = bucket
-        self._project_id, self._location = project_id, location
+        self.location = location
+        self._project_id = project_id
         self._deadline_s, self._timeout_s = deadline_s, timeout_s
         self._lookup_failed = False
 
@@ -63,8 +64,8 @@ class BucketCleaner:
             self._handle: Any = self._storage.bucket(self.bucket)
         except ValueError as error:
             raise ConfigError(f"{self.bucket!r} is not the name of a bucket: {error}") from error
-        self._vertex = make_client(self._project_id, self._location, self._timeout_s)
-        self._jobs = BatchJobs(self._vertex, self._project_id, self._location, self._deadline_s, self._timeout_s)
+        self._vertex = make_client(self._project_id, self.location, self._timeout_s)
+        self._jobs = BatchJobs(self._vertex, self._project_id, self.location, self._deadline_s, self._timeout_s)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -145,9 +146,9 @@ class BucketCleaner:
             assert files.newest is not None
             if now - files.newest <= LONGEST_JOB:
                 return Decision(
-                    Fate.KEEP, f"no such batch job in {self._location}; younger than 4 days, it may run elsewhere"
+                    Fate.KEEP, f"no such batch job in {self.location}; younger than 4 days, it may run elsewhere"
                 )
-            return Decision(Fate.DELETE, f"no such batch job in {self._location}, and no job lasts that long")
+            return Decision(Fate.DELETE, f"no such batch job in {self.location}, and no job lasts that long")
         for job in jobs:
             try:
                 ended = job.terminal

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import polars as pl
 
 from backends.base import Backend, SampleSettings
 from backends.contract_subject import (
@@ -39,9 +40,9 @@ _SAMPLED_TOKENS = 6
 @check()
 def every_key_gets_exactly_one_result(subject: Subject) -> Problems:
     """score() yields one Score or ScoreFailure for each key asked, and nothing else."""
-    ask = planned(subject.request(case) for case in subject.cases)
+    ask, results = subject.first_call
     seen: set[str] = set()
-    for result in cast("list[object]", subject.results(ask)):
+    for result in cast("list[object]", results):
         if not isinstance(result, Score | ScoreFailure):
             yield f"{result!r} is neither a Score nor a ScoreFailure."
         elif result.key not in ask.places:
@@ -81,6 +82,12 @@ def lists_are_log_probabilities(subject: Subject) -> Problems:
 def _list_problems(top: tuple[Candidate, ...], longest: int) -> Problems:
     if not 0 < len(top) <= longest:
         yield f"{len(top)} candidates; at least 1 and at most {longest} were asked."
+    for candidate in top:
+        token, token_id, token_bytes = (cast(object, item) for item in (candidate.token, *candidate[2:]))
+        if not isinstance(token, str) or type(token_id) not in (int, type(None)):
+            yield f"the token {token!r} with the id {token_id!r} is no text with a whole number or None."
+        if not isinstance(token_bytes, bytes | None):
+            yield f"the token {token!r} has the token_bytes {token_bytes!r}; they are bytes or None."
     logprobs = [candidate.logprob for candidate in top]
     known = [value for value in logprobs if isinstance(value, float) and math.isfinite(value)]
     if len(known) < len(logprobs):
@@ -174,7 +181,7 @@ def the_whole_context_is_read(subject: Subject) -> Problems:
 
 
 def _with_less_context(case: Case) -> Iterator[tuple[str, Case, Case]]:
-    if case.prompt.system is not None:
+    if case.prompt.system:
         prompt = replace(case.prompt, system=None)
         yield "the system text", case, replace(case, name=f"{case.name}, without it", prompt=prompt)
     if len(case.prompt.turns) > 1:
@@ -192,7 +199,11 @@ def results_survive_being_stored(subject: Subject) -> Problems:
     scores = {score.key: score for score in subject.answers.values()}
     with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
         store = ScoreStore(Path(folder))
-        store.append("prompt", subject.model, list(scores.values()))
+        try:
+            store.append("prompt", subject.model, list(scores.values()))
+        except (pl.exceptions.PolarsError, TypeError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ContractBreach(f"the scores cannot be written: {type(error).__name__}: {reason}") from error
         read = store.load("prompt", scores)
     for place, score in subject.answers.items():
         # Neither of the two is read back with the list.

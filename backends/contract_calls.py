@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from typing import cast
 
 from backends.base import Backend
 from backends.contract_answers import differences
@@ -24,6 +26,7 @@ from kl.records import Score, ScoreFailure
 
 Results = list[Score | ScoreFailure]
 _CANCELLED_AFTER_S = (0.0, 0.1, 0.5)
+_INTERRUPTED_S = 2.0  # what a stopped run leaves a backend
 
 
 @check()
@@ -34,6 +37,24 @@ def nothing_asked_is_nothing_answered(subject: Subject) -> Problems:
         results = subject.results(Ask(requests, {}))
         if results:
             yield f"{what}: {len(results)} results."
+
+
+@check()
+def the_report_is_json(subject: Subject) -> Problems:
+    """report() says what the record of a run keeps of the backend's work, as a dict of JSON types."""
+    ask = planned([restricted(subject.request(subject.cases[0]), lambda position, _: position == 0)])
+
+    async def work(backend: Backend) -> object:
+        await subject.collect(backend, ask)
+        return backend.report()
+
+    report = subject.use(work)
+    try:
+        json.dumps(report, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ContractBreach(f"{report!r} is not JSON: {error}") from error
+    if not isinstance(report, dict):
+        yield f"it is a {type(report).__name__}; return a dict."
 
 
 @check()
@@ -87,7 +108,11 @@ async def _cancel(subject: Subject, backend: Backend, ask: Ask, wait_s: float) -
     done, _ = await asyncio.wait({task}, timeout=subject.close_s)
     if not done:
         return [f"a call that was cancelled after {wait_s:g} s went on for more than {subject.close_s:g} s."]
-    return [] if task.cancelled() else [f"a call that was cancelled after {wait_s:g} s went on to its end."]
+    if not task.cancelled():
+        return [f"a call that was cancelled after {wait_s:g} s went on to its end."]
+    line = cast(object, await in_time(backend.interrupted(), "interrupted()", _INTERRUPTED_S))
+    is_line = line is None or (isinstance(line, str) and "\n" not in line)
+    return [] if is_line else [f"interrupted() returned {line!r}; return one line or None."]
 
 
 async def _take_up(subject: Subject, backend: Backend, ask: Ask) -> Results:

@@ -55,6 +55,7 @@ CASES = (
         ("", "<|im_end|>", "", "\n", "\t", "</s>", "", "<end_of_turn>", "[INST]", "\r\n", "  "),
     ),
     Case("system text", Prompt(_asked("Name a colour."), "Answer in one word, in French."), ("Rouge", ".")),
+    Case("empty system text", Prompt(_asked("Name a fruit."), ""), ("Apple",)),
     Case(
         "several turns",
         Prompt((Turn("user", "My name is Ada."), Turn("model", "Nice to meet you!"), Turn("user", "My name?"))),
@@ -140,9 +141,21 @@ class Subject:
         return replace(bare, positions=tuple(range(len(keys))), keys=keys)
 
     @functools.cached_property
+    def first_call(self) -> tuple[Ask, list[Score | ScoreFailure]]:
+        """Every context of every case, and what a fresh backend yields for them in one call; asked once and kept."""
+        ask = planned(self.request(case) for case in self.cases)
+        return ask, self.results(ask)
+
+    @functools.cached_property
     def answers(self) -> dict[Place, Score]:
-        """The score of every context of every case, asked in one call; asked once and kept."""
-        return self.scores(planned(self.request(case) for case in self.cases))
+        """The score of every context of every case.
+
+        Raises
+        ------
+        ContractBreach
+            If a context has no score.
+        """
+        return scored(*self.first_call)
 
     def scores(self, ask: Ask) -> dict[Place, Score]:
         """What a fresh backend answers.
@@ -285,10 +298,12 @@ class Check:
         ContractBreach
             If it does not keep this part of the contract. What the backend itself raises comes through.
         """
+        problems: list[str] = []
         try:
-            problems = list(self.find_problems(subject))
+            for problem in self.find_problems(subject):
+                problems.append(problem)
         except ContractBreach as error:
-            problems = [str(error)]
+            problems.append(str(error))
         if problems:
             raise ContractBreach(f"{subject.backend.__name__}: {self.rule}\n{joined(problems)}")
 

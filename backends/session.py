@@ -83,6 +83,16 @@ class BackendSession:
         for future in list(self._running):
             future.cancel()
 
+    def interrupt(self, timeout_s: float = 2.0) -> str | None:
+        """Stop all work, let the backend settle its affairs, and return what it says of them."""
+        self.cancel()
+        last = asyncio.run_coroutine_threadsafe(self.backend.interrupted(), self._loop)
+        try:
+            return last.result(timeout_s)
+        except TimeoutError:
+            last.cancel()
+            return "the service did not answer in time; what runs there goes on."
+
     def _stop_loop(self) -> None:
         self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)

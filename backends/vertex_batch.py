@@ -12,9 +12,10 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -25,8 +26,9 @@ from backends.bucket import BatchBucket
 from backends.errors import BackendError, ConfigError
 from backends.gemini_calls import prove_usable
 from backends.job_ledger import JobEntry, JobLedger
+from backends.merging import merged
 from backends.prices import BATCH_SHARE, Price, price_of, token_cost
-from backends.vertex_client import BatchJobs, RemoteJob, check_location, make_client, require_project
+from backends.vertex_client import PENDING_STATES, BatchJobs, RemoteJob, check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,9 @@ class VertexBatchOptions(BackendOptions):
         "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
     )
     request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
+    on_cancel: Literal["leave", "cancel"] = Field(
+        default="leave", description="What becomes of running jobs when the run is stopped: leave or cancel."
+    )
     max_attempts: int = Field(
         default=6, ge=1, le=20, description="Jobs that may be made for a row before it is given up, 1 to 20."
     )
@@ -153,6 +158,16 @@ class VertexBatchBackend(Backend):
         """The jobs of this run with their states."""
         return {"bucket": self._bucket_name, "jobs": list(self._reported.values())}
 
+    async def interrupted(self) -> str | None:
+        """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
+        names = [str(job["name"]) for job in self._reported.values() if job["state"] in PENDING_STATES]
+        if not names:
+            return None
+        if self.options.on_cancel == "leave":
+            return f"{len(names)} batch jobs go on and are charged; the next run fetches them: {', '.join(names)}"
+        await asyncio.gather(*(self._jobs.cancel(name) for name in names))
+        return f"{len(names)} batch jobs were cancelled; the next run fetches what they finished: {', '.join(names)}"
+
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill, and the bucket."""
         version = await prove_usable(self._client, model, self.options.retry_deadline_s)
@@ -162,8 +177,9 @@ class VertexBatchBackend(Backend):
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for all positions in as few jobs as the limits allow, and follow up on what they leave out."""
         await self._bucket.ensure()
-        for rows in self._work(RowSet(requests)):
-            async for result in self._score_rows(rows):
+        jobs = [self._score_rows(rows) for rows in self._work(RowSet(requests))]
+        async with aclosing(merged(jobs)) as results:
+            async for result in results:
                 yield result
 
     def _work(self, rows: RowSet) -> Iterator[RowSet]:

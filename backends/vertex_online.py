@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +19,7 @@ from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
 from backends.call_limit import CallLimit
 from backends.errors import BackendError, RetryableBackendError
 from backends.gemini_calls import generate, prove_usable
+from backends.merging import merged
 from backends.prices import Price, price_of, token_cost
 from backends.retry import DailyQuotaError, StatusError, translated, with_retries
 from backends.vertex_client import check_location, make_client, require_project
@@ -116,25 +117,14 @@ class VertexOnlineBackend(Backend):
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for every context; as many calls are prepared as may be in flight."""
         contexts = _contexts(requests)
-        results: asyncio.Queue[Score | ScoreFailure | None] = asyncio.Queue()
 
-        async def work() -> None:
-            try:
-                for model, key, body in contexts:
-                    results.put_nowait(await self._ask(model, key, body))
-            finally:
-                results.put_nowait(None)
+        async def work() -> AsyncIterator[Score | ScoreFailure]:
+            for model, key, body in contexts:
+                yield await self._ask(model, key, body)
 
-        workers = [asyncio.create_task(work()) for _ in range(self.options.max_concurrent)]
-        try:
-            for _ in workers:
-                while (result := await results.get()) is not None:
-                    yield result
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        async with aclosing(merged([work() for _ in range(self.options.max_concurrent)])) as results:
+            async for result in results:
+                yield result
 
     async def _ask(self, model: str, key: str, body: dict[str, Any]) -> Score | ScoreFailure:
         if self._quota_used is not None:

@@ -137,11 +137,15 @@ def accuracy(estimate: FloatArray, truth: FloatArray) -> Accuracy:
 
 
 def collect(candidates: Sequence[CandidateQ], n_prompts: int, n_tokens: int, seed: int, k: int) -> Iterator[Pairs]:
-    """Sample P's responses once, then the pairs of P with each candidate, one candidate at a time."""
+    """Sample and score P once, then the pairs of P with each candidate, one candidate at a time.
+
+    Holds P's full vocabulary of every position, 200 kB each.
+    """
     prompts = [Prompt((Turn("user", text),)) for text in PROMPTS[:n_prompts]]
     responses = asyncio.run(_sample(prompts, n_tokens, seed, k))
+    scored_p = asyncio.run(_score_all(CandidateQ("P", MODEL_P), responses, k))
     for candidate in candidates:
-        yield asyncio.run(_pairs(candidate, responses, k))
+        yield _pairs(candidate.label, scored_p, asyncio.run(_score_all(candidate, responses, k)))
 
 
 async def _sample(prompts: Sequence[Prompt], n_tokens: int, seed: int, k: int) -> list[Response]:
@@ -153,20 +157,31 @@ async def _sample(prompts: Sequence[Prompt], n_tokens: int, seed: int, k: int) -
     return [response for response in found if response.positions]
 
 
-async def _pairs(candidate: CandidateQ, responses: Sequence[Response], k: int) -> Pairs:
-    top_p: Lists = []
-    top_q: Lists = []
-    exact_kl: list[FloatArray] = []
+class Scored(NamedTuple):
+    """One response by one model: the longest lists, and every token's log-probability, shape (T, V)."""
+
+    top: Lists
+    full: NDArray[np.float32]
+
+
+async def _score_all(candidate: CandidateQ, responses: Sequence[Response], k: int) -> list[Scored]:
     async with LocalBackend(BackendOptions()) as backend:
-        for response in responses:
-            prompt_q = replace(response.prompt, system=candidate.system) if candidate.system else response.prompt
-            scores_p = await _scores(backend, response, MODEL_P, response.prompt, k)
-            scores_q = await _scores(backend, response, candidate.model, prompt_q, k)
-            exact_kl.append(exact(_full(scores_p), _full(scores_q)))
-            top_p += [score.top for score in scores_p]
-            top_q += [score.top for score in scores_q]
-    prompt = np.repeat(np.arange(len(responses)), [len(values) for values in exact_kl])
-    return Pairs(candidate.label, top_p, top_q, np.concatenate(exact_kl), prompt)
+        return [await _scored(backend, candidate, response, k) for response in responses]
+
+
+async def _scored(backend: LocalBackend, candidate: CandidateQ, response: Response, k: int) -> Scored:
+    prompt = replace(response.prompt, system=candidate.system) if candidate.system else response.prompt
+    scores = await _scores(backend, response, candidate.model, prompt, k)
+    return Scored([score.top for score in scores], _full(scores))
+
+
+def _pairs(label: str, by_p: Sequence[Scored], by_q: Sequence[Scored]) -> Pairs:
+    both = list(zip(by_p, by_q, strict=True))
+    exact_kl = [exact(p.full, q.full) for p, q in both]
+    top_p = [top for p, _ in both for top in p.top]
+    top_q = [top for _, q in both for top in q.top]
+    prompt = np.repeat(np.arange(len(both)), [len(values) for values in exact_kl])
+    return Pairs(label, top_p, top_q, np.concatenate(exact_kl), prompt)
 
 
 async def _scores(backend: LocalBackend, response: Response, model: str, prompt: Prompt, k: int) -> list[Score]:

@@ -124,7 +124,7 @@ def parse_duration(text: str) -> timedelta:
     ValueError
         If it is not a whole number with a unit, or longer than a century.
     """
-    match = re.fullmatch(r"([0-9]{1,9})([smhdw])", text.strip())
+    match = re.fullmatch(r"([0-9]{1,8})([smhdw])", text.strip())
     duration = timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
     if duration is None or duration > _LONGEST:
         raise ValueError("must be a whole number with a unit, at most 36500d")
@@ -215,7 +215,7 @@ async def _clean(cleaner: BucketCleaner, config: CleanConfig, unread: dict[str, 
         if survey is None:
             _say(f"gs://{cleaner.bucket} does not exist: there is nothing to clean, and no rule to set.")
             return EXIT_COMPLETE
-        _show_survey(cleaner.bucket, survey, config)
+        _show_survey(cleaner.bucket, cleaner.location, survey, config)
         await _check_rule(cleaner, survey, config)
         if not config.yes:
             _say("dry run: nothing was changed; --yes does it.")
@@ -251,8 +251,8 @@ async def _check_rule(cleaner: BucketCleaner, survey: Survey, config: CleanConfi
             "or leave --set-lifecycle and --lifecycle-days out."
         )
     state = await cleaner.lifecycle(days)
-    before = "".join(f", now {age} days" for age in state.ours)
-    change = "is set already" if state.as_asked else f"to be set{before}"
+    before = " and ".join(str(age) for age in state.ours)
+    change = "is set already" if state.as_asked else f"to be set in place of {before} days" if before else "to be set"
     others = f"; {state.others} other rules stay" if state.others else ""
     _say(f"lifecycle rule: delete what lies below batch_input/ and batch_output/ after {days} days: {change}{others}.")
     if days <= _LONGEST_JOB_DAYS:
@@ -262,9 +262,10 @@ async def _check_rule(cleaner: BucketCleaner, survey: Survey, config: CleanConfi
         )
 
 
-def _show_survey(bucket: str, survey: Survey, config: CleanConfig) -> None:
+def _show_survey(bucket: str, location: str, survey: Survey, config: CleanConfig) -> None:
+    _say(f"gs://{bucket}, jobs looked up in {location}; older than {config.older_than}")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"gs://{bucket}", overflow="fold")
+    table.add_column("below", overflow="fold")
     for title in ("files", "bytes", "oldest (UTC)", "newest (UTC)"):
         table.add_column(title, justify="right", no_wrap=True)
     for prefix, totals in survey.by_prefix.items():

