@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from backends.errors import ConfigError
 from kl.records import Prompt, Response, Score, ScoreFailure
 
 # A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
@@ -208,6 +209,17 @@ class Backend(ABC):
     def report(self) -> dict[str, Any]:
         """What the run's record should say of the backend's work (job names, calls), as JSON types."""
         return {}
+
+    @classmethod
+    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """Read a row that was kept with ``keep_raw`` again.
+
+        Raises
+        ------
+        ConfigError
+            If the backend keeps no rows.
+        """
+        raise ConfigError(f"{cls.__name__} keeps no raw rows.")
 
     async def interrupted(self) -> str | None:
         """Settle what must be settled when the user stops a run; returns one line on what goes on elsewhere.

@@ -12,6 +12,7 @@ from typing import Any
 from backends import gemini
 from backends.base import ScoreRequest
 from backends.bucket import lines_of
+from backends.raw_log import RawLog
 from backends.retry import is_daily_quota
 from kl.records import Score, ScoreFailure
 
@@ -104,10 +105,13 @@ class OutputReader:
     ----------
     rows : RowSet
         The rows that an answer is wanted for; answers to others are counted and left alone.
+    raw : RawLog, optional
+        Keeps every row that answers one of them, as it came.
     """
 
-    def __init__(self, rows: RowSet) -> None:
+    def __init__(self, rows: RowSet, raw: RawLog | None = None) -> None:
         self._rows = rows
+        self._raw = raw
         self._wanted = set(rows.keys)
         self._by_request: dict[str, str] | None = None
         self._unreadable = 0
@@ -127,6 +131,8 @@ class OutputReader:
             if key is None:
                 self._foreign += 1
                 continue
+            if self._raw is not None:
+                self._raw.add(key, row)
             result = read_row(key, row)
             if isinstance(result, Score) or result.final:
                 self._wanted.discard(key)

@@ -21,13 +21,14 @@ from pydantic import Field
 
 from backends import gemini
 from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
-from backends.batch_rows import OutputReader, RowSet, split_rows
+from backends.batch_rows import OutputReader, RowSet, read_row, split_rows
 from backends.bucket import BatchBucket
 from backends.errors import BackendError, ConfigError
 from backends.gemini_calls import prove_usable
 from backends.job_ledger import JobEntry, JobLedger
 from backends.merging import merged
 from backends.prices import BATCH_SHARE, Price, price_of, token_cost
+from backends.raw_log import RawLog
 from backends.vertex_client import PENDING_STATES, BatchJobs, RemoteJob, check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
 
@@ -63,6 +64,9 @@ class VertexBatchOptions(BackendOptions):
         default_factory=dict[str, Price],
         description="USD per million tokens by model, online list price, in place of the built-in table: "
         "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
+    )
+    keep_raw: bool = Field(
+        default=False, description="Keep the service's own rows, compressed, in scores/raw (--reuse-raw reads them)."
     )
     request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
     on_cancel: Literal["leave", "cancel"] = Field(
@@ -112,6 +116,7 @@ class VertexBatchBackend(Backend):
         self._ledger = JobLedger(state_dir / "jobs")
         # Jobs that this run records itself are waited for where they are made.
         self._earlier = self._ledger.in_flight(self._place)
+        self._raw = RawLog(state_dir / "raw") if options.keep_raw else None
         self._reported: dict[str, dict[str, Any]] = {}
 
     async def __aenter__(self) -> Self:
@@ -128,6 +133,8 @@ class VertexBatchBackend(Backend):
         await self._client.aio.aclose()
         self._client.close()
         self._bucket.close()
+        if self._raw is not None:
+            self._raw.close()
 
     @classmethod
     def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
@@ -157,6 +164,11 @@ class VertexBatchBackend(Backend):
     def report(self) -> dict[str, Any]:
         """The jobs of this run with their states."""
         return {"bucket": self._bucket_name, "jobs": list(self._reported.values())}
+
+    @classmethod
+    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """Read a row that was kept."""
+        return read_row(key, row)
 
     async def interrupted(self) -> str | None:
         """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
@@ -285,7 +297,7 @@ class VertexBatchBackend(Backend):
             job = await self._jobs.get(job.name)
 
     async def _read(self, ended: _Ended, rows: RowSet) -> AsyncIterator[Score | ScoreFailure]:
-        reader = OutputReader(rows)
+        reader = OutputReader(rows, self._raw)
         with tempfile.TemporaryDirectory(prefix="tokenkl-") as folder:
             for index, path in enumerate(await self._output_files(ended.job)):
                 local = Path(folder) / f"{index}.jsonl"

@@ -16,11 +16,13 @@ from pydantic import Field
 
 from backends import gemini
 from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
+from backends.batch_rows import read_row
 from backends.call_limit import CallLimit
-from backends.errors import BackendError, RetryableBackendError
+from backends.errors import BackendError, ConfigError, RetryableBackendError
 from backends.gemini_calls import generate, prove_usable
 from backends.merging import merged
 from backends.prices import Price, price_of, token_cost
+from backends.raw_log import RawLog
 from backends.retry import DailyQuotaError, StatusError, translated, with_retries
 from backends.vertex_client import check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
@@ -50,6 +52,9 @@ class VertexOnlineOptions(BackendOptions):
         description="USD per million tokens by model, online list price, in place of the built-in table: "
         "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
     )
+    keep_raw: bool = Field(
+        default=False, description="Keep the service's own rows, compressed, in scores/raw (--reuse-raw reads them)."
+    )
     request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
 
 
@@ -66,6 +71,9 @@ class VertexOnlineBackend(Backend):
         if options.project_id or not self._api_key:
             self._project = require_project(options.project_id)
             self._location = check_location(options.location)
+        if options.keep_raw and state_dir is None:
+            raise ConfigError("keep_raw needs a folder to keep the rows in.")
+        self._raw = RawLog(state_dir / "raw") if options.keep_raw and state_dir is not None else None
         self._calls: Counter[str] = Counter()
         self._quota_used: str | None = None
 
@@ -84,6 +92,8 @@ class VertexOnlineBackend(Backend):
     async def __aexit__(self, *exc: object) -> None:
         await self._client.aio.aclose()
         self._client.close()
+        if self._raw is not None:
+            self._raw.close()
 
     @classmethod
     def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
@@ -106,9 +116,19 @@ class VertexOnlineBackend(Backend):
         """Enough groups to keep every place among the calls in flight taken."""
         return min(self.options.max_concurrent, 50)
 
+    @property
+    def calls_allowed(self) -> int:
+        """How many calls may be in flight now: ``max_concurrent``, or fewer while the service throttles."""
+        return self._limit.now
+
     def report(self) -> dict[str, Any]:
         """How many calls were made, repeated ones included, by outcome."""
         return {"calls": dict(sorted(self._calls.items()))}
+
+    @classmethod
+    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """Read a row that was kept."""
+        return read_row(key, row)
 
     async def preflight(self, model: str) -> str | None:
         """One tiny request with a prefill."""
@@ -137,8 +157,9 @@ class VertexOnlineBackend(Backend):
                 first_wait_s=_FIRST_WAIT_S,
             )
         except DailyQuotaError as error:
+            if self._quota_used is None:
+                logger.error("%s", error)
             self._quota_used = str(error)
-            logger.error("%s", error)
             return ScoreFailure(key, "daily-quota", str(error))
         except RetryableBackendError as error:
             return ScoreFailure(key, "deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
@@ -146,10 +167,14 @@ class VertexOnlineBackend(Backend):
             return ScoreFailure(key, "refused", str(error))
         except BackendError as error:
             return ScoreFailure(key, "unexpected-shape", str(error))
+        if self._raw is not None:
+            self._raw.add(key, {"response": answer})
         return gemini.parse_response(key, answer)
 
     async def _call(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
         async with self._limit.slot():
+            if self._quota_used is not None:
+                raise DailyQuotaError(self._quota_used)
             try:
                 with translated("call"):
                     answer = await generate(self._client, model, body)

@@ -139,13 +139,13 @@ def accuracy(estimate: FloatArray, truth: FloatArray) -> Accuracy:
 def collect(candidates: Sequence[CandidateQ], n_prompts: int, n_tokens: int, seed: int, k: int) -> Iterator[Pairs]:
     """Sample and score P once, then the pairs of P with each candidate, one candidate at a time.
 
-    Holds P's full vocabulary of every position, 200 kB each.
+    Holds P's log-probabilities of the full vocabulary at every position, 200 kB each.
     """
     prompts = [Prompt((Turn("user", text),)) for text in PROMPTS[:n_prompts]]
     responses = asyncio.run(_sample(prompts, n_tokens, seed, k))
-    scored_p = asyncio.run(_score_all(CandidateQ("P", MODEL_P), responses, k))
+    by_p = asyncio.run(_score_p(responses, k))
     for candidate in candidates:
-        yield _pairs(candidate.label, scored_p, asyncio.run(_score_all(candidate, responses, k)))
+        yield asyncio.run(_pairs(candidate, responses, by_p, k))
 
 
 async def _sample(prompts: Sequence[Prompt], n_tokens: int, seed: int, k: int) -> list[Response]:
@@ -164,24 +164,28 @@ class Scored(NamedTuple):
     full: NDArray[np.float32]
 
 
-async def _score_all(candidate: CandidateQ, responses: Sequence[Response], k: int) -> list[Scored]:
+async def _score_p(responses: Sequence[Response], k: int) -> list[Scored]:
     async with LocalBackend(BackendOptions()) as backend:
-        return [await _scored(backend, candidate, response, k) for response in responses]
+        return [await _scored(backend, CandidateQ("P", MODEL_P), response, k) for response in responses]
 
 
-async def _scored(backend: LocalBackend, candidate: CandidateQ, response: Response, k: int) -> Scored:
-    prompt = replace(response.prompt, system=candidate.system) if candidate.system else response.prompt
-    scores = await _scores(backend, response, candidate.model, prompt, k)
+async def _scored(backend: LocalBackend, model: CandidateQ, response: Response, k: int) -> Scored:
+    prompt = replace(response.prompt, system=model.system) if model.system else response.prompt
+    scores = await _scores(backend, response, model.model, prompt, k)
     return Scored([score.top for score in scores], _full(scores))
 
 
-def _pairs(label: str, by_p: Sequence[Scored], by_q: Sequence[Scored]) -> Pairs:
-    both = list(zip(by_p, by_q, strict=True))
-    exact_kl = [exact(p.full, q.full) for p, q in both]
-    top_p = [top for p, _ in both for top in p.top]
-    top_q = [top for _, q in both for top in q.top]
-    prompt = np.repeat(np.arange(len(both)), [len(values) for values in exact_kl])
-    return Pairs(label, top_p, top_q, np.concatenate(exact_kl), prompt)
+async def _pairs(candidate: CandidateQ, responses: Sequence[Response], by_p: Sequence[Scored], k: int) -> Pairs:
+    top_q: Lists = []
+    exact_kl: list[FloatArray] = []
+    async with LocalBackend(BackendOptions()) as backend:
+        for response, p in zip(responses, by_p, strict=True):
+            q = await _scored(backend, candidate, response, k)
+            top_q += q.top
+            exact_kl.append(exact(p.full, q.full))
+    top_p = [top for p in by_p for top in p.top]
+    prompt = np.repeat(np.arange(len(by_p)), [len(values) for values in exact_kl])
+    return Pairs(candidate.label, top_p, top_q, np.concatenate(exact_kl), prompt)
 
 
 async def _scores(backend: LocalBackend, response: Response, model: str, prompt: Prompt, k: int) -> list[Score]:

@@ -175,7 +175,7 @@ def _show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
         f"B = {b.summary.model_q} ({folder_b}): {_value_text(difference.b_per_token)}",
         verdict(difference.per_token, "token"),
         verdict(difference.per_response, "response"),
-        _paired_over(difference),
+        _paired_over(difference, _measure_name(a.summary, column)),
         *(f"warning: {note}" for note in _notes(a.summary, b.summary, column)),
     ]
     _print_lines(_console(), lines)
@@ -190,22 +190,19 @@ def _show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
 
 
 def comparable_column(a: Summary, b: Summary) -> str:
-    """The column of the token table that means the same in both runs.
+    """The column of the token table to compare two runs by: it means the same in both.
 
-    What each run reports, if both report it by one estimator or both have the exact KL throughout. Else
-    ``kl_censored``, which every run has: an exact KL beside a truncated one would make a difference of the estimators
-    look like one of the models.
+    The exact KL where both have it throughout; else what both report, if by one estimator; else the censored estimate,
+    which every run has. Two estimators miss different parts of one KL, and would make two equal models look different.
     """
-    parts = _exact_part(a), _exact_part(b)
-    if parts == (1.0, 1.0) or (parts == (0.0, 0.0) and a.estimator == b.estimator):
-        return "kl_estimate"
-    return "kl_censored"
+    if _exact_throughout(a) and _exact_throughout(b):
+        return "kl_exact"
+    return "kl_estimate" if a.estimator == b.estimator else "kl_censored"
 
 
-def _exact_part(summary: Summary) -> float:
-    measured = summary.counts.measured
+def _exact_throughout(summary: Summary) -> bool:
     infinite = summary.counts.bounds_only_by_reason.get(INFINITE, 0)
-    return (summary.kl_per_token.exact.n + infinite) / measured if measured else 0.0
+    return 0 < summary.counts.measured == summary.kl_per_token.exact.n + infinite
 
 
 def _with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
@@ -216,27 +213,23 @@ def _with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
 
 
 def _notes(a: Summary, b: Summary, column: str) -> Iterator[str]:
+    if column == "kl_exact":
+        return
     if column == "kl_censored":
         yield (
-            f"A reports the estimates of {_estimator(a)}, B those of {_estimator(b)}; "
-            "both are compared by their censored estimates."
+            f"A reports the estimator {a.estimator!r}, B {b.estimator!r}; they are compared by their censored "
+            "estimates."
         )
-    elif _exact_part(a) < 1 and a.estimator != "censored":
+    elif a.estimator != "censored":
         yield (
-            f"both are compared by the estimator {a.estimator!r}, which misses more of a large KL than of a small one; "
-            "the difference is understated. Run both with the estimator 'censored'; no score is bought again."
+            f"both report the estimator {a.estimator!r}, which misses more of a large KL than of a small one; the "
+            "difference is understated. Run both with the estimator 'censored'; no score is bought again."
         )
-    if _exact_part(a) < 1 and a.top_logprobs != b.top_logprobs:
+    if a.top_logprobs != b.top_logprobs:
         yield (
             f"A was measured with {a.top_logprobs} candidates per position, B with {b.top_logprobs}; part of the "
             "difference may come from that."
         )
-
-
-def _estimator(summary: Summary) -> str:
-    part = _exact_part(summary)
-    name = repr(summary.estimator)
-    return name if part == 0 else "the full vocabulary" if part == 1 else f"the full vocabulary in part, else {name}"
 
 
 def verdict(difference: Estimate, unit: str) -> str:
@@ -277,8 +270,14 @@ def _value_text(estimate: Estimate) -> str:
     return f"{text} ({_PERCENT} {_rounded(estimate.ci_low, estimate)} to {_rounded(estimate.ci_high, estimate)})"
 
 
-def _paired_over(difference: PairedDifference) -> str:
-    text = f"Paired over {difference.n_positions:,} positions that both runs measured"
+def _measure_name(summary: Summary, column: str) -> str:
+    if column == "kl_exact":
+        return "exact KL"
+    return f"{summary.estimator if column == 'kl_estimate' else 'censored'} estimate"
+
+
+def _paired_over(difference: PairedDifference, what: str) -> str:
+    text = f"Paired by the {what} over {difference.n_positions:,} positions that both runs measured"
     only = [f"{n:,} only {side} measured" for side, n in (("A", difference.n_only_a), ("B", difference.n_only_b)) if n]
     return f"{text}; left out: {', '.join(only)}." if only else f"{text}."
 

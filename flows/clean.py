@@ -157,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
     except TokenKLError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    except KeyboardInterrupt:
-        print("stopped; what was deleted is gone, the same command goes on.", file=sys.stderr)  # noqa: T201
-    return EXIT_ERROR
+        return EXIT_ERROR
 
 
 def _run(arguments: Sequence[str]) -> int:

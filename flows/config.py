@@ -93,6 +93,12 @@ class RunConfig(CommonConfig):
     preflight: bool = Field(
         default=True, description="Prove with one tiny request that the model can be used before anything is bought."
     )
+    keep_raw: bool = Field(
+        default=False, description="Keep the service's own rows, compressed, in OUTPUT_DIR/scores/raw."
+    )
+    reuse_raw: Path | None = Field(
+        default=None, description="Output folder of a run with keep_raw: its rows are read again, without a call."
+    )
     dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
 
     @field_validator("top_logprobs")
@@ -278,6 +284,7 @@ def _shared_settings(config: CommonConfig) -> dict[str, Any]:
         "location": config.location or os.environ.get("GOOGLE_CLOUD_LOCATION") or "us-central1",
         "bucket_name": config.bucket_name,
         "max_concurrent": config.max_concurrent,
+        "keep_raw": (config.keep_raw or None) if isinstance(config, RunConfig) else None,
     }
     return {name: value for name, value in settings.items() if value is not None}
 

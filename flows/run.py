@@ -29,6 +29,7 @@ from flows.measuring import Measured, measure_files
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
 from flows.progress import ProgressReporter
 from flows.report import RunReport
+from flows.reuse import reuse_raw
 from flows.scoring import GroupOutcome, Stores, close_session, run_lock, score_and_store, session_for
 from flows.writing import write_results
 
@@ -52,8 +53,10 @@ def read(config: RunConfig) -> Plan:
         logger.info("%d scores of a run that was stopped were taken in", recovered)
     backend, options, _ = resolve_backend(config)
     asker = Asker(config, backend, options)
-    in_flight = session_for(config).backend.in_flight()
-    return make_plan(find_inputs(config), asker, scores, in_flight)
+    files = find_inputs(config)
+    if config.reuse_raw is not None:
+        reuse_raw(config.reuse_raw, files, asker, scores)
+    return make_plan(files, asker, scores, session_for(config).backend.in_flight())
 
 
 @task(task_run_name=_group_name, cache_policy=NO_CACHE)

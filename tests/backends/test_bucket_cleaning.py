@@ -307,7 +307,7 @@ def test_under_faults_every_file_is_deleted_once_and_counted_once(world) -> None
         write(world, input_of(index))
     world.faults.http_script = {
         "storage.list": ["503", None, "reset"],
-        "storage.other": ["lost", "lost-503", "503", "429", "reset"],
+        "storage.other": ["lost", "lost-503", "503", "429", "reset"],  # the client reads the bucket now and then, too
     }
     _, done = clean(world, later=30 * DAY)
     assert (done.deleted.files, done.deleted.size, done.failed, done.replaced) == (6, 6, 0, 0)
@@ -393,13 +393,31 @@ def test_a_file_under_retention_is_counted_and_the_others_go(world, monkeypatch)
         if method == "DELETE":
             assert query["ifGenerationMatch"] == "7"
             return refusal(403, "Object is subject to retention") if path.endswith(input_of(3)) else (204, None)
-        return listing(query, files=30)
+        return listing(query, files=30) if "prefix" in query else (200, {"name": BUCKET})
 
     with storage_service(answer, monkeypatch):
         _, done = clean(world)
     assert (done.deleted.files, done.failed) == (29, 1)
     assert done.last_failure
     assert "retention" in done.last_failure
+
+
+@pytest.mark.parametrize("second", [412, 404], ids=["precondition failed", "not found"])
+def test_a_deletion_whose_answer_was_lost_is_a_deletion(world, monkeypatch, second: int) -> None:
+    asked: list[str] = []
+
+    def answer(method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        if method == "DELETE":
+            asked.append(path)
+            return refusal(503 if asked.count(path) == 1 else second, "no longer there")
+        if path.endswith(".jsonl"):
+            return refusal(404, "not found")
+        return listing(query, files=3) if "prefix" in query else (200, {"name": BUCKET})
+
+    with storage_service(answer, monkeypatch):
+        _, done = clean(world)
+    assert (done.deleted.files, done.replaced, done.failed) == (3, 0, 0)
+    assert len(asked) == 6
 
 
 def test_without_the_right_to_delete_it_is_given_up_early(world, monkeypatch) -> None:
@@ -409,7 +427,7 @@ def test_without_the_right_to_delete_it_is_given_up_early(world, monkeypatch) ->
         if method == "DELETE":
             calls.append(path)
             return refusal(403, "no storage.objects.delete access")
-        return listing(query, files=200)
+        return listing(query, files=200) if "prefix" in query else (200, {"name": BUCKET})
 
     with (
         storage_service(answer, monkeypatch),

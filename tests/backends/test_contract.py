@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,8 +14,10 @@ import pytest
 
 from backends.base import Backend, ScoreRequest
 from backends.contract import CHECKS, Case, Check, ContractBreach, Subject, checks_for
-from backends.errors import BackendError
+from backends.errors import BackendError, ConfigError, ModelNotUsableError, RetryableBackendError, TokenKLError
+from backends.llama_tokenizer import PromptRefusedError
 from backends.local import LocalBackend
+from backends.retry import DailyQuotaError, StatusError
 from backends.vertex_batch import VertexBatchBackend
 from backends.vertex_online import VertexOnlineBackend
 from kl.records import Prompt, Turn
@@ -27,6 +32,7 @@ from tests.backends.contract_breaches import (
     Toy,
     mutated,
 )
+from tests.documents import ROOT
 from tests.vertex_world.world import VertexWorld
 
 
@@ -115,6 +121,30 @@ def test_authors_may_bring_cases_of_their_own() -> None:
     for check in CHECKS:
         check.run(subject)
     assert set(subject.answers) == {("one", 0), ("one", 1), ("two", 0)}
+
+
+def test_the_suite_needs_no_test_framework_and_no_sdk() -> None:
+    code = "import sys, backends.contract; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "backends" in done.stdout.split()
+    assert not {"pytest", "_pytest", "prefect", "google", "gguf"} & set(done.stdout.split())
+
+
+ERRORS = [
+    BackendError("failed.", backend="b", model="m", request_key="k"),
+    RetryableBackendError("busy.", retry_after_s=2.5, status=429, backend="b"),
+    ModelNotUsableError("no such model.", model="m"),
+    StatusError("refused.", status=403, model="m"),
+    DailyQuotaError("used up."),
+    PromptRefusedError("no form for it.", backend="local"),
+    ConfigError("no project."),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_arrive_in_other_processes_as_they_were(error: TokenKLError) -> None:
+    arrived = pickle.loads(pickle.dumps(error))
+    assert (type(arrived), arrived.args, vars(arrived)) == (type(error), error.args, vars(error))
 
 
 # The backends in the box.

@@ -225,7 +225,7 @@ class TestCompare:
         assert found["per_token"]["value"] == pytest.approx(-0.205)
         assert found["per_token"]["ci_high"] == pytest.approx(-0.205 + 2.5706 * 0.002236, abs=1e-5)
         assert f"A = model-a ({tmp_path / 'a'}): 0.350 nats per token (95 % CI 0.154 to 0.546)" in out
-        assert "Paired over 24 positions that both runs measured." in out
+        assert "Paired by the censored estimate over 24 positions that both runs measured." in out
 
     def test_says_it_of_a_too(self, tmp_path, capsys):
         out, found = self.compare(tmp_path, capsys, lambda i, kl: kl / 2)
@@ -249,7 +249,10 @@ class TestCompare:
 
     def test_counts_what_only_one_run_measured(self, tmp_path, capsys):
         out, _ = self.compare(tmp_path, capsys, lambda i, kl: None if i == 2 else kl + 0.1)
-        assert "Paired over 20 positions that both runs measured; left out: 4 only A measured." in out
+        assert (
+            "Paired by the censored estimate over 20 positions that both runs measured; left out: 4 only A measured."
+            in out
+        )
 
     def test_estimates_of_different_kinds_are_compared_by_the_censored_one(self, tmp_path, capsys):
         # B reports the bucket, half the KL; its censored estimates are those of A.
@@ -258,17 +261,40 @@ class TestCompare:
 
         out, found = self.compare(tmp_path, capsys, lambda i, kl: kl, estimator="bucket", change=report_bucket)
         assert "the difference per token is 0 for every prompt" in out
-        assert "both are compared by their censored estimates" in out
+        assert "they are compared by their censored estimates" in out
         assert found["compared_by"] == "kl_censored"
 
-    def test_exact_kl_is_not_set_against_an_estimate(self, tmp_path, capsys):
-        def report_exact(tokens):
-            return tokens.with_columns(kl_estimate=2 * pl.col("kl_censored"), kl_exact=2 * pl.col("kl_censored"))
+    def test_two_runs_with_the_exact_kl_are_compared_by_it(self, tmp_path, capsys):
+        def add_exact(tokens):
+            return tokens.with_columns(kl_exact=pl.col("kl_censored") * 2)
 
-        out, found = self.compare(tmp_path, capsys, lambda i, kl: kl, change=report_exact)
+        a, b = (write_run(tmp_path / name, STEADY, change=add_exact) for name in "ab")
+        code, out, _ = analyze(capsys, "--compare", a, b, "--json", tmp_path / "out.json")
+        found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+        assert code == 0
+        assert found["compared_by"] == "kl_exact"
+        assert found["a_per_token"]["value"] == pytest.approx(0.70)
+        assert "Paired by the exact KL over 24 positions" in out
+
+    def test_an_exact_kl_is_not_set_against_an_estimate(self, tmp_path, capsys):
+        def add_exact(tokens):
+            return tokens.with_columns(kl_exact=pl.col("kl_censored") * 2)
+
+        out, found = self.compare(tmp_path, capsys, lambda i, kl: kl, change=add_exact)
         assert "the difference per token is 0 for every prompt" in out
-        assert "B those of the full vocabulary" in out
-        assert found["b_per_token"]["value"] == pytest.approx(0.35)
+        assert found["compared_by"] == "kl_estimate"
+
+    def test_an_exact_kl_in_part_is_not_used(self, tmp_path, capsys):
+        def add_some(tokens):
+            return tokens.with_columns(kl_exact=pl.when(pl.col("position") > 0).then("kl_censored"))
+
+        a, b = (write_run(tmp_path / name, STEADY, change=add_some) for name in "ab")
+        assert "Paired by the censored estimate over 24" in analyze(capsys, "--compare", a, b)[1]
+
+    def test_an_estimator_that_understates_differences_is_named(self, tmp_path, capsys):
+        a, b = (write_run(tmp_path / name, STEADY, estimator="lower") for name in "ab")
+        out = analyze(capsys, "--compare", a, b)[1]
+        assert "warning: both report the estimator 'lower', which misses more of a large KL" in out
 
     def test_different_list_lengths_are_pointed_out(self, tmp_path, capsys):
         out, _ = self.compare(tmp_path, capsys, lambda i, kl: kl, top_logprobs=10)

@@ -191,3 +191,42 @@ def test_changing_the_backend_half_way_buys_nothing_twice(run_batch, vertex_worl
     counts = sorted(vertex_world.rows_bought.values())
     assert counts[:-1] == [1] * (len(counts) - 1)
     assert counts[-1] == 2, "the tiny request that proves the model usable, once a run"
+
+
+@pytest.mark.parametrize("backend", ["vertex_batch", "vertex_online"])
+def test_raw_rows_are_read_again_without_a_call(backend, run_batch, vertex_world, tmp_path) -> None:
+    assert run_batch("--keep-raw", "--backend", backend, prompts=PROMPTS[:2], max_tokens=10).code == 0
+    vertex_world.ledger.requests.clear()
+    flags = ("--output-dir", tmp_path / "again", "--reuse-raw", tmp_path / "out", "--backend", backend)
+    done = run_batch(*flags)
+    assert done.code == 0, done.err
+    assert vertex_world.requests == []
+    assert pl.read_parquet(tmp_path / "again" / "tokens.parquet").equals(tokens_of(tmp_path))
+    assert run_batch("--output-dir", tmp_path / "third", "--reuse-raw", tmp_path / "again").code == 2
+
+
+def test_a_model_that_cannot_be_used_is_one_line_and_nothing_is_bought(run_batch, vertex_world) -> None:
+    done = run_batch("--model2", "gemini-3.5-flash", "--location", "global", prompts=PROMPTS[:1], max_tokens=5)
+    assert done.code == 2
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert "gemini-3.5-flash gives no log-probabilities" in done.err
+    assert vertex_world.jobs == []
+    assert not vertex_world.rows_bought
+
+
+def test_a_dry_run_calls_nothing_and_a_limit_on_cost_holds(run_batch, vertex_world, tmp_path) -> None:
+    done = run_batch("--dry-run", prompts=PROMPTS[:2], max_tokens=10)
+    assert done.code == 0
+    assert vertex_world.requests == []
+    assert not (tmp_path / "out").exists()
+    assert "requests                    20 in 2 groups" in done.out
+    done = run_batch("--max-cost-usd", "0.00001")
+    assert done.code == 2
+    assert "is above max_cost_usd = 1e-05" in done.err
+    assert vertex_world.requests == []
+    assert run_batch("--max-cost-usd", "1").code == 0
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    spent = run["spent"][Q]
+    expected = 0.5 * (0.30 * spent["input_tokens"] + 2.50 * spent["output_tokens"]) / 1e6
+    assert spent["cost_usd"] == pytest.approx(expected)
+    assert spent["output_tokens"] == 20
