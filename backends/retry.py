@@ -126,7 +126,9 @@ def is_daily_quota(text: str) -> bool:
 def _from_status(what: str, status: int | None, text: str | None, headers: Any) -> BackendError:
     message = f"{what}: {status} {text}"
     if status == 429 and is_daily_quota(message):
-        return DailyQuotaError(f"{message.rstrip('.')}. This limit is per day: run again tomorrow, or ask Google to raise it.")
+        return DailyQuotaError(
+            f"{message.rstrip('.')}. This limit is per day: run again tomorrow, or ask Google to raise it."
+        )
     if status in _RETRYABLE_STATUS:
         return RetryableBackendError(message, retry_after_s=_retry_after(headers), status=status)
     return StatusError(message, status=status)

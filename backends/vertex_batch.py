@@ -55,7 +55,7 @@ class VertexBatchOptions(BackendOptions):
         description="Seconds to wait for a job (4 days: 72 h in the queue, 24 h of work); a later run attaches to it.",
     )
     output_deadline_s: float = Field(
-        default=120.0, ge=0, description="Seconds after a job's end within which its output must appear."
+        default=30.0, ge=0, description="Seconds after a job's end within which its output must appear."
     )
     retry_deadline_s: float = Field(
         default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."

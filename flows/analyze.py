@@ -103,7 +103,7 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
     rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
     console = _console()
     _print_pairs(console, rows)
-    _print_lines(console, [f"warning: {warning}" for warning in summary.warnings])
+    _print_lines(console, [f"warning: {warning}" for warning in _warnings(summary)])
     _print_table(console, "Tokens with the largest sum of KL, nats", _token_cells(tokens))
     _print_table(console, "Positions with the largest KL, nats", _position_cells(positions))
     _print_table(console, "Responses with the largest KL per token, nats", _response_cells(responses))
@@ -115,6 +115,12 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
         "worst_responses": responses,
         "summary": summary.to_json(),
     }
+
+
+def _warnings(summary: Summary) -> list[str]:
+    """The run's warnings, and what its alignment diagnostic found."""
+    reasons: Sequence[str] = (summary.alignment or {}).get("reasons", ())
+    return [*summary.warnings, *(reason for reason in reasons if reason not in " ".join(summary.warnings))]
 
 
 def _token_cells(rows: Rows) -> Rows:
@@ -177,6 +183,7 @@ def _show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
         verdict(difference.per_response, "response"),
         _paired_over(difference, _measure_name(a.summary, column)),
         *(f"warning: {note}" for note in _notes(a.summary, b.summary, column)),
+        *(f"warning: {side}: {text}" for side, run in (("A", a), ("B", b)) for text in _warnings(run.summary)),
     ]
     _print_lines(_console(), lines)
     return {

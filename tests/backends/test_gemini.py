@@ -94,7 +94,7 @@ ECHOES = [
         BODY
         | {
             "tools": None,
-            "contents": [turn | {"parts": [{"text": turn["parts"][0]["text"], "fileData": None}]} for turn in BODY["contents"]],
+            "contents": [turn | {"parts": [turn["parts"][0] | {"fileData": None}]} for turn in BODY["contents"]],
         },
     ),
     Echo("integers", BODY | {"generationConfig": BODY["generationConfig"] | {"temperature": 1, "topP": 1}}),
@@ -134,8 +134,9 @@ def test_other_requests_have_other_canonical_forms() -> None:
 
 def answer(top: list[dict[str, Any]], **candidate: Any) -> dict[str, Any]:
     logprobs = {"topCandidates": [{"candidates": top}], "chosenCandidates": top[:1]}
+    given = {"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "logprobsResult": logprobs}
     return {
-        "candidates": [{"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "logprobsResult": logprobs} | candidate],
+        "candidates": [given | candidate],
         "modelVersion": "gemini-2.5-flash-001",
         "usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 1},
     }

@@ -36,7 +36,7 @@ def test_two_plugins_with_one_name_are_both_named() -> None:
 
 
 def test_two_outside_plugins_with_one_name_are_both_named() -> None:
-    with pytest.raises(DuplicateBackendError, match="one:A and two:B|two:B and one:A"):
+    with pytest.raises(DuplicateBackendError, match=r"one:A and two:B|two:B and one:A"):
         build_targets([plugin("echo", "one:A"), plugin("echo", "two:B")])
 
 

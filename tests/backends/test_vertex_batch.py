@@ -17,7 +17,8 @@ from tests.vertex_world.world import VertexWorld
 
 
 def options(**settings: Any) -> VertexBatchOptions:
-    return VertexBatchOptions(project_id="stand-in-project", poll_interval_s=0.05, **settings)
+    fast = {"poll_interval_s": 0.05, "output_deadline_s": 3.0}
+    return VertexBatchOptions(**({"project_id": "stand-in-project"} | fast | settings))
 
 
 @pytest.fixture
@@ -129,11 +130,28 @@ def test_all_is_measured_and_nothing_bought_twice(fault: Fault, in_vertex_world,
     assert set(in_vertex_world.rows_bought.values()) == {1}
 
 
+def test_rows_and_calls_that_fail_in_many_ways_cost_little_more(in_vertex_world, responses, score) -> None:
+    faults = in_vertex_world.faults
+    faults.row_error_rate, faults.missing_rate = 0.1, 0.05
+    faults.http = {kind: {"503": 0.05, "429": 0.05} for kind in ("create", "get", "list", "token", "storage")}
+    results = score(responses(prompts=8, n=1, max_tokens=40))
+    assert all_scored(results)
+    assert sum(in_vertex_world.rows_bought.values()) <= 1.35 * len(results)
+
+
+def test_a_failed_job_and_two_that_expire_are_followed_up(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.job_outcomes = ["FAILED", ("EXPIRED", 0.5), ("EXPIRED", 0.5)]
+    results = score(responses(prompts=1, n=1, max_tokens=40))
+    assert all_scored(results)
+    assert len(in_vertex_world.jobs) == 4
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+
+
 def test_missing_rows_are_asked_again(in_vertex_world, responses, score) -> None:
     in_vertex_world.faults.missing_rate = 0.2
     results = score(responses(prompts=3, n=1))
     assert all_scored(results)
-    assert in_vertex_world.faults.injected["missing_rate"] or sum(in_vertex_world.faults.injected.values())
+    assert len(in_vertex_world.jobs) > 3
 
 
 def test_a_cut_last_line_is_one_missing_row(in_vertex_world, responses, score) -> None:

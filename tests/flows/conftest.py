@@ -76,7 +76,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run_program(prefect_api: str, tmp_path: Path) -> Run:
-    """``run_program("flows.run", "--flag", …, env={…})``: the program as a user starts it, with the session's server."""
+    """``run_program("flows.run", "--flag", …, env={…})``: a program as a user starts it, with the session's server."""
 
     def run(module: str, *arguments: object, env: Mapping[str, str] | None = None, timeout_s: float = 240) -> Done:
         environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **(env or {}))

@@ -31,7 +31,7 @@ def shifted(answers, shift):
     return [answer._replace(kl=[shift(i, value) for value in answer.kl]) for i, answer in enumerate(answers)]
 
 
-def write_run(folder, answers, *, model="q-model", estimator="censored", top_logprobs=20, change=None):
+def write_run(folder, answers, *, model="q-model", estimator="censored", top_logprobs=20, change=None, alignment=None):
     """A finished run in ``folder``; ``change`` edits the token table first."""
     tokens = build_tokens(answers)
     if change is not None:
@@ -41,7 +41,7 @@ def write_run(folder, answers, *, model="q-model", estimator="censored", top_log
     (folder / "part.parquet").unlink()
     stored = pl.scan_parquet(folder / "tokens.parquet", glob=False)
     infos = [ResponseInfo(answer.source_file, answer.response_idx, answer.prompt_id) for answer in answers]
-    facts = RunFacts("p-model", model, estimator, top_logprobs, 0.2, [Sampling(1.0, 1.0, 0)], None)
+    facts = RunFacts("p-model", model, estimator, top_logprobs, 0.2, [Sampling(1.0, 1.0, 0)], alignment)
     write_responses(summarise_responses(stored, infos), folder / "responses.parquet")
     write_summary(summarise_dataset(stored, infos, facts), folder / "summary.json")
     write_run_info({"model2": model}, folder / "run.json")
@@ -89,6 +89,12 @@ class TestOneRun:
     def test_repeats_the_warnings(self, tmp_path, capsys):
         run = write_run(tmp_path / "a", [*STEADY, Answer("g.json", "prompt7", 0, [0.1, None])])
         assert "warning: 1 of 26 positions asked were not measured (blocked 1)" in analyze(capsys, run)[1]
+
+    def test_says_when_the_lists_do_not_match(self, tmp_path, capsys):
+        alignment = {"verdict": "refuse", "reasons": ["only 3.0% of the listed tokens are listed by both models"]}
+        run = write_run(tmp_path / "a", STEADY, alignment=alignment)
+        assert "warning: only 3.0% of the listed tokens" in analyze(capsys, run)[1]
+        assert "warning: B: only 3.0% of the listed tokens" in analyze(capsys, "--compare", run, run)[1]
 
     def test_tables_have_the_worst_first_and_as_many_rows_as_asked(self, steady, capsys, tmp_path):
         code, out, _ = analyze(capsys, steady, "--top", 3, "--json", tmp_path / "out.json")

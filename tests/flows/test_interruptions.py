@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -59,6 +60,14 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+def _has_jobs(process: subprocess.Popen[str], world: VertexWorld, n: int) -> bool:
+    return process.poll() is not None or len(world.jobs) >= n
+
+
+def _has_calls(world: VertexWorld, n: int) -> bool:
+    return len(world.online_calls) > n
+
+
 def bought(world: VertexWorld) -> int:
     """Rows and calls answered, without the tiny requests that prove the model usable."""
     counts = world.rows_bought
@@ -79,7 +88,7 @@ def test_a_batch_run_killed_three_times_buys_nothing_twice(make_vertex_world, st
     moments = random.Random(4)
     for kill in range(3):
         process = start(world, *batch)
-        wait_for(lambda: process.poll() is not None or len(world.jobs) >= 2 * kill)
+        wait_for(partial(_has_jobs, process, world, 2 * kill))
         time.sleep(moments.uniform(0.0, 2.0))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -102,7 +111,7 @@ def test_an_online_run_killed_twice_repeats_few_calls(make_vertex_world, start: 
     online = ("--backend", "vertex_online", "--max-concurrent", "10")
     for share in (60, 140):
         process = start(world, *online)
-        wait_for(lambda: len(world.online_calls) > share)  # noqa: B023
+        wait_for(partial(_has_calls, world, share))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     code, _, err = finish(start(world, *online))
