@@ -151,11 +151,11 @@ class ScoreStore:
         return sorted((self.root / prompt_id).glob("*.parquet"))
 
     def _has_full(self, part: Path) -> bool:
-        return bool(pl.scan_parquet(part).select(pl.col("full_logprobs").is_not_null().any()).collect().item())
+        return bool(pl.scan_parquet(part, glob=False, hive_partitioning=False).select(pl.col("full_logprobs").is_not_null().any()).collect().item())
 
     def _read(self, part: Path, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
         try:
-            frame = pl.read_parquet(part, columns=columns)
+            frame = pl.read_parquet(part, columns=columns, glob=False, hive_partitioning=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise ConfigError(
                 f"the stored scores in {part} cannot be read ({error}). Restore the file, or move it away: "

@@ -121,7 +121,9 @@ def result_of(state: Any) -> Any:
     expected = isinstance(result, TokenKLError | OSError)
     if isinstance(result, BaseException) and not expected:
         traceback.print_exception(result)  # a fault of this program: whoever mends it needs to see where
-    if state.is_failed() or state.is_crashed():
+    if not state.is_completed():
         print(f"error: {result if expected else state.message}", file=sys.stderr)  # noqa: T201
         return None
+    if result is None:
+        print(f"error: the flow ended {state.name} without a result", file=sys.stderr)  # noqa: T201
     return result

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from backends.base import Backend, BackendOptions, SampleSettings
 from backends.errors import ConfigError
 from backends.registry import load_backend, parse_options
+from kl.position_sampling import PositionSample
 
 Estimator = Literal["censored", "floor", "lower", "bucket"]
 
@@ -68,6 +70,27 @@ class CommonConfig(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
 
+class PositionsConfig(BaseModel):
+    """A sample of each response's positions, for a cheaper run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fraction: float | None = Field(default=None, gt=0, le=1, description="Share of the positions, above 0, up to 1.")
+    per_response: int | None = Field(default=None, ge=1, description="Positions of each response, at least 1.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sample; another seed asks for other positions.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> PositionsConfig:
+        if (self.fraction is None) == (self.per_response is None):
+            raise ValueError("set one of fraction (0.2) and per_response (8)")
+        return self
+
+    @property
+    def sample(self) -> PositionSample:
+        """The rule as `kl.position_sampling` takes it."""
+        return PositionSample(self.fraction, self.per_response, self.seed)
+
+
 class RunConfig(CommonConfig):
     """One comparison: the responses of model P on disk against model Q."""
 
@@ -86,6 +109,14 @@ class RunConfig(CommonConfig):
     )
     estimator: Estimator = Field(
         default="censored", description="What is reported as the estimate: censored, floor, lower or bucket."
+    )
+    positions: PositionsConfig | None = Field(
+        default=None,
+        description="Ask a sample of the positions only: {fraction: 0.2} or {per_response: 8}, "
+        "by file or --set positions.fraction=0.2. Default: all.",
+    )
+    force: bool = Field(
+        default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
     )
     max_cost_usd: float | None = Field(
         default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this."
@@ -187,13 +218,23 @@ def _problem(model: type[BaseModel], item: Any) -> str:
         flag = "--" + location[0].replace("_", "-")
         return f"{'.'.join(location)} is not set ({flag}): {_description(field)}"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], model.model_fields, n=1)
+        known = _fields_beside(model, location)
+        near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(model.model_fields))}."
+        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}."
     message = item["msg"].removeprefix("Value error, ")
     if not location:
         return message
-    return f"{location[0]}: {message}, got {item['input']!r}. {_description(field)}"
+    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {_description(field)}"
+
+
+def _fields_beside(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The settings that exist where an unknown one was written."""
+    for name in location[:-1]:
+        field = model.model_fields[name]
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
 
 
 def _description(field: Any) -> str:

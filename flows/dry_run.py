@@ -12,7 +12,9 @@ from backends.prices import PRICES_AS_OF
 from flows.config import RunConfig, resolve_backend
 from flows.inputs import find_inputs
 from flows.plan import Asker, Plan, make_plan
+from flows.run_folder import load_run
 from flows.scoring import Stores
+from kl.position_sampling import Variation, expected_width_text, variation_of_pilot
 
 Rows = list[tuple[str, str]]
 
@@ -61,7 +63,7 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
         *(("note", note) for note in notes),
         ("files", f"{len(plan.files):,}"),
         ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
-        ("positions", f"{plan.n_positions:,}"),
+        ("positions", f"{plan.n_positions:,}, of which {plan.n_selected:,} are measured"),
         ("distinct contexts", f"{plan.n_contexts:,}"),
         ("on disk already", f"{plan.n_stored:,}"),
         ("in jobs of earlier runs", f"{plan.n_in_flight:,}"),
@@ -70,8 +72,17 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
         ("input tokens, estimated", f"{work.input_tokens:,}"),
         ("output tokens, estimated", f"{work.output_tokens:,}"),
         ("cost, estimated", _cost_text(work.cost_usd)),
+        ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(config))),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _pilot(config: RunConfig) -> Variation | None:
+    """How the KL varied in an earlier run in this output folder; None if there is none."""
+    try:
+        return variation_of_pilot(load_run(config.output_dir).summary.kl_per_token.estimate)
+    except ConfigError:
+        return None
 
 
 def _settings_rows(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from backends.base import ScoreRequest
+from backends.errors import ConfigError
 from backends.score_store import ScoreStore
 from flows.inputs import InputFile, file_defect, read_input
 from flows.plan import Asker
@@ -76,6 +77,12 @@ def measure_files(files: list[InputFile], asker: Asker, stores: Stores) -> Measu
     shutil.rmtree(folder, ignore_errors=True)
     with ProgressReporter("files surveyed", len(files)) as progress:
         measured = _survey(files, asker, stores, progress)
+    verdict = measured.diagnostic.verdict()
+    if verdict.level == "refuse" and not asker.config.force:
+        raise ConfigError(
+            f"the models cannot be compared token by token: {verdict.reasons[0]} What was bought is kept; --force "
+            "measures all the same, and only the bounds then mean something."
+        )
     with ProgressReporter("files measured", len(files)) as progress:
         for index, file in enumerate(files):
             _measure_file(file, folder / f"{index:08d}.parquet", asker, stores, measured)
@@ -127,8 +134,15 @@ def _measure_response(response: Response, asker: Asker, stores: Stores, measured
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
     exact_kl = _exact_kl(response, asker, stores.scores, measured) if asker.config.full_vocabulary else None
+    drawn = asker.drawn(response)
     return measure_response(
-        response, results, estimator=asker.config.estimator, prior_var=measured.prior_var, exact_kl=exact_kl
+        response,
+        results,
+        estimator=asker.config.estimator,
+        prior_var=measured.prior_var,
+        exact_kl=exact_kl,
+        selected=None if drawn is None else drawn.selected,
+        pi=None if drawn is None else drawn.pi,
     )
 
 

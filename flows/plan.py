@@ -14,6 +14,7 @@ from backends.keys import context_keys
 from backends.score_store import ScoreStore
 from flows.config import RunConfig
 from flows.inputs import InputFile, read_input
+from kl.position_sampling import Drawn, draw
 from kl.records import Response
 from kl.responses import InputProblem, positions_inside_a_character
 
@@ -31,6 +32,10 @@ class Asker:
     def sides(self) -> tuple[Side, ...]:
         """Q is always asked; P too where its full vocabulary is wanted, which no response file holds."""
         return ("q", "p") if self.config.full_vocabulary else ("q",)
+
+    def drawn(self, response: Response) -> Drawn | None:
+        """Which positions are measured, with their probabilities; None if all are."""
+        return None if self.config.positions is None else draw(response, self.config.positions.sample)
 
     def request(self, response: Response, side: Side) -> ScoreRequest | None:
         """All contexts of a response that can be asked; None if P is not named and thus cannot be asked."""
@@ -56,7 +61,12 @@ class Asker:
         tokens = [position.sampled.token for position in response.positions]
         keys = list(context_keys(model, prompt, self.backend.identity(self.options, bare), tokens, ids))
         unaskable = set() if ids is not None else set(positions_inside_a_character(response))
-        positions = tuple(index for index in range(len(keys)) if index not in unaskable)
+        drawn = self.drawn(response)
+        positions = tuple(
+            index
+            for index in range(len(keys))
+            if index not in unaskable and (drawn is None or bool(drawn.selected[index]))
+        )
         return replace(bare, positions=positions, keys=tuple(keys[index] for index in positions))
 
 
@@ -92,7 +102,8 @@ class Group:
 class Plan:
     """The work of a run, by reference: no response is held.
 
-    ``n_positions`` counts the positions of all readable responses, ``n_contexts`` the distinct contexts among them (of
+    ``n_positions`` counts the positions of all readable responses, ``n_selected`` those that are measured,
+    ``n_contexts`` the distinct contexts among them (of
     both models where both are asked), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of
     an earlier run answers. ``estimate`` is for the contexts that are not on disk.
     """
@@ -103,6 +114,8 @@ class Plan:
     n_responses: int = 0
     n_unreadable: int = 0
     n_positions: int = 0
+    n_selected: int = 0
+    n_prompts: int = 0
     n_contexts: int = 0
     n_stored: int = 0
     n_in_flight: int = 0
@@ -134,6 +147,8 @@ def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight
         for response in parsed.responses:
             plan.n_responses += 1
             plan.n_positions += len(response.positions)
+            drawn = asker.drawn(response)
+            plan.n_selected += len(response.positions) if drawn is None else int(drawn.selected.sum())
             new: list[Ask] = []
             for side in asker.sides():
                 request = asker.request(response, side)
@@ -146,6 +161,7 @@ def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight
                     by_job.setdefault(job, []).append(ask) if job else new.append(ask)
             if new:
                 fresh.append(new)
+    plan.n_prompts = len(seen)
     plan.n_in_flight = sum(len(ask.positions) for asks in by_job.values() for ask in asks)
     plan.groups = [_group(asks) for asks in by_job.values()] + list(_chunks(fresh, asker.config.responses_per_job))
     return plan

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     raise SystemExit(main())
 
 import logging
+import shutil
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -47,6 +48,7 @@ def _group_name() -> str:
 @task(cache_policy=NO_CACHE)
 def read(config: RunConfig) -> Plan:
     """Read all responses, find what is on disk already, and plan what is asked."""
+    shutil.rmtree(config.output_dir / ".parts", ignore_errors=True)  # of a run that did not end
     scores = Stores.of(config.output_dir).scores
     recovered = scores.recover()
     if recovered:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig)
+    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions",))
     config = parse_config(parser, RunConfig, arguments)
     backend, _, _ = resolve_backend(config)
     check_capabilities(config, backend)

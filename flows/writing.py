@@ -38,7 +38,8 @@ def write_results(measured: Measured, config: RunConfig, record: Mapping[str, An
     """Write every file of the output contract; the parts that they were made from are removed."""
     output = config.output_dir
     write_tokens(measured.parts, output / "tokens.parquet")
-    tokens = pl.scan_parquet(output / "tokens.parquet")
+    # A bracket or "=" in a folder's name is neither a pattern nor a partition.
+    tokens = pl.scan_parquet(output / "tokens.parquet", glob=False, hive_partitioning=False)
     write_responses(summarise_responses(tokens, measured.responses), output / "responses.parquet")
     summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
     write_summary(summary, output / "summary.json")
@@ -77,7 +78,11 @@ def _write_per_file(measured: Measured, config: RunConfig) -> None:
     parts = {part.name: part for part in measured.parts}
     for index, file in enumerate(measured.files):
         part = parts.get(f"{index:08d}.parquet")
-        tokens = pl.read_parquet(part) if part is not None else pl.DataFrame(schema=TOKENS)
+        tokens = (
+            pl.read_parquet(part, glob=False, hive_partitioning=False)
+            if part is not None
+            else pl.DataFrame(schema=TOKENS)
+        )
         _write_file(file, tokens, config, targets[file.source_file])
 
 
@@ -118,6 +123,8 @@ def _report(summary: Summary, measured: Measured, config: RunConfig) -> RunRepor
     if measured.other_writers:
         first = measured.other_writers[0]
         warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
+    verdict = measured.diagnostic.verdict()
+    warnings += [f"alignment: {reason}" for reason in verdict.reasons]
     if len(measured.versions_q) > 1:
         versions = ", ".join(sorted(measured.versions_q))
         warnings.append(f"the answers come from {len(measured.versions_q)} versions of model 2: {versions}")

@@ -110,3 +110,41 @@ def test_responses_of_another_model_get_no_exact_value_and_a_warning(run_program
     assert done.code == 0, done.err
     assert "smollm2-135m@int8 gives other values than those on record" in done.out
     assert pl.read_parquet(output / "tokens.parquet")["kl_exact"].null_count() == 6
+
+
+def test_a_full_sample_is_the_unsampled_run_and_a_part_of_it_asks_a_part(run_program: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(sorted(EXAMPLE.glob("*.json"))[2], folder)
+    plain = run_example(run_program, tmp_path / "all", "--input-dir", str(folder))
+    run_example(run_program, tmp_path / "full", "--input-dir", str(folder), "--set", "positions.fraction=1.0")
+    for name in ("tokens.parquet", "summary.json"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
+    part = run_example(run_program, tmp_path / "part", "--input-dir", str(folder), "--set", "positions.per_response=5")
+    assert part["selected"].sum() == 5
+    assert part["pi"].unique().to_list() == [5 / plain.height]
+    assert part.filter("selected")["kl_exact"].to_list() == plain.filter(part["selected"])["kl_exact"].to_list()
+    run = json.loads((tmp_path / "part" / "run.json").read_text())
+    assert run["contexts_asked"] == 10
+
+
+def test_models_without_common_tokens_are_refused_unless_forced(run_program: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    document = json.loads((EXAMPLE / "003_list-three-uses-of-copper.json").read_text())
+    for position in document["responses"][0]["logprobs"]["content"]:
+        position.pop("token_id")
+        for index, item in enumerate(position["top_logprobs"]):
+            if item["token"] != position["token"]:
+                item["token"] = f"other piece {index}"
+            item.pop("token_id")
+    (folder / "a.json").write_text(json.dumps(document))
+    arguments = ("--backend", "local", "--model2", "smollm2-135m@int8", "--input-dir", folder)
+    done = run_program("flows.run", *arguments, "--output-dir", tmp_path / "out")
+    assert done.code == 2, done.err
+    assert "error: the models cannot be compared token by token" in done.err
+    assert "different tokenizers" in done.err
+    forced = run_program("flows.run", *arguments, "--output-dir", tmp_path / "out", "--force")
+    assert forced.code in (0, 3), forced.err
+    assert "0 to ask" in forced.err
+    assert "different tokenizers" in forced.out
