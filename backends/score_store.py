@@ -151,7 +151,12 @@ class ScoreStore:
         return sorted((self.root / prompt_id).glob("*.parquet"))
 
     def _has_full(self, part: Path) -> bool:
-        return bool(pl.scan_parquet(part, glob=False, hive_partitioning=False).select(pl.col("full_logprobs").is_not_null().any()).collect().item())
+        return bool(
+            pl.scan_parquet(part, glob=False, hive_partitioning=False)
+            .select(pl.col("full_logprobs").is_not_null().any())
+            .collect()
+            .item()
+        )
 
     def _read(self, part: Path, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
         try:
