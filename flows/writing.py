@@ -46,7 +46,7 @@ def write_results(measured: Measured, config: RunConfig, record: Mapping[str, An
     _write_per_file(measured, config)
     write_run_info(_run_info(measured, config, record), output / "run.json")
     shutil.rmtree(output / ".parts", ignore_errors=True)
-    return _report(summary, measured, config)
+    return _report(summary, measured, config, record)
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:
@@ -117,7 +117,7 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
     }
 
 
-def _report(summary: Summary, measured: Measured, config: RunConfig) -> RunReport:
+def _report(summary: Summary, measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> RunReport:
     output = config.output_dir
     warnings = list(summary.warnings)
     if measured.other_writers:
@@ -125,9 +125,10 @@ def _report(summary: Summary, measured: Measured, config: RunConfig) -> RunRepor
         warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]
-    if len(measured.versions_q) > 1:
-        versions = ", ".join(sorted(measured.versions_q))
-        warnings.append(f"the answers come from {len(measured.versions_q)} versions of model 2: {versions}")
+    proven = record.get("preflight_version")
+    versions = measured.versions_q | ({proven} if isinstance(proven, str) else set())
+    if len(versions) > 1:
+        warnings.append(f"the answers come from {len(versions)} versions of model 2: {', '.join(sorted(versions))}")
     names = ("summary.json", "responses.parquet", "tokens.parquet", "run.json")
     return RunReport(
         n_positions=summary.counts.positions,

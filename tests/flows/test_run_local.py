@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+import urllib.request
 from pathlib import Path
 
 import polars as pl
@@ -42,6 +44,25 @@ def test_the_quickstart_measures_everything_and_a_second_run_asks_nothing(run_pr
     second = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} <= {"run.json"}
+
+
+def test_each_task_run_is_named_after_its_response(
+    run_program: Run, prefect_api: str, tmp_path: Path, three_files: Path
+) -> None:
+    run_example(run_program, tmp_path / "out", "--input-dir", str(three_files))
+    expected = {f"{path.name}#0" for path in three_files.glob("*.json")}
+    until = time.monotonic() + 60  # the server records task runs a little after they ended
+    while not expected <= (names := _task_run_names(prefect_api)):
+        assert time.monotonic() < until, names
+        time.sleep(0.5)
+
+
+def _task_run_names(api: str) -> set[str]:
+    request = urllib.request.Request(
+        f"{api}/task_runs/filter", json.dumps({"limit": 200}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return {item["name"] for item in json.loads(answer.read())}
 
 
 def test_the_results_have_the_form_that_the_contract_says(run_program: Run, tmp_path: Path, three_files: Path) -> None:
