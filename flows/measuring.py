@@ -28,7 +28,7 @@ from kl.divergence import exact
 from kl.measure import measure_response, response_diagnostic, response_variances
 from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
 from kl.response_table import ResponseInfo
-from kl.responses import positions_inside_a_character
+from kl.responses import ResponseFile, positions_inside_a_character
 from kl.results import write_part
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _PARTIAL = (
     "token ids can measure it.",
 )
 
+Answers = dict[str, Score | ScoreFailure]
 Results = list[Score | ScoreFailure | None]
 
 
@@ -95,8 +96,10 @@ def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: Prog
     diagnostic = AlignmentDiagnostic()
     for file in files:
         parts = [diagnostic]
-        for response in read_input(file).responses:
-            results = _results(response, asker, stores)
+        parsed = read_input(file)
+        found = _found(parsed, asker, stores)
+        for response in parsed.responses:
+            results = _results(response, asker, found)
             variances.append(response_variances(response, results))
             parts.append(response_diagnostic(response, results))
         diagnostic = AlignmentDiagnostic.total(parts)
@@ -110,7 +113,8 @@ def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, mea
     for problem in parsed.problems:
         if problem.repaired:
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    frames = [_measure_response(response, asker, stores, measured) for response in parsed.responses]
+    found = _found(parsed, asker, stores)
+    frames = [_measure_response(response, asker, found, stores.scores, measured) for response in parsed.responses]
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
                      parsed.model, None, item.kind, item.message)
@@ -124,16 +128,18 @@ def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, mea
         measured.parts.append(part)
 
 
-def _measure_response(response: Response, asker: Asker, stores: Stores, measured: Measured) -> pl.DataFrame:
-    results = _results(response, asker, stores)
-    scores = [result for result in results if isinstance(result, Score)]
+def _measure_response(
+    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+) -> pl.DataFrame:
+    results = _results(response, asker, found)
+    answers = [result for result in results if isinstance(result, Score)]
     measured.samplings.add(response.sampling)
-    measured.versions_q.update(score.model_version for score in scores if score.model_version is not None)
+    measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
     if response.model is not None:
         measured.models_p.add(response.model)
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
-    exact_kl = _exact_kl(response, asker, stores.scores, measured) if asker.config.full_vocabulary else None
+    exact_kl = _exact_kl(response, asker, scores, measured) if asker.config.full_vocabulary else None
     drawn = asker.drawn(response)
     return measure_response(
         response,
@@ -146,12 +152,20 @@ def _measure_response(response: Response, asker: Asker, stores: Stores, measured
     )
 
 
-def _results(response: Response, asker: Asker, stores: Stores) -> Results:
-    """Q's answer at every position: from the scores, else from this run's failures, else None."""
+def _found(parsed: ResponseFile, asker: Asker, stores: Stores) -> Answers:
+    """Q's answers to all contexts of a file, read once: scores, else this run's failures."""
+    if parsed.prompt is None:
+        return {}
+    requests = [asker.request(response, "q") for response in parsed.responses]
+    keys = {key for request in requests if request is not None for key in request.keys}
+    prompt_id = parsed.prompt.prompt_id
+    return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
+
+
+def _results(response: Response, asker: Asker, found: Answers) -> Results:
+    """Q's answer at every position; None where there is none."""
     request = asker.request(response, "q")
     assert request is not None, "Q always has a name"
-    prompt_id = response.prompt.prompt_id
-    found = stores.failures.load(prompt_id, request.keys) | stores.scores.load(prompt_id, request.keys)
     results: Results = [None] * len(response.positions)
     for position, key in zip(request.positions, request.keys, strict=True):
         results[position] = found.get(key)
@@ -165,7 +179,7 @@ def _exact_kl(response: Response, asker: Asker, scores: ScoreStore, measured: Me
     values = np.full(len(response.positions), np.nan)
     request_p, request_q = asker.request(response, "p"), asker.request(response, "q")
     if request_p is None or request_q is None:
-        measured.other_writers.append(f"{response.name}: the file does not name the model that wrote it")
+        measured.other_writers.append(f"{response.name}: the file names no model that this backend has")
         return values
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
     keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))

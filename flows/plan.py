@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Backend, BackendOptions, ScoreRequest, WorkEstimate
+from backends.errors import ModelNotUsableError
 from backends.keys import context_keys
 from backends.score_store import ScoreStore
 from flows.config import RunConfig
@@ -38,7 +39,7 @@ class Asker:
         return None if self.config.positions is None else draw(response, self.config.positions.sample)
 
     def request(self, response: Response, side: Side) -> ScoreRequest | None:
-        """All contexts of a response that can be asked; None if P is not named and thus cannot be asked."""
+        """All contexts of a response that can be asked; None if the file names no P that this backend has."""
         model = self.config.model2 if side == "q" else response.model
         if model is None:
             return None
@@ -58,8 +59,14 @@ class Asker:
             top_logprobs=self.config.k,
             full_vocabulary=self.config.full_vocabulary,
         )
+        try:
+            identity = self.backend.identity(self.options, bare)
+        except ModelNotUsableError:
+            if side == "q":
+                raise
+            return None
         tokens = [position.sampled.token for position in response.positions]
-        keys = list(context_keys(model, prompt, self.backend.identity(self.options, bare), tokens, ids))
+        keys = list(context_keys(model, prompt, identity, tokens, ids))
         unaskable = set() if ids is not None else set(positions_inside_a_character(response))
         drawn = self.drawn(response)
         positions = tuple(

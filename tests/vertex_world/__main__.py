@@ -8,14 +8,19 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import cast
 
-from tests.vertex_world.faults import Faults
+from tests.vertex_world.faults import Faults, HttpFault
 from tests.vertex_world.language_model import SyntheticModel
 from tests.vertex_world.world import VertexWorld
 
 
 def main() -> None:
     arguments = _parse()
+    http: dict[str, dict[HttpFault, float]] = {}
+    for kind, _, fault in (item.partition(":") for item in arguments.http):
+        name, _, rate = fault.partition("=")
+        http.setdefault(kind, {})[cast(HttpFault, name)] = float(rate)
     noise = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.noise)}
     world = VertexWorld(
         project=arguments.project,
@@ -23,7 +28,7 @@ def main() -> None:
         port=arguments.port,
         job_seconds=arguments.job_seconds,
         language_model=SyntheticModel(noise=noise),
-        faults=Faults(latency_s=arguments.latency),
+        faults=Faults(latency_s=arguments.latency, http=http),
         storage_backend=arguments.storage,
     )
     with world:
@@ -37,6 +42,7 @@ def main() -> None:
         sys.stdout.flush()
         _wait()
         states = {job.display_name: job.state for job in world.jobs}
+        sys.stderr.write(f"# online calls: {len(world.online_calls)}, at most {world.max_online_in_flight} at once\n")
         sys.stderr.write(f"# jobs: {states}\n# rejected: {world.rejected}\n")
 
 
@@ -54,6 +60,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--location", default="us-central1")
     parser.add_argument("--job-seconds", type=float, default=2.0, help="how long a batch job takes")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds, of every online call")
+    parser.add_argument(
+        "--http",
+        action="append",
+        default=[],
+        metavar="KIND:FAULT=RATE",
+        help="a fault of HTTP calls, such as online:503=0.08 (repeatable)",
+    )
     parser.add_argument(
         "--noise",
         action="append",
