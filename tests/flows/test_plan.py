@@ -109,9 +109,16 @@ def test_what_an_earlier_job_answers_is_one_group_of_its_own(plan_of: MakePlan) 
 
 def test_the_full_vocabulary_asks_both_models_where_the_backend_has_both(plan_of: MakePlan, tmp_path: Path) -> None:
     files = {"a.json": ("Hi", [["x", "y"]])}
-    plan, asker, _ = plan_of(files, backend="local", model2="smollm2-135m@int8", top_logprobs="full", project_id=None)
-    with pytest.raises(ConfigError, match="unknown model 'p'"):
-        asked(plan, asker)
+    full = {"backend": "local", "model2": "smollm2-135m@int8", "top_logprobs": "full", "project_id": None}
+    plan, _, _ = plan_of(files, **full)
+    assert (plan.n_contexts, [ask.side for group in plan.groups for ask in group.asks]) == (2, ["q"])
+    document = json.loads((tmp_path / "in" / "a.json").read_text())
+    document["responses"][0]["model"] = "smollm2-135m"
+    (tmp_path / "in" / "a.json").write_text(json.dumps(document))
+    plan, _, _ = plan_of({}, **full)
+    assert (plan.n_contexts, [ask.side for group in plan.groups for ask in group.asks]) == (4, ["q", "p"])
+    with pytest.raises(ConfigError, match="unknown model 'nobody'"):
+        plan_of(files, **full | {"model2": "nobody"})
 
 
 def test_a_sample_asks_its_positions_only(plan_of: MakePlan) -> None:
