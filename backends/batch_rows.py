@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -17,6 +18,9 @@ from backends.retry import is_daily_quota
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
+
+# What reading a JSON value of an unforeseen shape raises.
+_SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
 
 
 class RowSet:
@@ -53,9 +57,13 @@ class RowSet:
         """The rows of all other keys."""
         return self.only(set(self.keys).difference(keys)) if keys else self
 
-    def key_by_request(self) -> dict[str, str]:
-        """Canonical request → key, to recognise rows that came back without their key."""
-        return {gemini.canonical_request(row["request"]): row["key"] for row in (json.loads(line) for line in self)}
+    def key_by_request(self) -> dict[bytes, str]:
+        """Digest of the canonical request → key, to recognise rows that came back without their key."""
+        return {_digest(row["request"]): row["key"] for row in (json.loads(line) for line in self)}
+
+
+def _digest(request: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(gemini.canonical_request(request).encode("ascii"), digest_size=16).digest()
 
 
 def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:
@@ -112,8 +120,9 @@ class OutputReader:
     def __init__(self, rows: RowSet, raw: RawLog | None = None) -> None:
         self._rows = rows
         self._raw = raw
+        self._known = frozenset(rows.keys)
         self._wanted = set(rows.keys)
-        self._by_request: dict[str, str] | None = None
+        self._by_request: dict[bytes, str] | None = None
         self._unreadable = 0
         self._foreign = 0
 
@@ -139,11 +148,21 @@ class OutputReader:
             yield result
 
     def _key(self, row: dict[str, Any]) -> str | None:
-        key = row.get("key") or row.get("custom_id")
-        if key is None and isinstance(row.get("request"), dict):
-            if self._by_request is None:
-                self._by_request = self._rows.key_by_request()
-            key = self._by_request.get(gemini.canonical_request(row["request"]))
+        """Our key, wherever the row carries it; else that of the request which it echoes."""
+        echo = _echo(row)
+        for place in (row, row.get("instance"), echo):
+            for name in ("key", "custom_id"):
+                key = place.get(name) if isinstance(place, dict) else None
+                if isinstance(key, str) and key in self._known:
+                    return key if key in self._wanted else None
+        if echo is None:
+            return None
+        if self._by_request is None:
+            self._by_request = self._rows.key_by_request()
+        try:
+            key = self._by_request.get(_digest(echo))
+        except _SHAPE_ERRORS:
+            return None
         return key if key in self._wanted else None
 
     def log_oddities(self, job_name: str) -> None:
@@ -154,6 +173,14 @@ class OutputReader:
             logger.debug("batch job %s: %d output lines answer no open row", job_name, self._foreign)
 
 
+def _echo(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The request that a row answers; some services put it, or its envelope, one level down."""
+    echo = row.get("request", row.get("instance"))
+    while isinstance(echo, dict) and "contents" not in echo and isinstance(echo.get("request"), dict):
+        echo = echo["request"]
+    return echo if isinstance(echo, dict) else None
+
+
 def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
     """One output row: the service's error if it has one, else its answer."""
     status = row.get("status")
@@ -161,4 +188,7 @@ def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
         text = status if isinstance(status, str) else json.dumps(status)
         reason = "daily-quota" if is_daily_quota(text) else "row-error"
         return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
-    return gemini.parse_response(key, row.get("response"))
+    try:
+        return gemini.parse_response(key, row.get("response"))
+    except _SHAPE_ERRORS as error:
+        return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")

@@ -14,17 +14,30 @@ import google_crc32c
 from google.cloud import storage
 from google.cloud.storage import Blob
 from google.cloud.storage.exceptions import InvalidResponse
+from google.cloud.storage.retry import DEFAULT_RETRY
 
-from backends.errors import BackendError, ConfigError
+from backends.errors import BackendError, ConfigError, RetryableBackendError
 from backends.retry import StatusError, translated, with_retries
 
 T = TypeVar("T")
 
 _PRECONDITION_FAILED = 412
 _UPLOAD_CHUNK = 8 * 1024 * 1024
-# Uploads hold a chunk each, downloads a file on disk.
+# Uploads hold a chunk each, downloads a file on disk; the storage client keeps ten connections.
 _PARALLEL_TRANSFERS = 4
-_OUTPUT_NAME = re.compile(r"(^|/)predictions[^/]*\.jsonl$")
+_PARALLEL_CALLS = 4
+_OUTPUT_NAME = re.compile(r"(^|/)predictions?[^/]*\.jsonl(-\d+-of-\d+)?$")
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d+)-of-(?P<count>\d+)")
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+# A large file is many chunks; a fault of one is mended where it happens, by the storage client, for this long. Only
+# when that fails, or the upload itself is lost, does the file start again from its beginning.
+_CHUNK_RETRY = DEFAULT_RETRY.with_delay(initial=0.5, maximum=8.0)
+_CHUNK_RETRY_S = 60.0
+_UPLOAD_LOST = frozenset({404, 410})
+
+
+class OtherContentError(BackendError):
+    """An object of that name is there already, with other content."""
 
 
 class BatchBucket:
@@ -45,28 +58,49 @@ class BatchBucket:
         self._project_id = project_id
         self._client: Any = None
         self._ready = asyncio.Lock()
+        self._refusal: BackendError | None = None
         self._transfers = asyncio.Semaphore(_PARALLEL_TRANSFERS)
+        self._calls = asyncio.Semaphore(_PARALLEL_CALLS)
 
     async def ensure(self) -> None:
-        """Make the bucket if it does not exist: uniform access, in the location of the jobs."""
+        """Make the bucket if it does not exist: uniform access, in the location of the jobs.
+
+        What failed once, after all its repetitions, fails at once for all who ask later.
+        """
         async with self._ready:
+            if self._refusal is not None:
+                raise self._refusal
             if self._client is not None:
                 return
             with translated("connect to Cloud Storage"):
                 client = await asyncio.to_thread(storage.Client, project=self._project_id)
-            await self._run(f"look for the bucket {self.name}", lambda: self._ensure(client))
+            try:
+                await self._run(f"look for the bucket {self.name}", lambda: self._ensure(client), self._calls)
+            except BackendError as error:
+                self._refusal = error
+                raise
             self._client = client
 
     def _ensure(self, client: Any) -> None:
-        # A read of one object name tells a bucket that is there from one that is not, with object rights alone.
         try:
-            next(iter(client.list_blobs(self.name, prefix="batch_input/", max_results=1, retry=None)), None)
+            self._look(client)
         except google.api_core.exceptions.NotFound:
-            bucket = client.bucket(self.name)
-            bucket.iam_configuration.uniform_bucket_level_access_enabled = True
+            self._create(client)
+
+    def _look(self, client: Any) -> None:
+        # A read of one object name tells a bucket that is there from one that is not, with object rights alone.
+        next(iter(client.list_blobs(self.name, prefix="batch_input/", max_results=1, retry=None)), None)
+
+    def _create(self, client: Any) -> None:
+        bucket = client.bucket(self.name)
+        bucket.iam_configuration.uniform_bucket_level_access_enabled = True
+        try:
+            client.create_bucket(bucket, location=_bucket_location(self._location), retry=None)
+        except google.api_core.exceptions.Conflict as error:
+            # Another run may have made it just now; a bucket of somebody else cannot be read.
             try:
-                client.create_bucket(bucket, location=_bucket_location(self._location), retry=None)
-            except google.api_core.exceptions.Conflict as error:
+                self._look(client)
+            except (google.api_core.exceptions.NotFound, google.api_core.exceptions.Forbidden):
                 raise ConfigError(
                     f"the bucket {self.name} belongs to another project. Choose a name with --bucket-name."
                 ) from error
@@ -76,24 +110,25 @@ class BatchBucket:
 
         ``lines`` is iterated once per attempt and must be repeatable. Returns the object's ``gs://`` address.
         """
-        async with self._transfers:
-            await self._run(f"upload gs://{self.name}/{path}", lambda: self._upload(path, lines))
+        await self._run(f"upload gs://{self.name}/{path}", lambda: self._upload(path, lines), self._transfers)
         return f"gs://{self.name}/{path}"
 
     def _upload(self, path: str, lines: Iterable[bytes]) -> None:
         blob = self._client.bucket(self.name).blob(path)
-        checksum = google_crc32c.Checksum()
+        retry = _CHUNK_RETRY.with_timeout(min(_CHUNK_RETRY_S, self._deadline_s))
         try:
             with blob.open(
-                "wb", chunk_size=_UPLOAD_CHUNK, if_generation_match=0, ignore_flush=True, retry=None
+                "wb", chunk_size=_UPLOAD_CHUNK, if_generation_match=0, ignore_flush=True, retry=retry
             ) as file:
                 for line in lines:
-                    checksum.update(line)
                     file.write(line)
         except google.api_core.exceptions.PreconditionFailed as error:
             self._accept_own_upload(blob, lines, error)
         except InvalidResponse as error:
-            if error.response.status_code != _PRECONDITION_FAILED:
+            status = error.response.status_code
+            if status in _UPLOAD_LOST:
+                raise RetryableBackendError(f"the upload of gs://{self.name}/{path} was lost ({status})") from error
+            if status != _PRECONDITION_FAILED:
                 raise
             self._accept_own_upload(blob, lines, error)
 
@@ -104,7 +139,7 @@ class BatchBucket:
             checksum.update(line)
         blob.reload(retry=None)  # pyright: ignore[reportArgumentType]  # None switches retries off
         if blob.crc32c != _base64(checksum):
-            raise BackendError(
+            raise OtherContentError(
                 f"gs://{self.name}/{blob.name} exists with other content. Delete it and run again."
             ) from error
 
@@ -116,7 +151,7 @@ class BatchBucket:
             blobs = self._client.list_blobs(self.name, prefix=prefix, retry=None)
             return sorted(blob.name for blob in blobs if _OUTPUT_NAME.search(blob.name.removeprefix(prefix)))
 
-        return await self._run(f"list {directory}", names)
+        return await self._run(f"list {directory}", names, self._calls)
 
     async def download(self, path: str, target: Path) -> None:
         """Copy an object to a local file; its checksum is verified."""
@@ -124,8 +159,7 @@ class BatchBucket:
         def copy() -> None:
             self._client.bucket(self.name).blob(path).download_to_filename(str(target), retry=None)
 
-        async with self._transfers:
-            await self._run(f"download gs://{self.name}/{path}", copy)
+        await self._run(f"download gs://{self.name}/{path}", copy, self._transfers)
 
     def path_of(self, uri: str) -> str:
         """The path inside this bucket of a ``gs://`` address."""
@@ -134,9 +168,13 @@ class BatchBucket:
             raise BackendError(f"{uri} is not in the bucket {self.name}, from which alone results are read.")
         return uri.removeprefix(start)
 
-    async def _run(self, what: str, operation: Callable[[], T]) -> T:
+    async def _run(self, what: str, operation: Callable[[], T], places: asyncio.Semaphore) -> T:
+        async def attempt() -> T:
+            async with places:
+                return await asyncio.to_thread(operation)
+
         try:
-            return await with_retries(lambda: asyncio.to_thread(operation), what=what, deadline_s=self._deadline_s)
+            return await with_retries(attempt, what=what, deadline_s=self._deadline_s)
         except StatusError as error:
             if error.status in (401, 403):
                 raise BackendError(
@@ -148,6 +186,31 @@ class BatchBucket:
         """Close the connections."""
         if self._client is not None:
             self._client.close()
+
+
+def check_bucket_name(name: str) -> str:
+    """Refuse a name that no bucket can have.
+
+    Raises
+    ------
+    ConfigError
+        With the value.
+    """
+    if not _BUCKET_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a bucket (3 to 222 of a-z, 0-9, '-', '_' and '.'; no gs://). "
+            "Choose one with --bucket-name."
+        )
+    return name
+
+
+def lacks_shards(paths: Iterable[str]) -> bool:
+    """Whether names such as ``…-00001-of-00003…`` speak of more files than there are."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if match := _SHARD.match(path):
+            found.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
+    return any(len(indices) < count for (_, count), indices in found.items())
 
 
 def _bucket_location(location: str) -> str:

@@ -69,8 +69,7 @@ class BucketCleaner:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._vertex.aio.aclose()
-        self._vertex.close()
+        await self._vertex.aclose()
         self._storage.close()
 
     async def survey(self, older_than: timedelta, now: datetime, unread: Mapping[str, str]) -> Survey | None:

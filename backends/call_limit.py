@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -25,22 +26,44 @@ class CallLimit:
         self._in_flight = 0
         self._answers = 0
         self._throttled = 0
-        self._free = asyncio.Condition()
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
-    async def slot(self) -> AsyncGenerator[None]:
-        """Wait for a place among the calls in flight."""
-        async with self._free:
-            await self._free.wait_for(lambda: self._in_flight < self.now)
-            self._in_flight += 1
+    async def slot(self, *, first: bool = False) -> AsyncGenerator[None]:
+        """Wait for a place among the calls in flight; ``first`` goes before all that wait.
+
+        A call that is repeated belongs first: at the back it would come to its turn when little else is left to do, and
+        the last calls of a run would be made one after the other.
+        """
+        await self._take(first)
         try:
             yield
         finally:
-            async with self._free:
-                self._in_flight -= 1
-                self._free.notify()
+            self._in_flight -= 1
+            self._hand_on()
 
-    async def note(self, *, throttled: bool) -> None:
+    async def _take(self, first: bool) -> None:
+        if self._in_flight < self.now and not self._waiting:
+            self._in_flight += 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if first else self._waiting.append)(place)
+        try:
+            await place  # who sets it has counted this call already, so that nobody can come in between
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._in_flight -= 1
+                self._hand_on()
+            else:
+                self._waiting.remove(place)
+            raise
+
+    def _hand_on(self) -> None:
+        while self._waiting and self._in_flight < self.now:
+            self._in_flight += 1
+            self._waiting.popleft().set_result(None)
+
+    def note(self, *, throttled: bool) -> None:
         """Count an answer."""
         self._answers += 1
         self._throttled += throttled
@@ -52,5 +75,4 @@ class CallLimit:
             self.now = max(1, self.now // 2)
         elif share <= _FEW_THROTTLED and self.now < self.most:
             self.now = min(self.most, self.now + max(1, self.most // 10))
-            async with self._free:
-                self._free.notify_all()
+            self._hand_on()

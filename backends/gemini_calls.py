@@ -16,6 +16,8 @@ from kl.records import Prompt, ScoreFailure, Turn
 _USABLE = "Known to work: gemini-2.5-flash and gemini-2.5-flash-lite, in projects that used them before."
 _PROBE = Prompt((Turn("user", "Continue the row: one, two, three"),))
 _PROBE_PREFIX = "one, two,"
+# An empty answer now and then says nothing of the model.
+_PROBES = 3
 
 
 async def generate(client: genai.Client, model: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -53,16 +55,19 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
     """
     name = gemini.model_id(model)
     body = gemini.request_body(_PROBE, _PROBE_PREFIX, gemini.generation_config(model, gemini.MAX_TOP_LOGPROBS))
-    try:
-        answer = await with_retries(
-            lambda: generate(client, model, body), what=f"preflight of {name}", deadline_s=deadline_s
-        )
-    except StatusError as error:
-        raise ModelNotUsableError(_why_not(name, error), model=model) from error
-    result = gemini.parse_response("preflight", answer)
-    if isinstance(result, ScoreFailure):
-        raise ModelNotUsableError(f"{name} cannot be scored: {result.message} {_USABLE}", model=model)
-    return result.model_version
+    for attempt in range(_PROBES):
+        try:
+            answer = await with_retries(
+                lambda: generate(client, model, body), what=f"preflight of {name}", deadline_s=deadline_s
+            )
+        except StatusError as error:
+            raise ModelNotUsableError(_why_not(name, error), model=model) from error
+        result = gemini.parse_response("preflight", answer)
+        if not isinstance(result, ScoreFailure):
+            return result.model_version
+        if result.final or attempt == _PROBES - 1:
+            raise ModelNotUsableError(f"{name} cannot be scored: {result.message} {_USABLE}", model=model)
+    raise AssertionError("unreachable: the last probe returns or raises")
 
 
 def _why_not(name: str, error: StatusError) -> str:

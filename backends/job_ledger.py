@@ -50,6 +50,7 @@ class JobLedger:
         self.folder = folder
         self._entries = {entry.job_key: entry for entry in self._load()}
         self._latest: dict[str, str] = {}
+        self._last = max((entry.sequence for entry in self._entries.values()), default=0)
         for entry in sorted(self._entries.values(), key=lambda entry: entry.sequence):
             self._index(entry)
 
@@ -87,9 +88,9 @@ class JobLedger:
         known = self._entries.get(job_key)
         if known is not None:
             return known
-        sequence = 1 + max((entry.sequence for entry in self._entries.values()), default=0)
+        self._last += 1
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = JobEntry(job_key, sequence, place, input_path, output_prefix, tuple(keys), now)
+        entry = JobEntry(job_key, self._last, place, input_path, output_prefix, tuple(keys), now)
         self._save(entry)
         self._index(entry)
         return entry

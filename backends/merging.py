@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,7 +13,7 @@ T = TypeVar("T")
 _WAITING = 1000
 
 
-async def merged(iterators: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T]:
+async def merged(iterators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     """All items of all iterators as they come, each iterator running as a task of its own.
 
     The first error stops the others and is raised, after the items that came before it; closing the generator stops
@@ -20,9 +21,10 @@ async def merged(iterators: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T]:
     """
     items: asyncio.Queue[tuple[T] | None] = asyncio.Queue(_WAITING)
 
-    async def drain(iterator: AsyncIterator[T]) -> None:
-        async for item in iterator:
-            await items.put((item,))
+    async def drain(iterator: AsyncGenerator[T]) -> None:
+        async with aclosing(iterator):  # one that is stopped between two items would stay open
+            async for item in iterator:
+                await items.put((item,))
 
     async def drain_all() -> None:
         try:

@@ -7,7 +7,9 @@ backoff and jitter, not before the service's ``Retry-After``, until a deadline.
 from __future__ import annotations
 
 import email.utils
+import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -30,7 +32,7 @@ _RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
 _TRANSPORT_ERRORS = (
     DataCorruption,
-    httpx2.TransportError,
+    httpx2.RequestError,
     requests.exceptions.RequestException,
     ConnectionError,
     TimeoutError,
@@ -38,7 +40,7 @@ _TRANSPORT_ERRORS = (
 
 
 class DailyQuotaError(BackendError):
-    """The service's daily limit of requests with log-probabilities is used up: final for today."""
+    """A daily limit of the service, such as that of requests with log-probabilities, is used up: final for today."""
 
 
 async def with_retries(
@@ -53,7 +55,7 @@ async def with_retries(
     what : str
         For logs and errors: "create batch job tokenkl-…".
     deadline_s : float
-        Seconds from the first attempt after which no further one starts.
+        Seconds from the first attempt after which no further one starts; a wait that would last longer is not begun.
     first_wait_s : float
         The longest first wait in seconds; it doubles with each attempt, up to a minute.
 
@@ -65,7 +67,7 @@ async def with_retries(
     attempts = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(RetryableBackendError),
         wait=_NotBefore(tenacity.wait_random_exponential(multiplier=first_wait_s, max=_LONGEST_WAIT_S)),
-        stop=tenacity.stop_after_delay(deadline_s),
+        stop=tenacity.stop_before_delay(deadline_s),
         before_sleep=lambda state: logger.info("%s: %s; trying again", what, _failure(state)),
         reraise=True,
     )
@@ -97,10 +99,14 @@ def translated(what: str) -> Generator[None]:
     try:
         yield
     except genai_errors.APIError as error:
-        raise _from_status(what, error.code, _text(error.status, error.message), _headers(error.response)) from error
+        text = _text(error.status, error.message)
+        quota = is_daily_quota(json.dumps(error.details, default=str))
+        raise _from_status(what, error.code, text, _headers(error.response), daily_quota=quota) from error
     except google.api_core.exceptions.GoogleAPICallError as error:
         response: Any = getattr(error, "response", None)
         raise _from_status(what, error.code, error.message, _headers(response)) from error
+    except google.api_core.exceptions.RetryError as error:
+        raise RetryableBackendError(f"{what}: {_line(error)}") from error
     except InvalidResponse as error:  # resumable transfers speak to the service below the other error classes
         response = error.response
         raise _from_status(what, response.status_code, _line(error), _headers(response)) from error
@@ -113,19 +119,22 @@ def translated(what: str) -> Generator[None]:
         if getattr(error, "retryable", False) or isinstance(error, google.auth.exceptions.TransportError):
             raise RetryableBackendError(f"{what}: the token service failed: {_line(error)}") from error
         raise ConfigError(f"{what}: Google refused the credentials: {_line(error)}") from error
+    except (genai_errors.UnknownApiResponseError, json.JSONDecodeError) as error:
+        raise RetryableBackendError(f"{what}: the answer is not JSON") from error
     except _TRANSPORT_ERRORS as error:
         raise RetryableBackendError(f"{what}: {type(error).__name__}: {_line(error)}") from error
 
 
 def is_daily_quota(text: str) -> bool:
-    """Whether an error text speaks of the daily limit of requests with log-probabilities."""
-    lowered = text.lower()
-    return "logprob" in lowered and ("daily" in lowered or "per day" in lowered)
+    """Whether an error text speaks of a limit per day: "daily limit", "requests per day", ``…RequestsPerDay…``."""
+    return re.search(r"\bdaily\b|per[ _-]?day", text, re.IGNORECASE) is not None
 
 
-def _from_status(what: str, status: int | None, text: str | None, headers: Any) -> BackendError:
+def _from_status(
+    what: str, status: int | None, text: str | None, headers: Any, *, daily_quota: bool = False
+) -> BackendError:
     message = f"{what}: {status} {text}"
-    if status == 429 and is_daily_quota(message):
+    if status == 429 and (daily_quota or is_daily_quota(text or "")):
         return DailyQuotaError(
             f"{message.rstrip('.')}. This limit is per day: run again tomorrow, or ask Google to raise it."
         )

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,8 @@ import polars as pl
 
 from backends.errors import ConfigError
 from kl.records import Candidate, Score, ScoreFailure
+
+logger = logging.getLogger(__name__)
 
 SCORES = pl.Schema(
     {
@@ -194,7 +197,7 @@ class ScoreJournal:
     def __init__(self, path: Path, store: ScoreStore) -> None:
         self._path = path
         self._store = store
-        self._file: io.FileIO | None = None
+        self._file: io.BufferedWriter | None = None
         self._synced = 0.0
 
     def add(self, prompt_id: str, model: str, result: Score | ScoreFailure) -> None:
@@ -206,9 +209,10 @@ class ScoreJournal:
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = io.FileIO(self._path, "ab")
+            self._file = self._path.open("ab")
         line = json.dumps({"prompt_id": prompt_id, **_row(model, result)}, default=_plain) + "\n"
         self._file.write(line.encode("ascii"))
+        self._file.flush()
         if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -225,17 +229,24 @@ class ScoreJournal:
         by_prompt: dict[str, list[dict[str, Any]]] = {}
         with self._path.open("rb") as file:
             for line in file:
-                if line.endswith(b"\n"):
-                    row = json.loads(line)
-                    row["scored_at"] = datetime.fromisoformat(row["scored_at"])
-                    row["token_bytes"] = row["token_bytes"] and [
-                        item if item is None else bytes(item) for item in row["token_bytes"]
-                    ]
-                    by_prompt.setdefault(row.pop("prompt_id"), []).append(row)
+                try:
+                    prompt_id, row = _recorded(line)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    # The end of a killed run cuts the last line; a machine that fails may leave any bytes.
+                    logger.warning("%s: a line was cut short and is left out; its context is asked again", self._path)
+                    continue
+                by_prompt.setdefault(prompt_id, []).append(row)
         for prompt_id, rows in by_prompt.items():
             self._store.write_rows(prompt_id, rows)
         self.clear()
         return sum(len(rows) for rows in by_prompt.values())
+
+
+def _recorded(line: bytes) -> tuple[str, dict[str, Any]]:
+    row = json.loads(line)
+    row["scored_at"] = datetime.fromisoformat(row["scored_at"])
+    row["token_bytes"] = row["token_bytes"] and [item if item is None else bytes(item) for item in row["token_bytes"]]
+    return row.pop("prompt_id"), row
 
 
 def _plain(value: object) -> Any:

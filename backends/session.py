@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from backends.base import Backend
@@ -17,9 +17,35 @@ from backends.errors import TokenKLError
 
 T = TypeVar("T")
 
+_SETTLE_S = 1.0
+
 
 class SessionClosedError(TokenKLError):
     """The session was closed while work was under way."""
+
+
+class _DaemonThreads(ThreadPoolExecutor):
+    """Threads for blocking calls that do not keep the process alive.
+
+    The interpreter waits at its end for the threads of the usual pool; a call that hangs in a network would make the
+    user who stopped the run wait for its timeout. The callers limit how many calls there are.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        threading.Thread(target=work, name="backend-call", daemon=True).start()
+        return future
 
 
 class BackendSession:
@@ -34,6 +60,7 @@ class BackendSession:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(_DaemonThreads())
         self._thread = threading.Thread(target=self._loop.run_forever, name="backend-loop", daemon=True)
         self._lock = threading.Lock()
         self._running: set[Future[Any]] = set()
@@ -51,9 +78,20 @@ class BackendSession:
     def __exit__(self, *exc: object) -> None:
         self.cancel()
         try:
+            self._settle()
             asyncio.run_coroutine_threadsafe(self.backend.__aexit__(*exc), self._loop).result()
         finally:
             self._stop_loop()
+
+    def _settle(self) -> None:
+        """Let cancelled work end in order: what it has is written, its files are closed."""
+
+        async def others() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            if left:
+                await asyncio.wait(left, timeout=_SETTLE_S)
+
+        asyncio.run_coroutine_threadsafe(others(), self._loop).result()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it.
@@ -69,6 +107,8 @@ class BackendSession:
                 raise SessionClosedError("the run was stopped")
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
             self._running.add(future)
+        if self._closed:  # cancelled meanwhile, by a signal perhaps, which cannot wait for the lock
+            future.cancel()
         try:
             return future.result()
         except CancelledError as error:
@@ -86,6 +126,7 @@ class BackendSession:
     def interrupt(self, timeout_s: float = 2.0) -> str | None:
         """Stop all work, let the backend settle its affairs, and return what it says of them."""
         self.cancel()
+        self._settle()
         last = asyncio.run_coroutine_threadsafe(self.backend.interrupted(), self._loop)
         try:
             return last.result(timeout_s)

@@ -11,9 +11,9 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,20 +22,35 @@ from pydantic import Field
 from backends import gemini
 from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
 from backends.batch_rows import OutputReader, RowSet, read_row, split_rows
-from backends.bucket import BatchBucket
-from backends.errors import BackendError, ConfigError
+from backends.bucket import BatchBucket, OtherContentError, check_bucket_name, lacks_shards
+from backends.errors import BackendError, ConfigError, ModelNotUsableError, RetryableBackendError
 from backends.gemini_calls import prove_usable
 from backends.job_ledger import JobEntry, JobLedger
 from backends.merging import merged
 from backends.prices import BATCH_SHARE, Price, price_of, token_cost
 from backends.raw_log import RawLog
-from backends.vertex_client import PENDING_STATES, BatchJobs, RemoteJob, check_location, make_client, require_project
+from backends.retry import DailyQuotaError, StatusError
+from backends.vertex_client import (
+    DELETED,
+    PENDING_STATES,
+    TERMINAL_STATES,
+    BatchJobs,
+    RemoteJob,
+    check_location,
+    make_client,
+    require_project,
+)
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
 # Refusals that a repeated job meets again: no permission, no such model, no credentials.
 _FINAL_ERROR_CODES = frozenset({5, 7, 16, 401, 403, 404})
+# The first look at a job, and how the pauses grow with the time waited, up to ``poll_interval_s``.
+_FIRST_POLL_S = 1.0
+_POLL_SHARE = 0.25
+_OUTPUT_POLL_S = 2.0
+_UPLOAD_NAMES = 5
 
 
 class VertexBatchOptions(BackendOptions):
@@ -47,7 +62,10 @@ class VertexBatchOptions(BackendOptions):
         default=None, description="Bucket for batch files; made when absent. Default: {project_id}-kl-batch."
     )
     poll_interval_s: float = Field(
-        default=10.0, gt=0, le=3600, description="Seconds between looks at a job, above 0, up to 3600."
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="Longest pause between looks at a job in seconds, above 0, up to 3600; the first are shorter.",
     )
     wait_deadline_s: float = Field(
         default=4 * 86400.0,
@@ -89,14 +107,6 @@ class VertexBatchOptions(BackendOptions):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A job in a terminal state, with its ledger entry."""
-
-    entry: JobEntry
-    job: RemoteJob
-
-
 class VertexBatchBackend(Backend):
     """Scores through batch prediction jobs."""
 
@@ -108,7 +118,7 @@ class VertexBatchBackend(Backend):
         super().__init__(options, state_dir)
         project = require_project(options.project_id)
         location = check_location(options.location)
-        bucket = options.bucket_name or f"{project}-kl-batch"
+        bucket = check_bucket_name(options.bucket_name or f"{project}-kl-batch")
         if state_dir is None:
             raise ConfigError("vertex_batch needs a folder in which it records its jobs.")
         self._place = f"{project}/{location}/{bucket}"
@@ -118,6 +128,8 @@ class VertexBatchBackend(Backend):
         self._earlier = self._ledger.in_flight(self._place)
         self._raw = RawLog(state_dir / "raw") if options.keep_raw else None
         self._reported: dict[str, dict[str, Any]] = {}
+        self._making: set[str] = set()
+        self._quota_used: str | None = None
 
     async def __aenter__(self) -> Self:
         options = self.options
@@ -130,8 +142,7 @@ class VertexBatchBackend(Backend):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aio.aclose()
-        self._client.close()
+        await self._client.aclose()
         self._bucket.close()
         if self._raw is not None:
             self._raw.close()
@@ -173,12 +184,22 @@ class VertexBatchBackend(Backend):
     async def interrupted(self) -> str | None:
         """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
         names = [str(job["name"]) for job in self._reported.values() if job["state"] in PENDING_STATES]
-        if not names:
-            return None
         if self.options.on_cancel == "leave":
+            if not names:
+                return None
             return f"{len(names)} batch jobs go on and are charged; the next run fetches them: {', '.join(names)}"
-        await asyncio.gather(*(self._jobs.cancel(name) for name in names))
-        return f"{len(names)} batch jobs were cancelled; the next run fetches what they finished: {', '.join(names)}"
+        # A job whose creation was under way may have been made.
+        looked_up = await asyncio.gather(*map(self._jobs.find, self._making), return_exceptions=True)
+        names += [job.name for found in looked_up if not isinstance(found, BaseException) for job in found]
+        answers = await asyncio.gather(*map(self._jobs.cancel, names), return_exceptions=True)
+        failed = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, BaseException)]
+        cancelled = [name for name in names if name not in failed]
+        parts = [
+            f"{len(cancelled)} batch jobs were cancelled; the next run fetches what they finished: "
+            f"{', '.join(cancelled)}" if cancelled else "",
+            f"{len(failed)} batch jobs could not be cancelled, or have ended: {', '.join(failed)}" if failed else "",
+        ]  # fmt: skip
+        return "; ".join(part for part in parts if part) or None
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill, and the bucket."""
@@ -204,126 +225,217 @@ class VertexBatchBackend(Backend):
             yield rows.only(keys)
         yield from split_rows(rows.only(fresh), self.options.max_rows_per_job, self.options.max_file_bytes)
 
-    async def _score_rows(self, rows: RowSet) -> AsyncIterator[Score | ScoreFailure]:
-        failures: dict[str, ScoreFailure] = {}
-        earlier = self._ledger.get(self._earlier.get(rows.keys[0], ""))
-        attempts = 0
-        while rows.keys:
+    async def _score_rows(self, rows: RowSet) -> AsyncGenerator[Score | ScoreFailure]:
+        """Every row's result; what befalls one job is a failure of its rows and of no others."""
+        work = _Work(rows, self._ledger.get(self._earlier.get(rows.keys[0], "")))
+        while work.rows.keys and not work.given_up:
             async with self._slots:
                 try:
-                    ended = await self._attach(earlier) if earlier else None
-                    if ended is None:
-                        if attempts == self.options.max_attempts:
-                            break
-                        attempts += 1
-                        ended = await self._submit(rows)
-                except _GiveUp as error:
-                    failures.update({key: ScoreFailure(key, error.reason, str(error)) for key in rows.keys})
-                    break
-                earlier = None
-                answered: set[str] = set()
-                async for result in self._read(ended, rows):
-                    if isinstance(result, Score) or result.final:
-                        answered.add(result.key)
+                    async with aclosing(self._one_round(work)) as results:
+                        async for result in results:
+                            yield result
+                except ModelNotUsableError:
+                    raise
+                except BackendError as error:
+                    work.give_up(*self._why_given_up(error))
+        for key in work.rows.keys:
+            yield work.failures[key]
+
+    async def _one_round(self, work: _Work) -> AsyncGenerator[Score | ScoreFailure]:
+        """Read the jobs that are to answer these rows, or make one; what they leave out stays in ``work``."""
+        entry, jobs = await self._jobs_for(work)
+        work.earlier = None
+        if not jobs:
+            if self._quota_used is not None:
+                raise DailyQuotaError(self._quota_used)
+            if work.attempts == self.options.max_attempts:
+                work.given_up = True
+                return
+            work.attempts += 1
+            job = await self._make(entry, work.rows)
+            entry, jobs = self._ledger.update(replace(entry, job_name=job.name, state=job.state)), [job]
+            logger.info("batch job %s: %d rows, %s", job.name, len(work.rows.keys), job.state)
+        for job in sorted(jobs, key=_ended_first):
+            if work.rows.keys:
+                job = await self._wait(job, rows=len(entry.keys))
+                async with aclosing(self._read(entry, job, work)) as results:
+                    async for result in results:
                         yield result
-                    else:
-                        failures[result.key] = result
-            rows = rows.without(answered)
-            self._note_job_error(ended, rows, failures)
-            self._ledger.update(replace(ended.entry, ended=True, state=ended.job.state))
-            if rows.keys and ended.job.error_code in _FINAL_ERROR_CODES:
-                break
-        for key in rows.keys:
-            yield failures[key]
+                entry = replace(entry, job_name=job.name, state=job.state)
+        self._ledger.update(replace(entry, ended=True))
+        quota = next((item for item in work.open_failures() if item.reason == "daily-quota"), None)
+        if quota is not None and self._quota_used is None:
+            self._quota_used = quota.message
+            logger.error("%s No further batch job is made in this run; run again tomorrow.", quota.message)
 
-    def _note_job_error(self, ended: _Ended, rows: RowSet, failures: dict[str, ScoreFailure]) -> None:
-        job = ended.job
-        if not rows.keys:
-            return
-        logger.warning(
-            "batch job %s ended %s with %d rows unanswered%s",
-            job.name, job.state, len(rows.keys), f": {job.error}" if job.error else "",
-        )  # fmt: skip
-        for key in rows.keys:
-            if job.error:
-                failures[key] = ScoreFailure(key, "job-failed", f"batch job {job.name} ended {job.state}: {job.error}")
-            elif key not in failures:
-                failures[key] = ScoreFailure(
-                    key, "missing-row", f"batch job {job.name} ended {job.state} without an answer to this row."
-                )
+    def _why_given_up(self, error: BackendError) -> tuple[str, str]:
+        if isinstance(error, _GiveUpError):
+            return error.reason, str(error)
+        if isinstance(error, DailyQuotaError):
+            self._quota_used = self._quota_used or str(error)
+            return "daily-quota", str(error)
+        if isinstance(error, RetryableBackendError):
+            given_up = f"given up after {self.options.retry_deadline_s:g} s (retry_deadline_s)"
+            return "deadline", f"{error}; {given_up}; the next run takes it up again."
+        if isinstance(error, StatusError):
+            return "refused", str(error)
+        return "service-error", str(error)
 
-    async def _attach(self, entry: JobEntry) -> _Ended | None:
-        """Wait for a job of an earlier run; None if it was never made, or is gone."""
-        found = await self._jobs.find(entry.job_key)
-        if not found:
-            return None
-        logger.info("attaching to batch job %s of an earlier run (%s)", found[-1].name, found[-1].state)
-        return _Ended(entry, await self._wait(found[-1], rows=len(entry.keys)))
-
-    async def _submit(self, rows: RowSet) -> _Ended:
+    async def _jobs_for(self, work: _Work) -> tuple[JobEntry, list[RemoteJob]]:
+        """All jobs there are for these rows: those of an earlier run, else those of the name that a new one gets."""
+        if work.earlier is not None:
+            found = await self._find(work.earlier)
+            if found:
+                names = ", ".join(f"{job.name} ({job.state})" for job in found)
+                logger.info("attaching to batch job %s of an earlier run", names)
+                return work.earlier, found
+        rows = work.rows
         job_key = self._ledger.job_key(self._place, rows.keys)
         file_name = f"{_slug(rows.name)}_{job_key}"
-        entry = self._ledger.record(
-            job_key, self._place, f"batch_input/{file_name}.jsonl", f"batch_output/{file_name}", list(rows.keys)
-        )
-        found = await self._jobs.find(job_key)
-        if found:
-            job = found[-1]
-        else:
-            uri = await self._bucket.upload_once(entry.input_path, rows)
-            destination = f"gs://{self._bucket_name}/{entry.output_prefix}"
-            job = await self._jobs.create(rows.model, uri, destination, job_key)
-        entry = self._ledger.update(replace(entry, job_name=job.name, state=job.state))
-        logger.info("batch job %s: %d rows, %s", job.name, len(rows.keys), job.state)
-        return _Ended(entry, await self._wait(job, rows=len(rows.keys)))
+        paths = f"batch_input/{file_name}.jsonl", f"batch_output/{file_name}"
+        entry = self._ledger.record(job_key, self._place, *paths, list(rows.keys))
+        known_absent = work.earlier is not None and work.earlier.job_key == job_key
+        return entry, [] if known_absent else await self._find(entry)
+
+    async def _find(self, entry: JobEntry) -> list[RemoteJob]:
+        found = await self._jobs.find(entry.job_key)
+        if entry.job_name is None or any(_job_id(job.name) == _job_id(entry.job_name) for job in found):
+            return found
+        # It was made, for its name is on record; a list may be behind, and a job that was deleted left its output.
+        job = await self._jobs.get(entry.job_name)
+        return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
+
+    async def _make(self, entry: JobEntry, rows: RowSet) -> RemoteJob:
+        self._making.add(entry.job_key)
+        uri = await self._upload(entry, rows)
+        destination = f"gs://{self._bucket_name}/{entry.output_prefix}"
+        job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
+        self._note(job, len(rows.keys))
+        self._making.discard(entry.job_key)
+        return job
+
+    async def _upload(self, entry: JobEntry, rows: RowSet) -> str:
+        # A name may be taken: by the same rows in another order, of a run that was killed before it made the job (files
+        # were renamed since), or by an upload that went wrong. Rows are matched by key, so that any name will do.
+        name, _, key = entry.input_path.rpartition("_")
+        for number in range(_UPLOAD_NAMES):
+            with suppress(OtherContentError):
+                path = f"{name}-{number}_{key}" if number else entry.input_path
+                return await self._bucket.upload_once(path, rows)
+        raise OtherContentError(f"{_UPLOAD_NAMES} objects like {entry.input_path} exist with other content.")
+
+    def _note(self, job: RemoteJob, rows: int) -> None:
+        known = {"name": job.name, "display_name": job.display_name, "state": job.state, "rows": rows}
+        self._reported[job.name] = known
 
     async def _wait(self, job: RemoteJob, rows: int) -> RemoteJob:
-        until = time.monotonic() + self.options.wait_deadline_s
+        began = time.monotonic()
         while True:
-            known = {"name": job.name, "display_name": job.display_name, "state": job.state, "rows": rows}
-            self._reported[job.name] = known
-            try:
-                if job.terminal:
-                    return job
-            except BackendError as error:
-                raise _GiveUp("unknown-state", str(error)) from error
-            if time.monotonic() > until:
-                raise _GiveUp(
+            self._note(job, rows)
+            if job.state == DELETED or _is_terminal(job):
+                return job
+            waited = time.monotonic() - began
+            if waited > self.options.wait_deadline_s:
+                raise _GiveUpError(
                     "deadline",
                     f"batch job {job.name} is still {job.state} after {self.options.wait_deadline_s:g} s "
                     "(wait_deadline_s); it goes on, and the next run attaches to it.",
                 )
-            await asyncio.sleep(self.options.poll_interval_s)
-            job = await self._jobs.get(job.name)
+            # Small jobs may be done in seconds, large ones take hours.
+            await asyncio.sleep(min(self.options.poll_interval_s, max(_FIRST_POLL_S, waited * _POLL_SHARE)))
+            job = await self._jobs.get(job.name) or replace(job, state=DELETED, output_directory=None)
 
-    async def _read(self, ended: _Ended, rows: RowSet) -> AsyncIterator[Score | ScoreFailure]:
-        reader = OutputReader(rows, self._raw)
+    async def _read(self, entry: JobEntry, job: RemoteJob, work: _Work) -> AsyncGenerator[Score | ScoreFailure]:
+        reader = OutputReader(work.rows, self._raw)
+        answered: set[str] = set()
         with tempfile.TemporaryDirectory(prefix="tokenkl-") as folder:
-            for index, path in enumerate(await self._output_files(ended.job)):
+            for index, path in enumerate(await self._output_files(entry, job)):
                 local = Path(folder) / f"{index}.jsonl"
                 await self._bucket.download(path, local)
                 for result in reader.read(local):
-                    yield result
+                    if isinstance(result, Score) or result.final:
+                        answered.add(result.key)
+                        yield result
+                    else:
+                        work.failures[result.key] = result
                 local.unlink()
-        reader.log_oddities(ended.job.name)
+        reader.log_oddities(job.name)
+        work.rows = work.rows.without(answered)
+        work.note_end(job)
 
-    async def _output_files(self, job: RemoteJob) -> list[str]:
-        """The output of a job, which may appear a little after its end."""
+    async def _output_files(self, entry: JobEntry, job: RemoteJob) -> list[str]:
+        """The output of a job, which may appear a little after its end; looked for below our prefix in any case."""
         until = time.monotonic() + self.options.output_deadline_s
         while True:
-            files = await self._bucket.output_files(job.output_directory) if job.output_directory else []
-            if files or not job.has_output or time.monotonic() > until:
+            folder = job.output_directory or f"gs://{self._bucket_name}/{entry.output_prefix}"
+            files = await self._bucket.output_files(folder)
+            awaited = lacks_shards(files) if files else job.has_output
+            if not awaited or time.monotonic() > until:
                 return files
-            await asyncio.sleep(min(self.options.poll_interval_s, 5.0))
-            job = await self._jobs.get(job.name)
+            await asyncio.sleep(min(self.options.poll_interval_s, _OUTPUT_POLL_S))
+            job = await self._jobs.get(job.name) or job
 
 
-class _GiveUp(Exception):
+@dataclass(slots=True)
+class _Work:
+    """Rows that still want an answer, why they have none yet, and what was tried."""
+
+    rows: RowSet
+    earlier: JobEntry | None
+    failures: dict[str, ScoreFailure] = field(default_factory=dict[str, ScoreFailure])
+    attempts: int = 0
+    given_up: bool = False
+
+    def open_failures(self) -> Iterator[ScoreFailure]:
+        return (self.failures[key] for key in self.rows.keys)
+
+    def give_up(self, reason: str, message: str) -> None:
+        """Leave the rows to a later run."""
+        self.given_up = True
+        for key in self.rows.keys:
+            self.failures[key] = ScoreFailure(key, reason, message)
+
+    def note_end(self, job: RemoteJob) -> None:
+        """Say why the rows that a job left out have no answer."""
+        if not self.rows.keys:
+            return
+        logger.warning(
+            "batch job %s ended %s with %d rows unanswered%s",
+            job.name, job.state, len(self.rows.keys), f": {job.error}" if job.error else "",
+        )  # fmt: skip
+        self.given_up = job.error_code in _FINAL_ERROR_CODES
+        for key in self.rows.keys:
+            if job.error:
+                message = f"batch job {job.name} ended {job.state}: {job.error}"
+                self.failures[key] = ScoreFailure(key, "job-failed", message)
+            elif key not in self.failures:
+                message = f"batch job {job.name} ended {job.state} without an answer to this row."
+                self.failures[key] = ScoreFailure(key, "missing-row", message)
+
+
+class _GiveUpError(BackendError):
     """The wait for a job ended without its rows; the job itself may go on."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def _is_terminal(job: RemoteJob) -> bool:
+    try:
+        return job.terminal
+    except BackendError as error:
+        raise _GiveUpError("unknown-state", str(error)) from error
+
+
+def _ended_first(job: RemoteJob) -> int:
+    # Rows that one job of a name has answered need no wait for another.
+    known = (DELETED, *TERMINAL_STATES)
+    return 0 if job.state in known else 1 if job.state in PENDING_STATES else 2
+
+
+def _job_id(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
 
 
 def _slug(name: str) -> str:

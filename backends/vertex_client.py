@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 import google.auth
 import google.auth.transport.requests
+import httpx2
 import pydantic
 from google import genai
 from google.genai import types
 
-from backends.errors import BackendError, ConfigError
-from backends.retry import translated, with_retries
+from backends.errors import BackendError, ConfigError, RetryableBackendError
+from backends.retry import StatusError, translated, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.
 TERMINAL_STATES = frozenset({"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"})
+# No state of the service: a job that was made and is not there any more. Its output may be.
+DELETED = "DELETED"
 
 
 def require_project(project_id: str | None) -> str:
@@ -41,8 +44,31 @@ def require_project(project_id: str | None) -> str:
     return project_id
 
 
-def make_client(project_id: str, location: str, timeout_s: float) -> genai.Client:
+class ServiceClient(genai.Client):
+    """The SDK's client with a transport that is given to it, and which it leaves open."""
+
+    def __init__(self, transport: httpx2.AsyncClient, http_options: types.HttpOptions, **settings: Any) -> None:
+        options = http_options.model_copy(update={"httpx_async_client": transport})
+        super().__init__(http_options=options, **settings)
+        self._transport = transport
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.aio.aclose()
+        await self._transport.aclose()
+        self.close()
+
+
+def make_client(project_id: str, location: str, timeout_s: float, max_calls: int = 100) -> ServiceClient:
     """A Vertex client without retries of its own; every call has a timeout.
+
+    Parameters
+    ----------
+    project_id, location : str
+    timeout_s : float
+        Seconds until a call counts as lost.
+    max_calls : int
+        How many calls may be in flight; as many connections are kept.
 
     Raises
     ------
@@ -50,12 +76,44 @@ def make_client(project_id: str, location: str, timeout_s: float) -> genai.Clien
         If there are no credentials.
     """
     with translated("connect to Vertex AI"):
-        return genai.Client(
+        credentials, _ = google.auth.default(scopes=[_SCOPE])
+        return ServiceClient(
+            async_transport(max_calls, _RenewedToken(credentials)),
+            types.HttpOptions(timeout=int(timeout_s * 1000), api_version=_api_version()),
             vertexai=True,
             project=project_id,
             location=location,
-            http_options=types.HttpOptions(timeout=int(timeout_s * 1000), api_version=_api_version()),
+            credentials=credentials,
         )
+
+
+def async_transport(max_calls: int, auth: httpx2.Auth | None = None) -> httpx2.AsyncClient:
+    """The HTTP client of the asynchronous calls, with a connection for each call in flight.
+
+    It is given to the SDK, which would else use aiohttp wherever that happens to be installed, and on that path repeats
+    a call by itself after a broken connection: a job could be made twice.
+    """
+    limits = httpx2.Limits(max_connections=max_calls, max_keepalive_connections=max_calls)
+    return httpx2.AsyncClient(limits=limits, auth=auth, follow_redirects=True)
+
+
+class _RenewedToken(httpx2.Auth):
+    """A token that the service refuses before it has expired by this machine's clock is renewed, once a call."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+        self._renewal = asyncio.Lock()
+
+    async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
+        answer = yield request
+        if answer.status_code != 401:
+            return
+        async with self._renewal:
+            if request.headers.get("Authorization") == f"Bearer {self._credentials.token}":
+                renew = google.auth.transport.requests.Request()
+                await asyncio.to_thread(self._credentials.refresh, renew)
+        request.headers["Authorization"] = f"Bearer {self._credentials.token}"
+        yield request
 
 
 def _api_version() -> str:
@@ -92,7 +150,7 @@ class RemoteJob:
         """Whether rows must be there, though perhaps a moment after the state says that the job ended."""
         if self.successful_rows is not None:
             return self.successful_rows > 0
-        return self.state in ("SUCCEEDED", "PARTIALLY_SUCCEEDED")
+        return self.output_directory is not None or self.state in ("SUCCEEDED", "PARTIALLY_SUCCEEDED")
 
     @property
     def terminal(self) -> bool:
@@ -129,27 +187,29 @@ class BatchJobs:
         self._deadline_s = deadline_s
         self._timeout_s = timeout_s
 
-    async def create(
-        self, model: str, input_uri: str, output_prefix: str, display_name: str, known: Collection[str] = ()
-    ) -> RemoteJob:
+    async def create(self, model: str, input_uri: str, output_prefix: str, display_name: str) -> RemoteJob:
         """Create a job, once: an answer that was lost is looked up before anything is created again.
 
-        ``known`` are the names of older jobs with this display name, which are not the one to be created.
+        There must be no job of this display name yet.
         """
         first = True
 
         async def attempt() -> RemoteJob:
             nonlocal first
             if not first:
-                found = [job for job in await self._list(display_name) if job.name not in known]
+                found = await self._list(display_name)
                 if found:
                     return found[-1]
             first = False
-            job = await self._client.aio.batches.create(
-                model=model,
-                src=input_uri,
-                config=types.CreateBatchJobConfig(display_name=display_name, dest=output_prefix),
-            )
+            try:
+                job = await self._client.aio.batches.create(
+                    model=model,
+                    src=input_uri,
+                    config=types.CreateBatchJobConfig(display_name=display_name, dest=output_prefix),
+                )
+            except pydantic.ValidationError as error:
+                # The job was made; only its description could not be read.
+                raise RetryableBackendError("the answer cannot be read") from error
             return _from_sdk(job)
 
         return await with_retries(attempt, what=f"create batch job {display_name}", deadline_s=self._deadline_s)
@@ -160,9 +220,16 @@ class BatchJobs:
             lambda: self._list(display_name), what=f"look for batch job {display_name}", deadline_s=self._deadline_s
         )
 
-    async def get(self, name: str) -> RemoteJob:
-        """The present state of a job."""
-        return await with_retries(lambda: self._get(name), what=f"read batch job {name}", deadline_s=self._deadline_s)
+    async def get(self, name: str) -> RemoteJob | None:
+        """The present state of a job; None if it does not exist (any more)."""
+        try:
+            return await with_retries(
+                lambda: self._get(name), what=f"read batch job {name}", deadline_s=self._deadline_s
+            )
+        except StatusError as error:
+            if error.status == 404:
+                return None
+            raise
 
     async def cancel(self, name: str) -> None:
         """Ask the service to cancel a job; it goes on for a while and keeps what it finished."""

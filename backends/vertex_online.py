@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from google import genai
 from google.genai import types
 from pydantic import Field
 
@@ -24,7 +23,7 @@ from backends.merging import merged
 from backends.prices import Price, price_of, token_cost
 from backends.raw_log import RawLog
 from backends.retry import DailyQuotaError, StatusError, translated, with_retries
-from backends.vertex_client import check_location, make_client, require_project
+from backends.vertex_client import ServiceClient, async_transport, check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -82,16 +81,16 @@ class VertexOnlineBackend(Backend):
         self._client = self._make_client()
         return self
 
-    def _make_client(self) -> genai.Client:
+    def _make_client(self) -> ServiceClient:
+        most = self.options.max_concurrent
         if self.options.project_id or not self._api_key:
-            return make_client(self._project, self._location, self.options.request_timeout_s)
+            return make_client(self._project, self._location, self.options.request_timeout_s, most)
         with translated("connect to the Gemini Developer API"):
-            timeout = types.HttpOptions(timeout=int(self.options.request_timeout_s * 1000))
-            return genai.Client(vertexai=False, api_key=self._api_key, http_options=timeout)
+            http = types.HttpOptions(timeout=int(self.options.request_timeout_s * 1000))
+            return ServiceClient(async_transport(most), http, vertexai=False, api_key=self._api_key)
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aio.aclose()
-        self._client.close()
+        await self._client.aclose()
         if self._raw is not None:
             self._raw.close()
 
@@ -138,11 +137,12 @@ class VertexOnlineBackend(Backend):
         """Ask for every context; as many calls are prepared as may be in flight."""
         contexts = _contexts(requests)
 
-        async def work() -> AsyncIterator[Score | ScoreFailure]:
+        async def work() -> AsyncGenerator[Score | ScoreFailure]:
             for model, key, body in contexts:
                 yield await self._ask(model, key, body)
 
-        async with aclosing(merged([work() for _ in range(self.options.max_concurrent)])) as results:
+        workers = min(self.options.max_concurrent, sum(len(request.keys) for request in requests))
+        async with aclosing(merged([work() for _ in range(workers)])) as results:
             async for result in results:
                 yield result
 
@@ -151,7 +151,7 @@ class VertexOnlineBackend(Backend):
             return ScoreFailure(key, "daily-quota", self._quota_used)
         try:
             answer = await with_retries(
-                lambda: self._call(model, body),
+                self._attempts(model, body),
                 what=f"ask {gemini.model_id(model)}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
@@ -167,12 +167,24 @@ class VertexOnlineBackend(Backend):
             return ScoreFailure(key, "refused", str(error))
         except BackendError as error:
             return ScoreFailure(key, "unexpected-shape", str(error))
+        row = {"response": answer}
         if self._raw is not None:
-            self._raw.add(key, {"response": answer})
-        return gemini.parse_response(key, answer)
+            self._raw.add(key, row)
+        return read_row(key, row)
 
-    async def _call(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
-        async with self._limit.slot():
+    def _attempts(self, model: str, body: dict[str, Any]) -> Callable[[], Awaitable[dict[str, Any]]]:
+        """Each call starts an attempt; all but the first go before what waits."""
+        again = False
+
+        async def attempt() -> dict[str, Any]:
+            nonlocal again
+            before, again = again, True
+            return await self._call(model, body, again=before)
+
+        return attempt
+
+    async def _call(self, model: str, body: dict[str, Any], *, again: bool) -> dict[str, Any]:
+        async with self._limit.slot(first=again):
             if self._quota_used is not None:
                 raise DailyQuotaError(self._quota_used)
             try:
@@ -180,13 +192,13 @@ class VertexOnlineBackend(Backend):
                     answer = await generate(self._client, model, body)
             except RetryableBackendError as error:
                 self._calls["throttled" if error.status == 429 else "fault"] += 1
-                await self._limit.note(throttled=error.status == 429)
+                self._limit.note(throttled=error.status == 429)
                 raise
             except BackendError:
                 self._calls["refused"] += 1
                 raise
         self._calls["answered"] += 1
-        await self._limit.note(throttled=False)
+        self._limit.note(throttled=False)
         return answer
 
 

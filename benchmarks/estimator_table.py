@@ -29,7 +29,7 @@ if __name__ == "__main__":  # started as a file, the project itself is not on th
 from backends.base import BackendOptions, SampleSettings, ScoreRequest
 from backends.local import LocalBackend
 from kl.align import align
-from kl.censored import logratio_variance, pooled_prior
+from kl.censored import SpreadEvidence, pooled_prior
 from kl.divergence import Measured, exact, measure
 from kl.intervals import Estimate, ratio_estimate
 from kl.position_sampling import variation_of_pilot
@@ -100,7 +100,7 @@ class Pairs:
     def at(self, k: int) -> Measured:
         """What the estimators say when either side reports ``k`` tokens."""
         aligned = align([top[:k] for top in self.top_p], [top[:k] for top in self.top_q])
-        return measure(aligned, pooled_prior(logratio_variance(aligned)))
+        return measure(aligned, pooled_prior(SpreadEvidence.of(aligned)))
 
     def per_token(self) -> Estimate:
         """Mean exact KL with its interval, clustered by prompt."""

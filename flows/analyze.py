@@ -21,6 +21,7 @@ from rich.text import Text
 from backends.errors import ConfigError
 from flows.cli import EXIT_COMPLETE, exit_code_of
 from flows.run_folder import FinishedRun, Rows, load_run, worst_positions, worst_responses
+from flows.terminal import console, print_lines, print_pairs
 from kl.breakdowns import TOP_ROWS
 from kl.headline import headline
 from kl.intervals import CONFIDENCE, Estimate
@@ -40,7 +41,6 @@ _EPILOG = (
     "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 )
 _DEFAULT_TOP = 20
-_FILE_WIDTH = 10_000  # characters, more than any row has
 _PERCENT = f"{100 * CONFIDENCE:.0f} % CI"
 
 
@@ -101,12 +101,12 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
     summary = run.summary
     tokens, positions, responses = summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
     rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
-    console = _console()
-    _print_pairs(console, rows)
-    _print_lines(console, [f"warning: {warning}" for warning in _warnings(summary)])
-    _print_table(console, "Tokens with the largest sum of KL, nats", _token_cells(tokens))
-    _print_table(console, "Positions with the largest KL, nats", _position_cells(positions))
-    _print_table(console, "Responses with the largest KL per token, nats", _response_cells(responses))
+    out = console()
+    print_pairs(out, rows)
+    print_lines(out, [f"warning: {warning}" for warning in _warnings(summary)])
+    _print_table(out, "Tokens with the largest sum of KL, nats", _token_cells(tokens))
+    _print_table(out, "Positions with the largest KL, nats", _position_cells(positions))
+    _print_table(out, "Responses with the largest KL per token, nats", _response_cells(responses))
     return {
         "run": str(folder),
         "headline": [list(row) for row in rows],
@@ -185,7 +185,7 @@ def _show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
         *(f"warning: {note}" for note in _notes(a.summary, b.summary, column)),
         *(f"warning: {side}: {text}" for side, run in (("A", a), ("B", b)) for text in _warnings(run.summary)),
     ]
-    _print_lines(_console(), lines)
+    print_lines(console(), lines)
     return {
         "a": str(folder_a),
         "b": str(folder_b),
@@ -314,35 +314,18 @@ def _quoted(text: str) -> str:
     return repr(text)
 
 
-def _console() -> Console:
-    # Folded into a terminal; in a file or a pipe a row is a line, however long.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-
-
-def _print_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, text in rows:
-        table.add_row(Text(label), Text(text))
-    console.print(table)
-
-
-def _print_lines(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
-
-
-def _print_table(console: Console, title: str, rows: Rows) -> None:
-    console.print()
-    console.print(Text(title, style="bold"))
+def _print_table(out: Console, title: str, rows: Rows) -> None:
+    out.print()
+    out.print(Text(title, style="bold"))
     if not rows:
-        console.print("none: nothing has an estimate")
+        out.print("none: nothing has an estimate")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.values()))
-    console.print(table)
+    out.print(table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from backends.errors import ConfigError, TokenKLError
-from flows.config import CommonConfig, ConfigT, build_config
+from flows.config import CommonConfig, ConfigT, build_config, inner_model
 
 EXIT_COMPLETE = 0
 EXIT_ERROR = 1
@@ -34,11 +34,24 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+# What stands for a value in the help, where its type alone does not say it.
+_METAVARS = {
+    "backend": "NAME",
+    "model1": "NAME",
+    "model2": "NAME",
+    "top_logprobs": "N|full",
+    "max_cost_usd": "USD",
+}
+
+
 def make_parser(
-    prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = ()
+    prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = (), epilog: str = EXIT_CODES
 ) -> argparse.ArgumentParser:
-    """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model."""
-    parser = _Parser(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
+    """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model.
+
+    The fields in ``skip`` are no flags; the help says how to set them.
+    """
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
     )
@@ -50,16 +63,29 @@ def make_parser(
         if field.annotation is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(flag, metavar=_metavar(field), help=text)
+            parser.add_argument(flag, metavar=_metavar(name, field), help=text)
     parser.add_argument(
         "--set",
         dest="sets",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others.",
+        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others. "
+        f"{_settings_without_flags(model, skip)}A backend's own options are listed when one is misspelt.",
     )
     return parser
+
+
+def _settings_without_flags(model: type[CommonConfig], names: Sequence[str]) -> str:
+    """How the settings that are no flags are written in a file or with ``--set``."""
+    texts: list[str] = []
+    for name in names:
+        field = model.model_fields[name]
+        inner = inner_model(field)
+        paths = [name] if inner is None else [f"{name}.{key}" for key in inner.model_fields]
+        about = _help(name, field)
+        texts.append(f"{', '.join(paths)}: {about[:1].lower()}{about[1:]} ")
+    return f"By file or --set only: {''.join(texts)}" if texts else ""
 
 
 def _help(name: str, field: Any) -> str:
@@ -72,7 +98,12 @@ def _help(name: str, field: Any) -> str:
     return f"{text} Default: {default}."
 
 
-def _metavar(field: Any) -> str:
+def _metavar(name: str, field: Any) -> str:
+    if name in _METAVARS:
+        return _METAVARS[name]
+    choices = [item for item in typing.get_args(field.annotation) if isinstance(item, str)]
+    if choices:
+        return "{" + ",".join(choices) + "}"
     kinds = {str(item) for item in typing.get_args(field.annotation)} | {str(field.annotation)}
     if any("int" in kind for kind in kinds):
         return "N"

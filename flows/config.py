@@ -12,12 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from backends.base import Backend, BackendOptions, SampleSettings
 from backends.errors import ConfigError
 from backends.registry import load_backend, parse_options
+from flows.settings_source import merge, parse_set, read_yaml
 from kl.position_sampling import PositionSample
 
 Estimator = Literal["censored", "floor", "lower", "bucket"]
@@ -43,7 +52,8 @@ class CommonConfig(BaseModel):
 
     backend: BackendChoice = Field(
         default=BackendChoice(),
-        description="Where log-probabilities come from: a name, or a mapping with 'name' and the backend's options.",
+        description="Where log-probabilities come from: vertex_batch, vertex_online, local, or the name of an "
+        "installed plugin; in a file also a mapping with 'name' and the backend's options.",
     )
     project_id: str | None = Field(
         default=None, min_length=1, description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT."
@@ -63,6 +73,23 @@ class CommonConfig(BaseModel):
         le=1000,
         description="Calls in flight (online), or groups of responses at work (batch), 1 to 1000.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a yes or no is not allowed here")
+        return value
+
+    @field_validator("input_dir", "output_dir", "reuse_raw", mode="before", check_fields=False)
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("the path is empty")
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("folders are read and written on this machine's disks only; copy or mount it")
+        # A path in a YAML file or after "=" has not been through a shell.
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -112,14 +139,14 @@ class RunConfig(CommonConfig):
     )
     positions: PositionsConfig | None = Field(
         default=None,
-        description="Ask a sample of the positions only: {fraction: 0.2} or {per_response: 8}, "
-        "by file or --set positions.fraction=0.2. Default: all.",
+        description="Ask a sample of the positions only: a share of them, {fraction: 0.2}, or so many of each "
+        "response, {per_response: 8}. Default: all.",
     )
     force: bool = Field(
         default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
     )
     max_cost_usd: float | None = Field(
-        default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this."
+        default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this, at least 0."
     )
     preflight: bool = Field(
         default=True, description="Prove with one tiny request that the model can be used before anything is bought."
@@ -132,19 +159,15 @@ class RunConfig(CommonConfig):
     )
     dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
 
-    @field_validator("top_logprobs")
-    @classmethod
-    def _top_logprobs_range(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 20:
-            raise ValueError("must be from 1 to 20 candidates per position, or 'full'")
-        return value
-
     @field_validator("top_logprobs", mode="before")
     @classmethod
-    def _no_boolean(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def _top_logprobs_range(cls, value: Any) -> Any:
+        if value == "full":
+            return value
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 20:
             raise ValueError("must be from 1 to 20 candidates per position, or 'full'")
-        return value
+        return number
 
     @model_validator(mode="after")
     def _separate_folders(self) -> RunConfig:
@@ -190,10 +213,10 @@ def build_config(
     ConfigError
         One line that names the setting, the value and what is allowed.
     """
-    values = _read_yaml(config_file) if config_file else {}
-    _merge(values, {name: value for name, value in flags.items() if value is not None})
+    values = read_yaml(config_file) if config_file else {}
+    merge(values, {name: value for name, value in flags.items() if value is not None})
     for pair in sets:
-        _merge(values, _parse_set(pair))
+        merge(values, parse_set(pair))
     return validate(model, values)
 
 
@@ -208,90 +231,61 @@ def validate(model: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_problem(model, item) for item in error.errors()))) from error
+        problems = dict.fromkeys(_problem(model, item) for item in error.errors())
+        raise ConfigError("; ".join(problems) + ".") from error
+
+
+# What pydantic says of Python's types, in the words of who writes a YAML file.
+_PLAIN_WORDS = {
+    "path_type": "should be a path",
+    "tuple_type": "should be a list",
+    "model_type": "should be a mapping of settings",
+    "dict_type": "should be a mapping of settings",
+}
 
 
 def _problem(model: type[BaseModel], item: Any) -> str:
     location = [str(part) for part in item["loc"]]
-    field = model.model_fields.get(location[0]) if location else None
+    description = _description(model, location)
     if item["type"] == "missing":
         flag = "--" + location[0].replace("_", "-")
-        return f"{'.'.join(location)} is not set ({flag}): {_description(field)}"
+        return f"{'.'.join(location)} is not set ({flag}): {description}"
     if item["type"] == "extra_forbidden":
         known = _fields_beside(model, location)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}."
-    message = item["msg"].removeprefix("Value error, ")
+        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}"
+    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     if not location:
         return message
-    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {_description(field)}"
+    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {description}".rstrip(". ")
+
+
+def inner_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that holds settings of its own; None for a plain one."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _fields_beside(model: type[BaseModel], location: list[str]) -> list[str]:
     """The settings that exist where an unknown one was written."""
     for name in location[:-1]:
-        field = model.model_fields[name]
-        kinds = [field.annotation, *typing.get_args(field.annotation)]
-        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+        inner = inner_model(model.model_fields[name])
+        assert inner is not None, "only a model has settings inside"
+        model = inner
     return list(model.model_fields)
 
 
-def _description(field: Any) -> str:
-    return field.description or "" if field is not None else ""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key written twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is set twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        # The loader only adds a check to SafeLoader.
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
-    except OSError as error:
-        raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"the configuration file {path} is not valid YAML: {detail}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"the configuration file {path} must be a mapping of settings, such as 'model2: NAME'.")
-    if isinstance(values.get("backend"), str):
-        values["backend"] = {"name": values["backend"]}
-    return values
-
-
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for name, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
-            _merge(values[name], value)
-        else:
-            values[name] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _parse_set(pair: str) -> dict[str, Any]:
-    path, equals, text = pair.partition("=")
-    names = path.strip().split(".")
-    if not equals or not all(names):
-        raise ConfigError(f"--set {pair!r} is not KEY=VALUE; write for example --set backend.poll_interval_s=30.")
-    try:
-        value: Any = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        value = text  # such as "*.json", which YAML takes for an alias; the field decides whether a text will do
-    for name in reversed(names):
-        value = {name: value}
-    return value
+def _description(model: type[BaseModel], location: list[str]) -> str:
+    """What the innermost setting that a location names is for, with its bounds."""
+    text = ""
+    inner: type[BaseModel] | None = model
+    for name in location:
+        field = inner.model_fields.get(name) if inner is not None else None
+        if field is None:
+            break
+        text, inner = field.description or text, inner_model(field)
+    return text.rstrip(".")
 
 
 def resolve_backend(config: CommonConfig) -> tuple[type[Backend], BackendOptions, list[str]]:

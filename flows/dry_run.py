@@ -12,6 +12,7 @@ from backends.prices import PRICES_AS_OF
 from flows.config import RunConfig, resolve_backend
 from flows.inputs import find_inputs
 from flows.plan import Asker, Plan, make_plan
+from flows.reuse import check_raw
 from flows.run_folder import load_run
 from flows.scoring import Stores
 from kl.position_sampling import Variation, expected_width_text, variation_of_pilot
@@ -24,6 +25,8 @@ def plan_without_calls(config: RunConfig) -> Plan:
     backend, options, _ = resolve_backend(config)
     built = backend(options, state_dir=config.output_dir / "scores")
     asker = Asker(config, backend, options)
+    if config.reuse_raw is not None:
+        check_raw(config.reuse_raw)
     return make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, built.in_flight())
 
 
@@ -61,6 +64,7 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
     rows: Rows = [
         *_settings_rows("", settings),
         *(("note", note) for note in notes),
+        *_reuse_rows(config),
         ("files", f"{len(plan.files):,}"),
         ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
         ("positions", f"{plan.n_positions:,}, of which {plan.n_selected:,} are measured"),
@@ -75,6 +79,12 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
         ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(config))),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _reuse_rows(config: RunConfig) -> Rows:
+    if config.reuse_raw is None:
+        return []
+    return [("note", f"what the rows in {config.reuse_raw} answer is still counted below; it will not be asked")]
 
 
 def _pilot(config: RunConfig) -> Variation | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from dotenv import load_dotenv
+from dotenv import find_dotenv, load_dotenv
 
 # Each can be overridden in the environment or in .env.
 _PREFECT_DEFAULTS = {
@@ -26,7 +26,8 @@ def prepare_environment() -> None:
 
     Must run before Prefect is imported.
     """
-    load_dotenv(override=False)
+    # From the folder that the user works in, or one above; by default it would be looked for beside this file.
+    load_dotenv(find_dotenv(usecwd=True), override=False)
     for name, value in _PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)

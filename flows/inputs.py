@@ -31,11 +31,12 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
         If the folder or the pattern cannot be used, or nothing matches.
     """
     try:
-        paths = list_files(config.input_dir, config.pattern, config.max_files)
+        paths = list_files(config.input_dir, config.pattern, None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--input-dir/--pattern: {error}") from error
     output = config.output_dir.resolve()
-    paths = [path for path in paths if not path.resolve().is_relative_to(output)]  # results are not responses
+    # Results are not responses, and must not count among the files that max_files allows.
+    paths = [path for path in paths if not path.resolve().is_relative_to(output)][: config.max_files]
     if not paths:
         raise ConfigError(f"no file in {config.input_dir} matches {config.pattern!r}; set --input-dir or --pattern.")
     return [InputFile(path, path.relative_to(config.input_dir).as_posix()) for path in paths]

@@ -22,10 +22,10 @@ from flows.inputs import InputFile, file_defect, read_input
 from flows.plan import Asker
 from flows.progress import ProgressReporter
 from flows.scoring import Stores
-from kl.censored import pooled_prior
+from kl.censored import SpreadEvidence, SpreadPrior, pooled_prior
 from kl.diagnostic import AlignmentDiagnostic
 from kl.divergence import exact
-from kl.measure import measure_response, response_diagnostic, response_variances
+from kl.measure import measure_response, response_diagnostic, response_spread
 from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
 from kl.response_table import ResponseInfo
 from kl.responses import ResponseFile, positions_inside_a_character
@@ -52,11 +52,11 @@ Results = list[Score | ScoreFailure | None]
 class Measured:
     """The parts of the token table, and what the input says beside it.
 
-    ``prior_var`` is the pooled variance of log p/q, None where no position shows one.
+    ``prior`` is the variance of log p/q to expect of a position, None where no position shows one.
     """
 
     files: list[InputFile]
-    prior_var: float | None
+    prior: SpreadPrior | None
     diagnostic: AlignmentDiagnostic
     parts: list[Path] = field(default_factory=list[Path])
     responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
@@ -92,7 +92,7 @@ def measure_files(files: list[InputFile], asker: Asker, stores: Stores) -> Measu
 
 
 def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: ProgressReporter) -> Measured:
-    variances: list[NDArray[np.float64]] = []
+    spread: list[SpreadEvidence] = []
     diagnostic = AlignmentDiagnostic()
     for file in files:
         parts = [diagnostic]
@@ -100,12 +100,11 @@ def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: Prog
         found = _found(parsed, asker, stores)
         for response in parsed.responses:
             results = _results(response, asker, found)
-            variances.append(response_variances(response, results))
+            spread.append(response_spread(response, results))
             parts.append(response_diagnostic(response, results))
         diagnostic = AlignmentDiagnostic.total(parts)
         progress.advance(1)
-    prior = pooled_prior(np.concatenate(variances)) if variances else None
-    return Measured(files, prior, diagnostic)
+    return Measured(files, pooled_prior(SpreadEvidence.total(spread)), diagnostic)
 
 
 def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:
@@ -145,7 +144,7 @@ def _measure_response(
         response,
         results,
         estimator=asker.config.estimator,
-        prior_var=measured.prior_var,
+        prior=measured.prior,
         exact_kl=exact_kl,
         selected=None if drawn is None else drawn.selected,
         pi=None if drawn is None else drawn.pi,

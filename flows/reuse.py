@@ -23,6 +23,20 @@ def raw_folder(output_dir: Path) -> Path:
     return output_dir / "scores" / "raw"
 
 
+def check_raw(source: Path) -> Path:
+    """The folder with the raw rows of an earlier run.
+
+    Raises
+    ------
+    ConfigError
+        If it holds none.
+    """
+    folder = raw_folder(source)
+    if not any(folder.glob("*.jsonl.gz")):
+        raise ConfigError(f"{source} holds no raw rows ({folder}/*.jsonl.gz); they are kept with keep_raw: true.")
+    return folder
+
+
 def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreStore) -> int:
     """Read the rows that an earlier run kept, and store a score for each context that is wanted and not there yet.
 
@@ -33,9 +47,7 @@ def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreSt
     ConfigError
         If the folder holds no raw rows.
     """
-    folder = raw_folder(source)
-    if not any(folder.glob("*.jsonl.gz")):
-        raise ConfigError(f"{source} holds no raw rows ({folder}/*.jsonl.gz); they are kept with keep_raw: true.")
+    folder = check_raw(source)
     wanted = dict(_wanted(files, asker, store))
     waiting: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
     taken = 0

@@ -27,6 +27,7 @@ from flows.dry_run import check_cost
 from flows.inputs import find_inputs
 from flows.interrupts import InterruptedRunError, stop_on_signal
 from flows.measuring import Measured, measure_files
+from flows.output_folder import prepare_output
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
 from flows.progress import ProgressReporter
 from flows.report import RunReport
@@ -95,6 +96,7 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
     result and counted in it.
     """
     try:
+        prepare_output(config.output_dir, inside="scores")
         with run_lock(config.output_dir):
             return _run(config)
     except (TokenKLError, OSError) as error:

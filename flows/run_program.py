@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Mapping, Sequence
 
 from flows.cli import (
     EXIT_COMPLETE,
@@ -26,6 +22,7 @@ from flows.environment import prepare_environment
 from flows.inputs import find_inputs
 from flows.interrupts import InterruptedRunError
 from flows.report import RunReport
+from flows.terminal import console, print_lines, print_pairs
 
 _DESCRIPTION = (
     "KL(P‖Q) per token, response and data set. Model P wrote the responses in --input-dir, with its top "
@@ -48,7 +45,7 @@ def _run(arguments: Sequence[str]) -> int:
     find_inputs(config)
     if config.dry_run:
         plan = plan_without_calls(config)
-        show_rows(plan_rows(plan, config))
+        print_pairs(console(), plan_rows(plan, config))
         check_cost(plan, config.max_cost_usd)
         return EXIT_COMPLETE
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
@@ -68,27 +65,17 @@ def _run(arguments: Sequence[str]) -> int:
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
 
 
-def show_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Print (label, text) rows as a table."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, text in rows:
-        table.add_row(Text(label), Text(text))
-    Console(highlight=False).print(table)
-
-
 def show(report: RunReport) -> None:
     """Print the summary table, what is missing, and where the results are."""
-    show_rows(report.headline)
-    console = Console(highlight=False)
-    for warning in report.warnings:
-        console.print(Text(f"warning: {warning}"), soft_wrap=True)
-    _counts(console, "not measured", "positions", report.missing)
-    _counts(console, "skipped", "responses or files", report.skipped)
-    _counts(console, "repaired", "places in the input", report.repaired)
-    for path in report.paths:
-        console.print(Text(path), soft_wrap=True)
+    out = console()
+    print_pairs(out, report.headline)
+    lines = [f"warning: {warning}" for warning in report.warnings]
+    lines += _counts("positions not measured", report.missing)
+    lines += _counts("responses or files skipped", report.skipped)
+    lines += _counts("places in the input repaired", report.repaired)
+    print_lines(out, lines + report.paths)
 
 
-def _counts(console: Console, label: str, unit: str, counts: dict[str, int]) -> None:
-    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        console.print(Text(f"{label}: {count} {unit} ({reason})"), soft_wrap=True)
+def _counts(what: str, counts: Mapping[str, int]) -> list[str]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{what}: {count:,} ({reason})" for reason, count in ranked]

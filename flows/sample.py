@@ -22,12 +22,15 @@ from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
 from flows.config import SampleConfig, resolve_backend
+from flows.output_folder import prepare_output
 from flows.progress import ProgressReporter
 from kl.records import Prompt, Response, Turn
 from kl.response_writer import response_document
 from kl.results import write_json_atomic
 
 logger = logging.getLogger(__name__)
+
+_ASKED = ("prompt", "system", "model", "sampling")
 
 
 @task(cache_policy=NO_CACHE)
@@ -41,6 +44,7 @@ def sample(config: SampleConfig) -> list[str]:
             f"sampling.top_logprobs is {config.sampling.top_logprobs}, but the backend {config.backend.name} reports "
             f"at most {backend.capabilities.max_top_logprobs}."
         )
+    prepare_output(config.output_dir)
     targets = [config.output_dir / f"{index:03d}_{_slug(text)}.json" for index, text in enumerate(config.prompts)]
     system = _system(config, options)
     missing = [index for index, path in enumerate(targets) if not _is_done(path, config, system, index)]
@@ -75,9 +79,14 @@ def _sampling(config: SampleConfig) -> dict[str, Any]:
 def _is_done(path: Path, config: SampleConfig, system: str | None, index: int) -> bool:
     if not path.exists():
         return False
-    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        there = (*(document.get(name) for name in _ASKED), len(document["responses"]))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no file of responses ({error}). Choose another output_dir, or move it."
+        ) from error
     asked = (config.prompts[index], system, config.model1, _sampling(config), config.num_responses)
-    there = (*(document.get(name) for name in ("prompt", "system", "model", "sampling")), len(document["responses"]))
     if asked != there:
         raise ConfigError(f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it.")
     return True
@@ -92,5 +101,5 @@ def sample_responses(config: SampleConfig) -> list[str] | State[list[str]]:
     """Write P's responses with their log-probabilities; returns the paths of the files."""
     try:
         return sample(config)
-    except TokenKLError as error:
+    except (TokenKLError, OSError) as error:
         return Failed(message=str(error), data=error)

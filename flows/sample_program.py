@@ -14,6 +14,8 @@ _DESCRIPTION = (
     "its top log-probabilities at every position. Files that are there already are left alone."
 )
 
+_EXIT_CODES = "exit codes: 0 all responses are written; 2 a mistake in the settings or the call; 1 anything else"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
@@ -22,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"))
+    parser = make_parser(
+        "python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"), epilog=_EXIT_CODES
+    )
     config = parse_config(parser, SampleConfig, arguments)
     resolve_backend(config)
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.

@@ -57,7 +57,7 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
         model_q=config.model2,
         estimator=config.estimator,
         top_logprobs=config.k,
-        prior_var=measured.prior_var,
+        prior_var=None if measured.prior is None else measured.prior.variance,
         samplings=sorted(measured.samplings, key=repr),
         alignment={
             "verdict": verdict.level,

@@ -131,23 +131,23 @@ class Measured:
         return Estimate(*(np.maximum(values, 0.0) for values in chosen))
 
 
-def measure(aligned: Aligned, prior_variance: float | None, slack: float = REST_SLACK) -> Measured:
+def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = REST_SLACK) -> Measured:
     """All estimates and bounds of T aligned positions, each position for itself.
 
     Parameters
     ----------
-    prior_variance : float, optional
+    prior : SpreadPrior, optional
         From `kl.censored.pooled_prior` over the whole data set; ``None`` if no position of it has a variance.
     slack : float
         See `kl.bounds.cells`.
     """
     cell = cells(aligned, slack)
     low, grouped = lower_bounds(cell), bucket(cell)
-    model = tobit.fit(aligned, prior_variance)
+    model = tobit.fit(aligned, prior)
     complete = (cell.hidden_p <= NEGLIGIBLE_MASS) & (cell.hidden_q <= NEGLIGIBLE_MASS)
     long_enough = np.minimum(aligned.n_listed_p, aligned.n_listed_q) >= MIN_LISTED
     spread_known = long_enough & (aligned.overlap >= tobit.MIN_SHARED)
-    has_model = spread_known if prior_variance is None else long_enough
+    has_model = spread_known if prior is None else long_enough
     estimate = _at_least(low, _model_estimate(cell, model), complete, has_model)
     limit = np.maximum(upper_subgauss(cell, model.variance, PLAUSIBLE_FACTOR), estimate.kl)
     return Measured(

@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kl.align import Aligned, BoolArray, FloatArray, IntArray, align
-from kl.censored import logratio_variance
+from kl.censored import SpreadEvidence, SpreadPrior
 from kl.diagnostic import AlignmentDiagnostic, diagnose
 from kl.divergence import ESTIMATORS, MIN_LISTED, Measured, measure, sampled_token
 from kl.entropy import entropies
@@ -70,7 +70,7 @@ def measure_response(
     scores: Scores,
     *,
     estimator: str,
-    prior_var: float | None,
+    prior: SpreadPrior | None,
     exact_kl: NDArray[np.float64] | None = None,
     selected: NDArray[np.bool_] | None = None,
     pi: NDArray[np.float64] | None = None,
@@ -85,7 +85,7 @@ def measure_response(
         ``None`` where Q was not asked or has not answered.
     estimator : str
         One of `kl.divergence.ESTIMATORS`: what the columns ``*_estimate`` hold.
-    prior_var : float, optional
+    prior : SpreadPrior, optional
         `kl.censored.pooled_prior` of the whole data set; ``None`` if it has none.
     exact_kl : float64, shape (T,), optional
         From `kl.divergence.exact`; NaN where unknown, ``inf`` where infinite, which leaves no estimate.
@@ -118,7 +118,7 @@ def measure_response(
     pairs, missing, aligned = _align(response, scores, drawn, choice)
     columns = _identity(response, drawn, inclusion)
     if aligned is not None:
-        values = measure(aligned, prior_var)
+        values = measure(aligned, prior)
         at = np.array([pair.position for pair in pairs], dtype=np.int64)
         columns["logprob_p"][at] = aligned.logp_sampled
         measured = _list_columns(aligned, values, pairs, vocabulary) | _estimate_columns(values, estimator, exact[at])
@@ -131,13 +131,10 @@ def measure_response(
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
 
 
-def response_variances(response: Response, scores: Scores, choice: KeyChoice | None = None) -> FloatArray:
-    """Variance of log p/q at every position that has one, for `kl.censored.pooled_prior`; shape (at most T,)."""
+def response_spread(response: Response, scores: Scores, choice: KeyChoice | None = None) -> SpreadEvidence:
+    """What a response says about the spread of log p/q; add up over a data set for `kl.censored.pooled_prior`."""
     aligned = align_response(response, scores, choice)
-    if aligned is None:
-        return np.zeros(0)
-    variances = logratio_variance(aligned)
-    return variances[~np.isnan(variances)]
+    return SpreadEvidence.none() if aligned is None else SpreadEvidence.of(aligned)
 
 
 def response_diagnostic(response: Response, scores: Scores, choice: KeyChoice | None = None) -> AlignmentDiagnostic:

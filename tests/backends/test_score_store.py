@@ -110,3 +110,35 @@ def test_a_journal_that_became_a_part_is_gone(tmp_path) -> None:
     journal.add("p", "m", score("k2"))
     assert store.recover() == 1
     assert store.known_keys("p") == {"k1", "k2"}
+
+
+def test_a_journal_that_a_kill_or_a_failing_disk_left_behind_is_taken_in(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    journal = store.journal("a")
+    for key in ("k1", "k2"):
+        journal.add("p", "m", score(key))
+    journal.add("q", "m", ScoreFailure("k3", "blocked", "SAFETY", final=True))
+    journal.add("q", "m", ScoreFailure("k4", "row-error", "503"))
+    path = tmp_path / "journals" / "a.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\x00" * 40 + b"\n[1]\n{}\n" + b"".join(lines[1:]) + lines[0][:50])
+    again = ScoreStore(tmp_path)
+    assert again.recover() == 3
+    assert again.load("p", ["k1", "k2"]) == {"k1": score("k1"), "k2": score("k2")}
+    assert again.known_keys("q") == {"k3"}
+    assert again.recover() == 0
+
+
+def test_a_kill_while_parts_are_merged_loses_nothing_and_doubles_nothing(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    for key in ("b", "a", "c", "e"):
+        store.append("p", "m", [score(key)])
+    pieces = {path: path.read_bytes() for path in (tmp_path / "p").glob("*.parquet")}
+    store.compact("p")
+    for path, content in list(pieces.items())[1:]:  # killed when one piece was removed
+        path.write_bytes(content)
+    (tmp_path / "p" / ".half.parquet.1-2.tmp").write_bytes(b"half")
+    again = ScoreStore(tmp_path)
+    assert again.known_keys("p") == {"a", "b", "c", "e"}
+    again.compact("p")
+    assert pl.read_parquet(tmp_path / "p" / "*.parquet")["key"].to_list() == ["a", "b", "c", "e"]

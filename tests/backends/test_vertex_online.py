@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,3 +178,53 @@ def test_rows_can_be_kept(in_vertex_world, responses, tmp_path: Path) -> None:
     results = score_all(VertexOnlineBackend(chosen, tmp_path), [[request_for(asked[0], VertexOnlineBackend, chosen)]])
     again = {key: VertexOnlineBackend.parse_raw(key, row) for key, row in read_raw(tmp_path / "raw")}
     assert again == results
+
+
+def test_a_token_that_is_refused_early_is_renewed_and_nothing_is_lost(in_vertex_world, responses) -> None:
+    asked = distinct([request_for(response, VertexOnlineBackend, options()) for response in responses()])
+
+    async def work() -> list[Score | ScoreFailure]:
+        found: list[Score | ScoreFailure] = []
+        async with VertexOnlineBackend(options(max_concurrent=8)) as backend:
+            for request in asked:
+                in_vertex_world.expire_tokens()
+                found += [result async for result in backend.score([request])]
+        return found
+
+    assert {type(result) for result in asyncio.run(work())} == {Score}
+    assert in_vertex_world.token_requests <= 2 * len(asked) + 2
+
+
+def test_a_token_that_is_refused_for_good_is_a_refusal(make_vertex_world, monkeypatch, responses) -> None:
+    asked = responses(prompts=1, n=1, max_tokens=3)
+    other = make_vertex_world(project="other-project")
+    for name in ("GOOGLE_VERTEX_BASE_URL",):
+        monkeypatch.setenv(name, other.environment()[name])
+    request = request_for(asked[0], VertexOnlineBackend, options())
+    results = score_all(VertexOnlineBackend(options()), [[request]])
+    assert reasons(results) == {"refused"}
+    assert "401" in next(iter(results.values())).message
+
+
+def test_more_calls_in_flight_than_an_http_client_usually_allows(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.latency_s = 1.0
+    results = score(responses(prompts=15, n=1), max_concurrent=150)
+    assert all(isinstance(result, Score) for result in results.values())
+    assert 100 < in_vertex_world.max_online_in_flight <= 150
+
+
+def test_a_first_call_that_is_throttled_everywhere_is_repeated_soon(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"online": ["429"] * 20}
+    began = time.monotonic()
+    results = score(responses(prompts=4, n=1), max_concurrent=20)
+    assert all(isinstance(result, Score) for result in results.values())
+    assert time.monotonic() - began < 3
+
+
+def test_one_empty_answer_does_not_make_a_model_unusable(in_vertex_world) -> None:
+    in_vertex_world.faults.no_logprobs_rate = 1.0
+    with pytest.raises(ModelNotUsableError, match="cannot be scored"):
+        preflight("gemini-2.5-flash")
+    in_vertex_world.faults.no_logprobs_rate = 0.6
+    in_vertex_world.faults.seed = 1
+    assert preflight("gemini-2.5-flash") == "gemini-2.5-flash"

@@ -151,3 +151,79 @@ def test_a_mistake_about_the_backend_is_one_line(arguments: tuple[str, ...], exp
     with pytest.raises(ConfigError, match=expected) as caught:
         resolve_backend(config_of(*BASE, *arguments))
     assert "\n" not in str(caught.value)
+
+
+def test_set_names_a_backend_and_then_its_options() -> None:
+    config = config_of(*BASE, "--set", "backend=local", "--set", "backend.system=Be brief.")
+    backend, options, _ = resolve_backend(config)
+    assert (backend.__name__, options.system) == ("LocalBackend", "Be brief.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Answer: in short", "Use #tags, not words", "You are # 1", "- dash", "2026-13-45", "2026-01-01", " padded "],
+)
+def test_a_text_given_with_set_arrives_as_it_is_written(text: str) -> None:
+    _, options, _ = resolve_backend(config_of(*BASE, "--backend", "local", "--set", f"backend.system={text}"))
+    assert options.system == text
+
+
+def test_set_takes_quoted_texts_numbers_lists_and_null_as_yaml_has_them() -> None:
+    config = config_of(*BASE, "--set", "model2='7'", "--set", "max_files=null", "--set", "positions={fraction: 0.2}")
+    assert (config.model2, config.max_files) == ("7", None)
+    assert config.positions is not None
+    assert config.positions.fraction == 0.2
+
+
+@pytest.mark.parametrize("value", ["all", "5.5", "true", "0", "21", "''"])
+def test_a_number_of_candidates_that_is_not_allowed_is_named_once(value: str) -> None:
+    with pytest.raises(ConfigError, match="must be from 1 to 20 candidates per position, or 'full'") as caught:
+        config_of(*BASE, "--set", f"top_logprobs={value}")
+    assert str(caught.value).count("top_logprobs: ") == 1
+
+
+@pytest.mark.parametrize("name", ["max_files", "max_cost_usd", "max_concurrent", "model2"])
+def test_a_yes_or_no_is_no_number_and_no_text(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: a yes or no is not allowed here, got True"):
+        config_of(*BASE, "--set", f"{name}=true")
+
+
+def test_the_bounds_of_an_inner_setting_are_in_its_message() -> None:
+    with pytest.raises(ConfigError, match=r"positions\.fraction: .*got 0\. Share of the positions, above 0, up to 1"):
+        config_of(*BASE, "--set", "positions.fraction=0")
+
+
+@pytest.mark.parametrize("name", ["input_dir", "output_dir"])
+def test_an_empty_path_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: the path is empty"):
+        config_of(*BASE, "--set", f"{name}=")
+
+
+@pytest.mark.parametrize("name", ["input_dir", "output_dir", "reuse_raw"])
+def test_an_address_is_not_taken_for_a_folder_of_that_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: .*this machine's disks only.*got 'gs://bucket/x'"):
+        config_of(*BASE, "--set", f"{name}=gs://bucket/x")
+
+
+def test_a_home_folder_in_a_file_is_the_users(yaml_file, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = config_of("--config", yaml_file("input_dir: ~/responses\noutput_dir: out\nmodel2: q\n"))
+    assert config.input_dir == tmp_path / "responses"
+
+
+def test_a_value_that_yaml_cannot_build_is_one_line(yaml_file) -> None:
+    with pytest.raises(ConfigError, match="is not valid YAML: month must be in"):
+        config_of("--config", yaml_file("model2: 2026-13-45\n"))
+
+
+def test_a_file_with_windows_line_ends_and_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfinput_dir: in\r\noutput_dir: out\r\nmodel2: q\r\n")
+    assert config_of("--config", str(path)).model2 == "q"
+
+
+def test_help_names_every_setting_and_what_it_may_be() -> None:
+    text = " ".join(make_parser("prog", "", RunConfig, skip=("positions",)).format_help().split())
+    for part in ("{censored,floor,lower,bucket}", "N|full", "USD", "vertex_online", "positions.per_response"):
+        assert part in text

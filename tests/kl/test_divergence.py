@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from kl.align import align
 from kl.bounds import upper_subgauss
-from kl.censored import fit, logratio_variance, pooled_prior
+from kl.censored import SpreadEvidence, SpreadPrior, fit, pooled_prior
 from kl.divergence import ESTIMATORS, exact, floor, measure, sampled_token
 from kl.records import Candidate
 from tests.kl.pairs import candidates, gaussian_pair, top_lists, true_divergences
@@ -41,7 +41,7 @@ class Quality:
 
 def measured(logp, logq, k_p, k_q=None):
     aligned = align(top_lists(logp, k_p), top_lists(logq, k_p if k_q is None else k_q))
-    return aligned, measure(aligned, pooled_prior(logratio_variance(aligned)))
+    return aligned, measure(aligned, pooled_prior(SpreadEvidence.of(aligned)))
 
 
 @pytest.fixture(scope="module", params=[0.06, 0.3, 1.0], ids=["like-int8", "between", "like-int4"])
@@ -108,7 +108,9 @@ def lists(draw):
     return lists_p, lists_q
 
 
-priors = st.sampled_from([None, 0.0, 1e-4, 1.0, 30.0])
+priors = st.sampled_from(
+    [None, *(SpreadPrior(v) for v in (0.0, 1e-4, 1.0, 30.0)), SpreadPrior(1.0, 0.9, -1.0, -4.0, 2.0)]
+)
 
 
 @given(lists(), priors)
@@ -163,9 +165,9 @@ def test_order_of_entries_and_numbering_of_tokens_change_nothing(pair, prior, ra
 def test_a_position_is_measured_for_itself():
     logp, logq = gaussian_pair(5, 40, 200, 0.7)
     lists_p, lists_q = top_lists(logp, 10), top_lists(logq, 10)
-    together = measure(align(lists_p, lists_q), 0.4)
+    together = measure(align(lists_p, lists_q), SpreadPrior(0.4, 0.5))
     for t in (0, 17, 39):
-        alone = measure(align(lists_p[t : t + 1], lists_q[t : t + 1]), 0.4)
+        alone = measure(align(lists_p[t : t + 1], lists_q[t : t + 1]), SpreadPrior(0.4, 0.5))
         assert alone.censored.kl[0] == pytest.approx(together.censored.kl[t], rel=1e-12)
         assert alone.upper_plausible[0] == pytest.approx(together.upper_plausible[t], rel=1e-12, nan_ok=True)
 
@@ -173,7 +175,7 @@ def test_a_position_is_measured_for_itself():
 def test_equal_models_are_at_zero():
     logp, _ = gaussian_pair(5, 30, 200, 0.0)
     aligned, values = measured(logp, logp, 20)
-    assert pooled_prior(logratio_variance(aligned)) == 0.0
+    assert pooled_prior(SpreadEvidence.of(aligned)) == SpreadPrior(0.0)
     for name in ESTIMATORS:
         assert (values.estimate(name).kl == 0.0).all(), name
     assert (values.upper_plausible == 0.0).all()
@@ -203,14 +205,14 @@ class TestShortLists:
         assert not np.isnan(values.lower.kl).any()
 
     def test_a_certain_token_on_both_sides_needs_no_model(self):
-        values = measure(align([candidates(a=0.0)], [candidates(a=0.0)]), 0.3)
+        values = measure(align([candidates(a=0.0)], [candidates(a=0.0)]), SpreadPrior(0.3))
         assert values.censored.kl[0] == 0.0
         assert values.upper_plausible[0] == 0.0
 
     def test_fewer_than_three_shared_tokens_have_no_plausible_upper(self):
         top_p = candidates(**{f"p{i}": math.log(0.1) for i in range(4)}, a=math.log(0.3), b=math.log(0.2))
         top_q = candidates(**{f"q{i}": math.log(0.1) for i in range(4)}, a=math.log(0.3), b=math.log(0.2))
-        values = measure(align([top_p], [top_q]), 0.3)
+        values = measure(align([top_p], [top_q]), SpreadPrior(0.3))
         assert np.isnan(values.upper_plausible[0])
         assert values.censored.kl[0] >= values.lower.kl[0] > 0
         assert np.isnan(measure(align([top_p], [top_q]), None).censored.kl[0])
@@ -258,18 +260,110 @@ class TestTobit:
     def test_a_large_prior_and_few_tokens_pull_the_variance(self):
         logp, logq = gaussian_pair(1, 50, 300, 0.3)
         aligned = align(top_lists(logp, 8), top_lists(logq, 8))
-        small, large = fit(aligned, 0.01).variance, fit(aligned, 1.0).variance
+        small, large = fit(aligned, SpreadPrior(0.01)).variance, fit(aligned, SpreadPrior(1.0)).variance
         assert (small < large).all()
 
     def test_recovers_a_known_variance_from_censored_lists(self):
         logp, logq = gaussian_pair(4, 400, 3000, 0.5)
-        variances = logratio_variance(align(top_lists(logp, 20), top_lists(logq, 20)))
-        assert pooled_prior(variances) == pytest.approx(0.25, rel=0.08)
+        prior = pooled_prior(SpreadEvidence.of(align(top_lists(logp, 20), top_lists(logq, 20))))
+        assert prior is not None
+        assert prior.variance == pytest.approx(0.25, rel=0.08)
 
-    def test_pool_is_the_median_of_what_is_known(self):
-        assert pooled_prior(np.array([np.nan, 1.0, 5.0, 2.0])) == 2.0
-        assert pooled_prior(np.array([np.nan])) is None
-        assert pooled_prior(np.array([])) is None
+
+def evidence(variance, rest, shared, unshared):
+    return SpreadEvidence(
+        np.array(variance, dtype=float),
+        np.array(rest, dtype=np.float32),
+        np.array(shared, dtype=np.uint16),
+        np.array(unshared, dtype=np.uint16),
+    )
+
+
+class TestPrior:
+    """What a data set lets expect of the variance of a position."""
+
+    def test_level_is_the_mean_by_rest_mass(self):
+        assert pooled_prior(evidence([1.0, 5.0, 2.0], [0.5, 0.25, 0.25], [9, 9, 9], [2, 2, 2])) == SpreadPrior(2.25)
+
+    def test_nothing_hidden_anywhere_weighs_positions_equally(self):
+        assert pooled_prior(evidence([1.0, 3.0], [0.0, 0.0], [9, 9], [0, 0])) == SpreadPrior(2.0)
+
+    def test_no_position_with_a_variance_gives_no_prior(self):
+        assert pooled_prior(SpreadEvidence.total([])) is None
+        far = align([candidates(a=-1.0, b=-2.0)], [candidates(a=-1.0, c=-2.0)])
+        assert pooled_prior(SpreadEvidence.of(far)) is None
+
+    def test_positions_that_overlap_less_are_expected_to_differ_more(self):
+        shared = np.tile([18, 14, 10, 6, 3], 40)
+        odds = (2.0 * (20 - shared) + 1.0) / (2.0 * shared + 1.0)
+        found = pooled_prior(evidence(odds**1.5, np.full(200, 0.2), shared, 2 * (20 - shared)))
+        assert found is not None
+        # Noise of the variances, which these do not have, is taken off the slope.
+        assert 1.0 < found.slope < 1.5
+        assert found.variance == pytest.approx(np.mean(odds**1.5))
+        rows = [candidates(**{str(i): -3.0 - i / 100 for i in range(20)}) for _ in range(6)]
+        others = [
+            tuple(c._replace(token=c.token if i < n else f"q{i}", token_id=None) for i, c in enumerate(top))
+            for n, top in zip((18, 14, 10, 6, 3, 0), rows, strict=True)
+        ]
+        expected = found.at(align(rows, others))
+        assert (np.diff(expected[:5]) > 0).all()
+        # The line ends at the smallest overlap that had a variance.
+        assert expected[5] == expected[4]
+        assert expected[:5].mean() == pytest.approx(found.variance)
+
+    def test_differences_that_sampling_explains_make_no_slope(self):
+        random = np.random.default_rng(3)
+        shared = random.integers(4, 16, 3000)
+        variance = 2.0 * random.chisquare(shared - 1) / (shared - 1)
+        found = pooled_prior(evidence(variance, np.full(3000, 0.2), shared, 2 * (20 - shared)))
+        assert found is not None
+        assert found.slope < 0.02
+        assert found.variance == pytest.approx(2.0, rel=0.03)
+
+    def test_few_positions_make_no_slope(self):
+        shared = np.array([18, 10, 3] * 9)
+        found = pooled_prior(evidence(20.0 - shared, np.full(27, 0.2), shared, 2 * (20 - shared)))
+        assert found is not None
+        assert found.slope == 0.0
+
+    def test_lists_that_agree_to_rounding_do_not_make_the_slope(self):
+        shared = np.tile([18, 14, 10, 6, 3], 40)
+        varied = 0.1 * np.array([0.5, 1.0, 2.0] * 67)[:200] * (21.0 - shared)
+        plain = pooled_prior(evidence(varied, np.full(200, 0.2), shared, 2 * (20 - shared)))
+        equal = evidence(np.array([0.0, 1e-13]), [0.1, 0.1], [20, 20], [0, 0])
+        rounded = pooled_prior(
+            SpreadEvidence.total([evidence(varied, np.full(200, 0.2), shared, 2 * (20 - shared)), equal])
+        )
+        assert plain is not None
+        assert rounded is not None
+        assert rounded.slope < 2 * plain.slope
+
+    def test_parts_add_up_to_the_whole(self):
+        logp, logq = gaussian_pair(6, 60, 400, 0.6)
+        lists_p, lists_q = top_lists(logp, 15), top_lists(logq, 15)
+        parts = [SpreadEvidence.of(align(lists_p[i : i + 20], lists_q[i : i + 20])) for i in (0, 20, 40)]
+        whole = pooled_prior(SpreadEvidence.of(align(lists_p, lists_q)))
+        assert pooled_prior(SpreadEvidence.total([*parts, SpreadEvidence.none()])) == whole
+
+    def test_exchanging_p_and_q_gives_the_same(self):
+        logp, logq = gaussian_pair(6, 200, 400, 0.8)
+        lists_p, lists_q = top_lists(logp, 20), top_lists(logq, 12)
+        there = pooled_prior(SpreadEvidence.of(align(lists_p, lists_q)))
+        back = pooled_prior(SpreadEvidence.of(align(lists_q, lists_p)))
+        assert there is not None
+        assert back is not None
+        assert there.variance == pytest.approx(back.variance, rel=1e-12)
+        assert there.slope == pytest.approx(back.slope, rel=1e-9, abs=1e-12)
+        assert there.log_odds == pytest.approx(back.log_odds, rel=1e-9, abs=1e-9)
+
+    def test_positions_of_very_unequal_spread_keep_their_mean(self):
+        # Most positions hardly differ; shrunk towards the median of their variances, the others would come out low.
+        parts = [gaussian_pair(21, 280, 3000, 0.1), gaussian_pair(22, 120, 3000, 1.2)]
+        logp, logq = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+        true = true_divergences(logp, logq)[0]
+        _, values = measured(logp, logq, 10)
+        assert abs(Quality.of(values.censored.kl, true).bias) <= 0.06
 
 
 class TestSampled:

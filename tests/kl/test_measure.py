@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from kl.censored import pooled_prior
+from kl.censored import SpreadPrior, pooled_prior
 from kl.divergence import exact
 from kl.keys import KeyChoice
-from kl.measure import align_response, measure_response, response_diagnostic, response_variances
+from kl.measure import align_response, measure_response, response_diagnostic, response_spread
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
 from kl.schemas import TOKENS
 from tests.kl.pairs import candidates, gaussian_pair, top_lists, true_divergences
@@ -27,8 +27,11 @@ def scores_of(tops):
     return [Score(f"key{t}", top) for t, top in enumerate(tops)]
 
 
-def measured(tops_p, scores, estimator="censored", prior_var=0.3, **more):
-    return measure_response(response_of(tops_p), scores, estimator=estimator, prior_var=prior_var, **more)
+PRIOR = SpreadPrior(0.3)
+
+
+def measured(tops_p, scores, estimator="censored", prior=PRIOR, **more):
+    return measure_response(response_of(tops_p), scores, estimator=estimator, prior=prior, **more)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ class TestMissing:
         tops_p = [tops[0][0], (*top_p,), tops[0][2]]
         response = response_of(tops_p, [Candidate("x", -0.5)] * 3)
         scores = scores_of([tops[1][0], top_q, tops[1][2]])
-        frame = measure_response(response, scores, estimator="censored", prior_var=0.3, choice=KeyChoice("text", 0, 0))
+        frame = measure_response(response, scores, estimator="censored", prior=PRIOR, choice=KeyChoice("text", 0, 0))
         assert frame["reason"].to_list() == [None, reason, None]
         assert len(frame["error"][1]) > 20
         assert_not_measured(frame.row(1, named=True))
@@ -155,7 +158,7 @@ class TestMissing:
         frame = measured(tops[0], [None] * 30)
         assert frame.schema == TOKENS
         assert set(frame["reason"]) == {"not-scored"}
-        assert response_variances(response_of(tops[0]), [None] * 30).shape == (0,)
+        assert response_spread(response_of(tops[0]), [None] * 30).variance.shape == (0,)
         assert response_diagnostic(response_of(tops[0]), [None] * 30).n_positions == 0
         assert align_response(response_of(tops[0]), [None] * 30) is None
 
@@ -177,7 +180,7 @@ class TestMissing:
     def test_too_few_shared_tokens_and_no_prior_are_not_determined(self):
         top_p = candidates(**{f"p{i}": math.log(0.15) for i in range(6)})
         top_q = candidates(**{f"q{i}": math.log(0.15) for i in range(6)})
-        row = measured([top_p], scores_of([top_q]), prior_var=None).row(0, named=True)
+        row = measured([top_p], scores_of([top_q]), prior=None).row(0, named=True)
         assert row["reason"] == "not-determined"
         assert row["kl_estimate"] is None
         assert row["kl_lower"] > 1
@@ -235,7 +238,7 @@ class TestTokens:
     def test_a_sampled_token_below_both_lists_is_censored_at_qs_cap(self):
         top_p, top_q = candidates(a=-0.5, b=-1.5), candidates(a=-0.6, b=-1.4)
         response = response_of([top_p], [Candidate("z", -7.0)])
-        row = measure_response(response, scores_of([top_q]), estimator="lower", prior_var=None).row(0, named=True)
+        row = measure_response(response, scores_of([top_q]), estimator="lower", prior=None).row(0, named=True)
         assert row["logprob_p"] == -7.0
         assert row["logprob_q"] is None
         assert row["logratio_k1"] == pytest.approx(-5.6)
@@ -245,7 +248,7 @@ class TestTokens:
     def test_a_sampled_token_without_logprob_is_found_in_the_list(self):
         top = candidates(a=-0.5, b=-1.5)
         response = response_of([top], [Candidate("b", None)])
-        frame = measure_response(response, scores_of([top]), estimator="lower", prior_var=None)
+        frame = measure_response(response, scores_of([top]), estimator="lower", prior=None)
         assert frame["logprob_p"].to_list() == [-1.5]
         assert frame["logratio_k1"].to_list() == [0.0]
 
@@ -273,9 +276,10 @@ class TestTokens:
 
 def test_two_phases_give_what_the_pool_gives(pair, tops):
     response, scores = response_of(tops[0]), scores_of(tops[1])
-    prior = pooled_prior(response_variances(response, scores))
-    assert prior == pytest.approx(0.16, rel=0.2)
-    frame = measure_response(response, scores, estimator="censored", prior_var=prior)
+    prior = pooled_prior(response_spread(response, scores))
+    assert prior is not None
+    assert prior.variance == pytest.approx(0.16, rel=0.2)
+    frame = measure_response(response, scores, estimator="censored", prior=prior)
     assert frame["kl_estimate"].mean() == pytest.approx(true_divergences(*pair)[0].mean(), rel=0.1)
 
 
@@ -286,7 +290,7 @@ def test_time_grows_with_the_number_of_positions_only():
     def seconds(repeats):
         response, scores = response_of(tops_p * repeats), scores_of(tops_q * repeats)
         start = time.process_time()
-        measure_response(response, scores, estimator="censored", prior_var=0.2)
+        measure_response(response, scores, estimator="censored", prior=SpreadPrior(0.2))
         return time.process_time() - start
 
     seconds(1)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kl.censored import SpreadPrior
 from kl.entropy import entropies
 from kl.intervals import Estimate, ratio_estimate
 from kl.measure import measure_response
@@ -208,7 +209,7 @@ class TestMeasuredSample:
         response = response_of(pair[0])
         scores = [Score(f"k{t}", top) for t, top in enumerate(pair[1])]
         design = {} if sample is None else draw(response, sample)._asdict()
-        return measure_response(response, scores, estimator="censored", prior_var=0.16, **design)
+        return measure_response(response, scores, estimator="censored", prior=SpreadPrior(0.16), **design)
 
     @pytest.mark.parametrize("sample", [PositionSample(fraction=1.0), PositionSample(per_response=60)])
     def test_of_everything_reproduces_the_unsampled_result_bit_for_bit(self, pair, sample):
