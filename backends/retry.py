@@ -68,13 +68,18 @@ async def with_retries(
         retry=tenacity.retry_if_exception_type(RetryableBackendError),
         wait=_NotBefore(tenacity.wait_random_exponential(multiplier=first_wait_s, max=_LONGEST_WAIT_S)),
         stop=tenacity.stop_before_delay(deadline_s),
-        before_sleep=lambda state: logger.info("%s: %s; trying again", what, _failure(state)),
+        before_sleep=lambda state: logger.log(_level(state), "%s: %s; trying again", what, _failure(state)),
         reraise=True,
     )
     async for attempt in attempts:
         with attempt, translated(what):
             return await call()
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _level(state: tenacity.RetryCallState) -> int:
+    # A fault now and then is everyday life; one that stays for the third time is worth a line.
+    return logging.INFO if state.attempt_number >= 3 else logging.DEBUG
 
 
 def _failure(state: tenacity.RetryCallState) -> BaseException | None:

@@ -7,6 +7,7 @@ reaction to a cancel) lives here, on one loop in one thread.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from backends.errors import TokenKLError
 T = TypeVar("T")
 
 _SETTLE_S = 1.0
+# The loop wakes for every answer, and each time waits for a thread that computes to give way: 5 ms by default.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class SessionClosedError(TokenKLError):
@@ -67,6 +70,7 @@ class BackendSession:
         self._closed = False
 
     def __enter__(self) -> Self:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._thread.start()
         try:
             self.run(self.backend.__aenter__())

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,6 +22,7 @@ from pydantic import Field
 from backends import gemini
 from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
 from backends.batch_rows import OutputReader, RowSet, read_row, split_rows
+from backends.batch_work import BatchWork, ended_first
 from backends.bucket import BatchBucket, OtherContentError, check_bucket_name, lacks_shards
 from backends.errors import BackendError, ConfigError, ModelNotUsableError, RetryableBackendError
 from backends.gemini_calls import prove_usable
@@ -33,7 +34,6 @@ from backends.retry import DailyQuotaError, StatusError
 from backends.vertex_client import (
     DELETED,
     PENDING_STATES,
-    TERMINAL_STATES,
     BatchJobs,
     RemoteJob,
     check_location,
@@ -44,8 +44,6 @@ from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
-# Refusals that a repeated job meets again: no permission, no such model, no credentials.
-_FINAL_ERROR_CODES = frozenset({5, 7, 16, 401, 403, 404})
 # The first look at a job, and how the pauses grow with the time waited, up to ``poll_interval_s``.
 _FIRST_POLL_S = 1.0
 _POLL_SHARE = 0.25
@@ -227,7 +225,7 @@ class VertexBatchBackend(Backend):
 
     async def _score_rows(self, rows: RowSet) -> AsyncGenerator[Score | ScoreFailure]:
         """Every row's result; what befalls one job is a failure of its rows and of no others."""
-        work = _Work(rows, self._ledger.get(self._earlier.get(rows.keys[0], "")))
+        work = BatchWork(rows, self._ledger.get(self._earlier.get(rows.keys[0], "")))
         while work.rows.keys and not work.given_up:
             async with self._slots:
                 try:
@@ -241,7 +239,7 @@ class VertexBatchBackend(Backend):
         for key in work.rows.keys:
             yield work.failures[key]
 
-    async def _one_round(self, work: _Work) -> AsyncGenerator[Score | ScoreFailure]:
+    async def _one_round(self, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
         """Read the jobs that are to answer these rows, or make one; what they leave out stays in ``work``."""
         entry, jobs = await self._jobs_for(work)
         work.earlier = None
@@ -255,7 +253,7 @@ class VertexBatchBackend(Backend):
             job = await self._make(entry, work.rows)
             entry, jobs = self._ledger.update(replace(entry, job_name=job.name, state=job.state)), [job]
             logger.info("batch job %s: %d rows, %s", job.name, len(work.rows.keys), job.state)
-        for job in sorted(jobs, key=_ended_first):
+        for job in sorted(jobs, key=ended_first):
             if work.rows.keys:
                 job = await self._wait(job, rows=len(entry.keys))
                 async with aclosing(self._read(entry, job, work)) as results:
@@ -281,7 +279,7 @@ class VertexBatchBackend(Backend):
             return "refused", str(error)
         return "service-error", str(error)
 
-    async def _jobs_for(self, work: _Work) -> tuple[JobEntry, list[RemoteJob]]:
+    async def _jobs_for(self, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]]:
         """All jobs there are for these rows: those of an earlier run, else those of the name that a new one gets."""
         if work.earlier is not None:
             found = await self._find(work.earlier)
@@ -345,22 +343,24 @@ class VertexBatchBackend(Backend):
             await asyncio.sleep(min(self.options.poll_interval_s, max(_FIRST_POLL_S, waited * _POLL_SHARE)))
             job = await self._jobs.get(job.name) or replace(job, state=DELETED, output_directory=None)
 
-    async def _read(self, entry: JobEntry, job: RemoteJob, work: _Work) -> AsyncGenerator[Score | ScoreFailure]:
+    async def _read(self, entry: JobEntry, job: RemoteJob, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
         reader = OutputReader(work.rows, self._raw)
         answered: set[str] = set()
-        with tempfile.TemporaryDirectory(prefix="tokenkl-") as folder:
-            for index, path in enumerate(await self._output_files(entry, job)):
-                local = Path(folder) / f"{index}.jsonl"
-                await self._bucket.download(path, local)
-                for result in reader.read(local):
-                    if isinstance(result, Score) or result.final:
-                        answered.add(result.key)
-                        yield result
-                    else:
-                        work.failures[result.key] = result
-                local.unlink()
+        try:
+            with tempfile.TemporaryDirectory(prefix="tokenkl-") as folder:
+                for index, path in enumerate(await self._output_files(entry, job)):
+                    local = Path(folder) / f"{index}.jsonl"
+                    await self._bucket.download(path, local)
+                    for result in reader.read(local):
+                        if isinstance(result, Score) or result.final:
+                            answered.add(result.key)
+                            yield result
+                        else:
+                            work.failures[result.key] = result
+                    local.unlink()
+        finally:  # what one file answered is answered, though the next cannot be had
+            work.rows = work.rows.without(answered)
         reader.log_oddities(job.name)
-        work.rows = work.rows.without(answered)
         work.note_end(job)
 
     async def _output_files(self, entry: JobEntry, job: RemoteJob) -> list[str]:
@@ -376,43 +376,6 @@ class VertexBatchBackend(Backend):
             job = await self._jobs.get(job.name) or job
 
 
-@dataclass(slots=True)
-class _Work:
-    """Rows that still want an answer, why they have none yet, and what was tried."""
-
-    rows: RowSet
-    earlier: JobEntry | None
-    failures: dict[str, ScoreFailure] = field(default_factory=dict[str, ScoreFailure])
-    attempts: int = 0
-    given_up: bool = False
-
-    def open_failures(self) -> Iterator[ScoreFailure]:
-        return (self.failures[key] for key in self.rows.keys)
-
-    def give_up(self, reason: str, message: str) -> None:
-        """Leave the rows to a later run."""
-        self.given_up = True
-        for key in self.rows.keys:
-            self.failures[key] = ScoreFailure(key, reason, message)
-
-    def note_end(self, job: RemoteJob) -> None:
-        """Say why the rows that a job left out have no answer."""
-        if not self.rows.keys:
-            return
-        logger.warning(
-            "batch job %s ended %s with %d rows unanswered%s",
-            job.name, job.state, len(self.rows.keys), f": {job.error}" if job.error else "",
-        )  # fmt: skip
-        self.given_up = job.error_code in _FINAL_ERROR_CODES
-        for key in self.rows.keys:
-            if job.error:
-                message = f"batch job {job.name} ended {job.state}: {job.error}"
-                self.failures[key] = ScoreFailure(key, "job-failed", message)
-            elif key not in self.failures:
-                message = f"batch job {job.name} ended {job.state} without an answer to this row."
-                self.failures[key] = ScoreFailure(key, "missing-row", message)
-
-
 class _GiveUpError(BackendError):
     """The wait for a job ended without its rows; the job itself may go on."""
 
@@ -426,12 +389,6 @@ def _is_terminal(job: RemoteJob) -> bool:
         return job.terminal
     except BackendError as error:
         raise _GiveUpError("unknown-state", str(error)) from error
-
-
-def _ended_first(job: RemoteJob) -> int:
-    # Rows that one job of a name has answered need no wait for another.
-    known = (DELETED, *TERMINAL_STATES)
-    return 0 if job.state in known else 1 if job.state in PENDING_STATES else 2
 
 
 def _job_id(name: str) -> str:

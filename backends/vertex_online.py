@@ -28,7 +28,9 @@ from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
-_FIRST_WAIT_S = 0.15
+_FIRST_WAIT_S = 0.1
+_FEWEST_GROUPS = 8
+_MOST_GROUPS = 50
 
 
 class VertexOnlineOptions(BackendOptions):
@@ -112,8 +114,13 @@ class VertexOnlineBackend(Backend):
         return sum(gemini.BatchRows(request).sizes())
 
     def parallel_groups(self) -> int:
-        """Enough groups to keep every place among the calls in flight taken."""
-        return min(self.options.max_concurrent, 50)
+        """Enough groups to keep every place among the calls in flight taken.
+
+        Each group fills the places by itself when it has that many positions. More groups at once only begin more work
+        at the same moment, which keeps the processor from the calls.
+        """
+        most = self.options.max_concurrent
+        return min(most, max(_FEWEST_GROUPS, most // 4), _MOST_GROUPS)
 
     @property
     def calls_allowed(self) -> int:

@@ -87,7 +87,7 @@ def test_the_same_content_twice_is_one_object_and_other_content_is_refused(in_ve
     assert in_vertex_world.objects.read(f"gs://{NAME}/batch_input/a.jsonl") == b"".join(Lines(10))
 
 
-# The local storage appends a chunk that is sent twice, where Cloud Storage looks at its range; so only the last is lost.
+# The local storage appends a chunk that is sent twice, where the real one looks at its range; so only the last is lost.
 @pytest.mark.parametrize(
     ("fault", "last"), [("503", "429"), ("reset", "reset"), ("503", "lost"), ("reset", "lost-503")]
 )

@@ -14,9 +14,10 @@ import pytest
 
 from backends.base import ScoreRequest
 from backends.batch_rows import RowSet
+from backends.batch_work import BatchWork
 from backends.errors import ConfigError, RetryableBackendError
 from backends.job_ledger import JobLedger
-from backends.vertex_batch import VertexBatchBackend, VertexBatchOptions, _Work
+from backends.vertex_batch import VertexBatchBackend, VertexBatchOptions
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import Results, distinct, request_for, score_all
 from tests.vertex_world.language_model import prompt_turns
@@ -357,7 +358,7 @@ def test_an_input_file_that_a_killed_run_left_in_another_order_is_no_obstacle(
     async def upload_only() -> None:
         async with backend:
             await backend._bucket.ensure()
-            entry, _ = await backend._jobs_for(_Work(rows, None))
+            entry, _ = await backend._jobs_for(BatchWork(rows, None))
             await backend._bucket.upload_once(entry.input_path, rows)
 
     asyncio.run(upload_only())
@@ -414,3 +415,15 @@ def test_a_bucket_that_cannot_be_had_ends_all_groups_after_one_deadline(in_verte
 def test_a_name_that_no_bucket_can_have_is_refused_at_once(name: str, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--bucket-name"):
         VertexBatchBackend(options(bucket_name=name), tmp_path)
+
+
+def test_one_output_file_that_cannot_be_had_takes_nothing_from_the_others(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.shards = 3
+    in_vertex_world.faults.http_script = {"storage.download": [None] + ["503"] * 200}
+    asked = responses(prompts=1, n=1)
+    results = score(asked, retry_deadline_s=0.5)
+    kinds = [getattr(result, "reason", "scored") for result in results.values()]
+    assert set(kinds) == {"scored", "deadline"}
+    in_vertex_world.faults.http_script = {}
+    assert all_scored(score(asked))
+    assert len(in_vertex_world.jobs) == 1
