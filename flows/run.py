@@ -65,13 +65,17 @@ def read(config: RunConfig) -> Plan:
 @task(task_run_name=_group_name, cache_policy=NO_CACHE)
 def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupOutcome | State[GroupOutcome]:
     """Ask the backend for one group of responses; every answer is on disk before this returns."""
+    backend, options, _ = resolve_backend(config)
+    session = session_for(config)
     try:
-        backend, options, _ = resolve_backend(config)
-        session = session_for(config)
         asks = list(requests_of(group, Asker(config, backend, options)))
         work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance)
         return session.run(work)
-    except (TokenKLError, OSError) as error:
+    except (ConfigError, OSError) as error:
+        # It holds for every group: no rights, no credentials, a full disk. The others must not go on buying.
+        session.cancel()
+        return Failed(message=str(error), data=error)
+    except TokenKLError as error:
         return Failed(message=str(error), data=error)
 
 
@@ -113,7 +117,8 @@ def _run(config: RunConfig) -> RunReport:
     try:
         plan = read(config)
         check_cost(plan, config.max_cost_usd)
-        proven = session.run(session.backend.preflight(config.model2)) if plan.groups and config.preflight else None
+        buys = plan.n_to_ask > plan.n_in_flight
+        proven = session.run(session.backend.preflight(config.model2)) if buys and config.preflight else None
         _log_plan(plan)
         with stop_on_signal(session) as stopped:
             outcomes = _score_all(plan, config)
@@ -152,9 +157,9 @@ def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     for state in failed:
         error = state.result(raise_on_failure=False)
         if isinstance(error, SessionClosedError):
-            continue  # the user stopped the run
-        if isinstance(error, ConfigError):
-            raise error  # it holds for every group: no credentials, no rights, no disk
+            continue  # the user stopped the run, or another group has the reason
+        if isinstance(error, ConfigError | OSError):
+            raise error
         logger.error("a group of responses was not scored: %s", state.message)
     return [state.result() for state in states if state.is_completed()]
 

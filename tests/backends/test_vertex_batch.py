@@ -127,7 +127,8 @@ SURVIVED = [
         {"http": {"get": {"429": 0.5}, "create": {"429+retry-after": 0.5}}, "retry_after_s": 0.1},
     ),
     Fault(
-        "three jobs made for one, answers lost", {"http_script": {"create": ["lost"], "list": [None] * 3 + ["503"] * 2}}
+        "create done, answer lost, look-ups failing",
+        {"http_script": {"create": ["lost"], "list": [None] * 3 + ["503"] * 2}},
     ),
     Fault("expired, its output later", {"job_outcomes": [("EXPIRED", 0.5)], "output_delay_s": 0.5}),
     Fault("row errors", {"row_error_rate": 0.2}),

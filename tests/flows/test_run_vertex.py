@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from kl.records import Prompt, Turn
 from tests.flows.conftest import Done, Run
 from tests.vertex_world.fixtures import make_vertex_world, vertex_world
 from tests.vertex_world.world import VertexWorld
@@ -230,3 +231,19 @@ def test_a_dry_run_calls_nothing_and_a_limit_on_cost_holds(run_batch, vertex_wor
     expected = 0.5 * (0.30 * spent["input_tokens"] + 2.50 * spent["output_tokens"]) / 1e6
     assert spent["cost_usd"] == pytest.approx(expected)
     assert spent["output_tokens"] == 20
+
+
+def test_a_disk_that_refuses_results_stops_the_run_in_one_line(run_batch, vertex_world, tmp_path) -> None:
+    """A file stands where the scores of one prompt belong."""
+    assert run_batch("--dry-run", prompts=PROMPTS[:2], max_tokens=5).code == 0
+    prompt_id = Prompt((Turn("user", PROMPTS[0]),)).prompt_id
+    (tmp_path / "out" / "scores").mkdir(parents=True)
+    (tmp_path / "out" / "scores" / prompt_id).write_text("in the way")
+    done = run_batch("--backend", "vertex_online")
+    assert done.code in (1, 2)
+    assert "Traceback" not in done.err
+    assert "error: " in done.err.strip().splitlines()[-1]
+    (tmp_path / "out" / "scores" / prompt_id).unlink()
+    assert run_batch("--backend", "vertex_online").code == 0
+    counts = sorted(vertex_world.rows_bought.values())
+    assert counts[:-1] == [1] * (len(counts) - 1), "what the first run bought was in its journal"
