@@ -89,7 +89,7 @@ class VertexBatchOptions(BackendOptions):
         default="leave", description="What becomes of running jobs when the run is stopped: leave or cancel."
     )
     max_attempts: int = Field(
-        default=6, ge=1, le=20, description="Jobs that may be made for a row before it is given up, 1 to 20."
+        default=8, ge=1, le=20, description="Jobs that may be made for a row before it is given up, 1 to 20."
     )
     max_jobs_in_flight: int = Field(
         default=50, ge=1, le=1000, description="Jobs that may run at once, 1 to 1000; the service queues some of them."
