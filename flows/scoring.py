@@ -93,14 +93,15 @@ class _Arrivals:
         return self.n_bytes > _PART_BYTES or len(self.waiting) >= _PART_ROWS
 
     def write(self) -> None:
-        results, self.waiting, self.n_bytes = self.waiting, [], 0
         by_place: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
-        for result in results:
+        for result in self.waiting:
             by_place.setdefault(self.where[result.key], []).append(result)
         for (prompt_id, model), batch in by_place.items():
             self.stores.scores.append(prompt_id, model, batch)
             failed = [result for result in batch if isinstance(result, ScoreFailure)]
             self.stores.failures.append(prompt_id, model, failed)
+        # Only now: if the disk refused a part, the answers must stay in the journal.
+        self.waiting, self.n_bytes = [], 0
         self.journal.clear()
 
 
