@@ -239,7 +239,7 @@ def test_a_disk_that_refuses_results_stops_the_run_in_one_line(run_batch, vertex
     prompt_id = Prompt((Turn("user", PROMPTS[0]),)).prompt_id
     (tmp_path / "out" / "scores").mkdir(parents=True)
     (tmp_path / "out" / "scores" / prompt_id).write_text("in the way")
-    done = run_batch("--backend", "vertex_online")
+    done = run_batch("--backend", "vertex_online", "--max-concurrent", "1")  # no other call is in flight when it stops
     assert done.code in (1, 2)
     assert "Traceback" not in done.err
     assert "error: " in done.err.strip().splitlines()[-1]
