@@ -24,6 +24,10 @@ from kl.records import Prompt, Response, Score, ScoreFailure
 # A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
 _BYTES_PER_TOKEN = 4
 
+# Reasons of a failure that `Backend.submit` and `Backend.collect` give to keys that have no answer yet.
+WAITING = "waiting"
+NOT_SUBMITTED = "not-submitted"
+
 
 class BackendOptions(BaseModel):
     """Settings every backend has; each backend's own `Options` adds to them."""
@@ -104,7 +108,8 @@ class Capabilities(NamedTuple):
     ``max_top_logprobs`` is the longest list it reports; ``full_vocabulary`` that it can report every token;
     ``samples`` that it can write responses; ``one_pass`` that all positions of a response cost one evaluation;
     ``token_ids`` that it feeds P's token ids, where they are its own, instead of the text (the ids then belong to
-    the key of a score); ``remote`` that it sends texts to a service, which may cost money.
+    the key of a score); ``remote`` that it sends texts to a service, which may cost money; ``deferred`` that its
+    answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`).
     """
 
     max_top_logprobs: int
@@ -113,6 +118,7 @@ class Capabilities(NamedTuple):
     one_pass: bool = False
     token_ids: bool = False
     remote: bool = True
+    deferred: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +155,16 @@ class Backend(ABC):
         Validated `Options` of the backend.
     state_dir : Path, optional
         Where the backend may keep what must survive a crash, such as the names of its remote jobs.
+
+    Attributes
+    ----------
+    run_id : str or None
+        The flow run that uses the backend, set before it is entered; a backend with remote jobs records it with them.
     """
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     capabilities: ClassVar[Capabilities]
+    run_id: str | None = None
 
     def __init__(self, options: BackendOptions, state_dir: Path | None = None) -> None:
         self.options = options
@@ -228,6 +240,10 @@ class Backend(ABC):
         """
         return None
 
+    async def abandoned(self, run_id: str) -> str | None:
+        """As `interrupted`, for a run whose process is gone: by what is on record, with the same end if repeated."""
+        return None
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.
@@ -243,6 +259,21 @@ class Backend(ABC):
     @abstractmethod
     def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Yield exactly one result for each key asked, in any order."""
+
+    def submit(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Have jobs made for all keys and wait for none: a `WAITING` failure for each key that a job has.
+
+        A score only where a job that was read before holds it. Only with the capability ``deferred``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no jobs that outlive the process")
+
+    def collect(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """As `score`, with one look at each job on record: `WAITING` for keys whose job still runs.
+
+        What a job left out goes into a follow-up job. Keys that were in no job are `NOT_SUBMITTED`. Only with the
+        capability ``deferred``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no jobs that outlive the process")
 
     def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
         """Write ``n`` responses to ``prompt``; ``source_file`` is left empty."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from backends.base import Backend
+from backends.base import NOT_SUBMITTED, WAITING, Backend
 from backends.contract_answers import differences
 from backends.contract_subject import (
     Ask,
@@ -22,9 +25,10 @@ from backends.contract_subject import (
     restricted,
     scored,
 )
-from kl.records import Score, ScoreFailure
+from kl.records import Prompt, Score, ScoreFailure, Turn
 
 Results = list[Score | ScoreFailure]
+_LOOK_AGAIN_S = 0.2
 _CANCELLED_AFTER_S = (0.0, 0.1, 0.5)
 _INTERRUPTED_S = 2.0  # what a stopped run leaves a backend
 
@@ -97,6 +101,50 @@ def a_cancelled_call_ends_and_can_be_taken_up_again(subject: Subject) -> Problem
             yield from subject.use(lambda backend, wait_s=wait_s: _cancel(subject, backend, ask, wait_s), Path(folder))
         results = subject.use(lambda backend: _take_up(subject, backend, ask), Path(folder))
     yield from differences(scored(ask, results), subject.answers, subject.noise_nats)
+
+
+@check(lambda subject: subject.backend.capabilities.deferred)
+def what_is_submitted_is_collected_later(subject: Subject) -> Problems:
+    """submit() waits for nothing; collect() looks once, makes no first job, and finds the scores in the end."""
+    case = subject.cases[0]
+    turn = Turn("user", f"Submission {uuid.uuid4()}")  # asked by nobody before
+    ask = planned([subject.request(replace(case, name="submitted", prompt=Prompt((turn,))))])
+    with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
+        state = Path(folder)
+
+        def results(call: Callable[[Backend], AsyncIterator[Score | ScoreFailure]]) -> Results:
+            return subject.use(lambda backend: _drained(subject, call(backend), ask), state)
+
+        yield from _not_all(NOT_SUBMITTED, results(lambda backend: backend.collect(ask.requests)), "collect() at first")
+        for _ in range(2):
+            yield from _not_all(WAITING, results(lambda backend: backend.submit(ask.requests)), "submit()")
+        until = time.monotonic() + subject.deadline_s
+        while True:
+            found = results(lambda backend: backend.collect(ask.requests))
+            waiting = any(isinstance(result, ScoreFailure) and result.reason == WAITING for result in found)
+            if not waiting or time.monotonic() > until:
+                break
+            time.sleep(_LOOK_AGAIN_S)
+        expected = subject.use(lambda backend: subject.collect(backend, ask), state)
+    yield from differences(scored(ask, found), scored(ask, expected), subject.noise_nats)
+
+
+async def _drained(subject: Subject, results: AsyncIterator[Score | ScoreFailure], ask: Ask) -> Results:
+    async def work() -> Results:
+        return [result async for result in results]
+
+    found = await in_time(work(), "submit() or collect()", subject.deadline_s)
+    if sorted(result.key for result in found) != sorted(ask.places):
+        raise ContractBreach(f"{len(found)} results for {len(ask.places)} keys of submit() or collect().")
+    return found
+
+
+def _not_all(reason: str, results: Results, what: str) -> Problems:
+    for result in results:
+        seen = result.reason if isinstance(result, ScoreFailure) else "a score"
+        if seen != reason:
+            yield f"{what}: {seen} for a key where {reason!r} is due."
+            return
 
 
 async def _cancel(subject: Subject, backend: Backend, ask: Ask, wait_s: float) -> list[str]:

@@ -54,6 +54,10 @@ def capabilities_are_declared(subject: Subject) -> Problems:
             yield f"{name} is {value!r}; it is True or False."
     if can.samples != (subject.backend.sample is not Backend.sample):
         yield f"samples is {can.samples}, but sample() is {'not ' if can.samples else ''}written."
+    written = (subject.backend.submit is not Backend.submit, subject.backend.collect is not Backend.collect)
+    if written != (can.deferred, can.deferred):
+        both = "not both " if can.deferred else ""
+        yield f"deferred is {can.deferred}, but submit() and collect() are {both}written."
     if inspect.isabstract(subject.backend):
         yield f"not written: {', '.join(sorted(subject.backend.__abstractmethods__))}."
 

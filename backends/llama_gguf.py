@@ -250,24 +250,46 @@ def _dequantize(data: NDArray[np.uint8], info: TensorInfo) -> FloatArray:
 
 
 def round_in_groups(values: FloatArray, bits: int) -> None:
-    """Round in place to ``bits``, in groups of 32 with one scale each: symmetric, the largest magnitude is kept.
+    """Round in place to ``bits``, in groups of 32 with one scale each: 8 bits as ggml's Q8_0, fewer by Q4_0's rule.
+
+    Q8_0 is symmetric: the largest magnitude becomes 127. With Q4_0 the weight of largest magnitude, with its sign,
+    becomes the lowest of 2**bits levels, so that all of them are used; one of the other sign and nearly that magnitude
+    is cut. The scales stay float32, where a file keeps float16.
+    Source: ``quantize_row_q8_0_ref`` and ``quantize_row_q4_0_ref`` in
+    https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c
 
     Parameters
     ----------
     values : float32, shape (n,)
         With n a multiple of 32.
     bits : int
-        At least 2; the levels are -(2**(bits-1) - 1) .. 2**(bits-1) - 1.
+        2 to 8; the levels are -127 .. 127 for 8, else -2**(bits-1) .. 2**(bits-1) - 1.
     """
-    levels = np.float32(2 ** (bits - 1) - 1)
     groups = values.reshape(-1, GROUP)
     for first in range(0, len(groups), _PIECE // GROUP):
         piece = groups[first : first + _PIECE // GROUP]
-        scale = np.abs(piece).max(axis=1, keepdims=True) / levels
-        scale[scale == 0] = 1
-        np.divide(piece, scale, out=piece)
-        np.rint(piece, out=piece)
-        np.multiply(piece, scale, out=piece)
+        if bits == 8:
+            _round_symmetric(piece, np.float32(127))
+        else:
+            _round_signed(piece, np.float32(2 ** (bits - 1)))
+
+
+def _round_symmetric(groups: FloatArray, highest: np.float32) -> None:
+    scale = np.abs(groups).max(axis=1, keepdims=True) / highest
+    scale[scale == 0] = 1
+    np.divide(groups, scale, out=groups)
+    np.rint(groups, out=groups)
+    np.multiply(groups, scale, out=groups)
+
+
+def _round_signed(groups: FloatArray, lowest: np.float32) -> None:
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+    scale = largest / -lowest
+    scale[scale == 0] = 1
+    np.divide(groups, scale, out=groups)
+    np.floor(groups + np.float32(0.5), out=groups)  # a half goes up, as in ggml
+    np.minimum(groups, lowest - 1, out=groups)
+    np.multiply(groups, scale, out=groups)
 
 
 def content_hash(path: Path) -> str:

@@ -54,7 +54,7 @@ class LocalBackend(Backend):
         return {
             "engine": ENGINE,
             "weights_sha256": source.sha256,
-            "rounding": source.rounding,
+            "rounding": source.rule,
             "top_logprobs": request.top_logprobs,
             "full": request.full_vocabulary,
         }
@@ -270,6 +270,7 @@ def _sample_steps(prompt: Prompt, name: str, settings: SampleSettings, n: int) -
             positions=_positions(model, prompt_ids, ids, settings.top_logprobs),
             finish_reason="STOP" if stopped else "MAX_TOKENS",
             sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
+            model_version=model.source.version,
         )
 
 

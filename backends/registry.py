@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import pluggy
@@ -107,6 +108,17 @@ def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backe
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise ConfigError(f"backend {name!r}: {known[name]} is not a subclass of backends.base.Backend.")
     return backend
+
+
+def deferred_backends() -> list[str]:
+    """The names of the backends whose jobs outlive the process, of those that can be imported here."""
+    targets = build_targets()
+    names: list[str] = []
+    for name in sorted(targets):
+        with suppress(ConfigError):  # one that cannot be imported is no alternative
+            if load_backend(name, targets).capabilities.deferred:
+                names.append(name)
+    return names
 
 
 def parse_options(name: str, backend: type[Backend], values: dict[str, Any]) -> BackendOptions:

@@ -121,6 +121,11 @@ class BackendSession:
             with self._lock:
                 self._running.discard(future)
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether all work was cancelled; no more is taken."""
+        return self._closed
+
     def cancel(self) -> None:
         """Cancel all work under way and refuse more; callable from any thread or signal handler."""
         self._closed = True

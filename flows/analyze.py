@@ -6,6 +6,7 @@ Works from the files of the output folders alone: asks no backend, starts no flo
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,25 +20,29 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.errors import ConfigError
+from backends.storage import as_location
 from flows.cli import EXIT_COMPLETE, exit_code_of
+from flows.history_table import history_cells, load_history
+from flows.output_folder import write_json
 from flows.run_folder import FinishedRun, Rows, load_run, worst_positions, worst_responses
 from flows.terminal import console, print_lines, print_pairs
 from kl.breakdowns import TOP_ROWS
 from kl.headline import headline
 from kl.intervals import CONFIDENCE, Estimate
 from kl.paired import IncomparableRunsError, PairedDifference, paired_difference
-from kl.results import write_json_atomic
 from kl.summary import Summary
 from kl.token_table import INFINITE, TokenTableError
 
 _DESCRIPTION = (
     "Shows a finished run of flows.run from its output folder: the headline, and the worst tokens, positions and "
     "responses. With --compare, which of two models is nearer to P and by how much, from the paired difference of two "
-    "runs over the same responses of P. docs/reading-the-numbers.md says what each number means."
+    "runs over the same responses of P. With --history, all runs of a schedule, a line each. "
+    "docs/reading-the-numbers.md says what each number means."
 )
 _EPILOG = (
     "examples: python -m flows.analyze results/quickstart --top 10 | "
     "python -m flows.analyze --compare results/int8 results/int4 | "
+    "python -m flows.analyze --history results/nightly | "
     "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 )
 _DEFAULT_TOP = 20
@@ -52,14 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _analyze(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
-        payload = _show_comparison(*options.compare) if options.compare else _show_run(options.run_dir, options.top)
+        payload = _shown(options)
     except (IncomparableRunsError, TokenTableError) as error:
         raise ConfigError(str(error)) from error
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ConfigError(f"the results cannot be read: {' '.join(str(error).split())}") from error
     if options.json is not None:
-        _write_json(options.json, payload)
+        _write_json(as_location(options.json), payload)
     return EXIT_COMPLETE
+
+
+def _shown(options: argparse.Namespace) -> dict[str, Any]:
+    if options.history is not None:
+        return _show_history(options.history)
+    folders = [as_location(folder) for folder in options.compare or [options.run_dir]]
+    return _show_comparison(*folders) if options.compare else _show_run(folders[0], options.top)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,17 +81,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m flows.analyze", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
-    parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="Output folder of a finished run.")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",
+                        help="Output folder of a finished run, local or in a bucket (gs://BUCKET/FOLDER).")  # fmt: skip
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="Output folders of two finished runs over the same responses of P.")  # fmt: skip
+    parser.add_argument("--history", metavar="PATH", help="A history.parquet, or the folder that it is in.")
     parser.add_argument("--top", type=int, metavar="N",
                         help=f"Rows of each table of the worst, 1 to {TOP_ROWS}. Default: {_DEFAULT_TOP}.")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write what is shown, unrounded, to this file.")
+    parser.add_argument("--json", metavar="FILE", help="Also write what is shown, unrounded, to this file.")
     options = parser.parse_args(arguments)
-    if (options.run_dir is None) == (options.compare is None):
-        parser.error("give either RUN_DIR or --compare A B")
-    if options.compare and options.top is not None:
-        parser.error("--top belongs to RUN_DIR, not to --compare")
+    if sum(given is not None for given in (options.run_dir, options.compare, options.history)) != 1:
+        parser.error("give either RUN_DIR or --compare A B or --history PATH")
+    if options.run_dir is None and options.top is not None:
+        parser.error(f"--top belongs to RUN_DIR, not to {'--compare' if options.compare else '--history'}")
     options.top = _DEFAULT_TOP if options.top is None else options.top
     if not 1 <= options.top <= TOP_ROWS:
         parser.error(f"--top is {options.top}; it goes from 1 to {TOP_ROWS}")
@@ -88,9 +102,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _write_json(path: Path, payload: Mapping[str, Any]) -> None:
     try:
-        write_json_atomic(path, payload)
+        write_json(path, payload)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 # One run.
@@ -166,6 +180,15 @@ def _response_cells(rows: Rows) -> Rows:
         }
         for row in rows
     ]
+
+
+# Many runs.
+
+
+def _show_history(place: str) -> dict[str, Any]:
+    frame = load_history(place)
+    _print_table(console(), f"{frame.height:,} runs, the newest last; KL in nats", history_cells(frame))
+    return {"history": place, "runs": json.loads(json.dumps(frame.to_dicts(), default=str))}
 
 
 # Two runs.

@@ -20,6 +20,7 @@ from rich.text import Text
 from backends.bucket_survey import Deletion, Fate, Survey, Totals
 from backends.errors import ConfigError, TokenKLError
 from backends.job_ledger import JobLedger
+from backends.storage import Location, exists, is_remote
 from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
 from flows.config import CommonConfig, RunConfig, SampleConfig, resolve_backend
 from flows.environment import prepare_environment
@@ -71,7 +72,7 @@ class CleanConfig(CommonConfig):
         default="7d",
         description="Age from which files may go: a number and s, m, h, d or w, such as 30m, 12h, 7d, 2w.",
     )
-    output_dir: tuple[Path, ...] = Field(
+    output_dir: tuple[Location, ...] = Field(
         default=(), description="Output folder of a run whose unread batch output must stay; may be repeated."
     )
     set_lifecycle: bool = Field(
@@ -142,7 +143,7 @@ def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
     unread: dict[str, str] = {}
     for output_dir in output_dirs:
         folder = output_dir / "scores" / "jobs"
-        if not folder.is_dir():
+        if not (exists(folder) if is_remote(folder) else folder.is_dir()):
             raise ConfigError(
                 f"--output-dir {output_dir}: there are no job records ({folder}), hence nothing to protect. "
                 "Give the output folder of a run with vertex_batch, or leave it out."

@@ -14,16 +14,20 @@ from pydantic import BaseModel
 
 from backends.errors import ConfigError, TokenKLError
 from flows.config import CommonConfig, ConfigT, build_config, inner_model
+from flows.settings_source import SHORT_FORMS
 
 EXIT_COMPLETE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
+EXIT_DRIFT = 4  # with fail_on_drift
+EXIT_WAITING = 5  # with stage collect
 EXIT_INTERRUPTED = 130
 
 EXIT_CODES = (
     "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
-    "in the outputs); 2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
+    "in the outputs); 4 drifted, with --fail-on-drift; 5 with --stage collect: jobs still run, collect again later; "
+    "2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
 )
 
 
@@ -37,10 +41,12 @@ class _Parser(argparse.ArgumentParser):
 # What stands for a value in the help, where its type alone does not say it.
 _METAVARS = {
     "backend": "NAME",
+    "task_runner": "{threads,dask,ray}",
     "model1": "NAME",
     "model2": "NAME",
     "top_logprobs": "N|full",
     "max_cost_usd": "USD",
+    "history": "FILE",
 }
 
 
@@ -121,18 +127,22 @@ def parse_config(parser: argparse.ArgumentParser, model: type[ConfigT], argument
     values = vars(parser.parse_args(arguments))
     config_file = values.pop("config")
     sets = values.pop("sets")
-    if values.get("backend") is not None:
-        values["backend"] = {"name": values["backend"]}
+    for setting, name in SHORT_FORMS.items():
+        if values.get(setting) is not None:
+            values[setting] = {name: values[setting]}
     return build_config(model, config_file, values, sets)
 
 
 def exit_code_of(program: Callable[[], int]) -> int:
-    """Run a program; turn the user's mistakes into one line on standard error and exit code 2."""
+    """Run a program; the user's mistakes (exit code 2) and failing disks or buckets (1) end it with one line."""
     try:
         return program()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("stopped. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED

@@ -10,7 +10,7 @@ import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,11 +25,16 @@ from pydantic.fields import FieldInfo
 
 from backends.base import Backend, BackendOptions, SampleSettings
 from backends.errors import ConfigError
-from backends.registry import load_backend, parse_options
+from backends.registry import deferred_backends, load_backend, parse_options
+from backends.storage import Location, resolved
+from flows.alert_config import AlertConfig
+from flows.rolling import check_history_template, check_template
 from flows.settings_source import merge, parse_set, read_yaml
+from flows.task_runners import TaskRunnerConfig
 from kl.position_sampling import PositionSample
 
 Estimator = Literal["censored", "floor", "lower", "bucket"]
+Stage = Literal["run", "submit", "collect"]
 
 
 class BackendChoice(BaseModel):
@@ -81,15 +86,20 @@ class CommonConfig(BaseModel):
             raise ValueError("a yes or no is not allowed here")
         return value
 
-    @field_validator("input_dir", "output_dir", "reuse_raw", mode="before", check_fields=False)
+    @field_validator("input_dir", "output_dir", "reuse_raw", "history", mode="before", check_fields=False)
     @classmethod
     def _path(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():
             raise ValueError("the path is empty")
-        if isinstance(value, str) and "://" in value:
-            raise ValueError("folders are read and written on this machine's disks only; copy or mount it")
         # A path in a YAML file or after "=" has not been through a shell.
-        return os.path.expanduser(value) if isinstance(value, str) else value
+        return os.path.expanduser(value) if isinstance(value, str) and "://" not in value else value
+
+    @field_validator("input_dir", "output_dir", mode="after", check_fields=False)
+    @classmethod
+    def _fields_of_folder(cls, value: Any) -> Any:
+        if not isinstance(value, tuple):  # what is cleaned are folders that exist
+            check_template(str(value))
+        return value
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -121,10 +131,15 @@ class PositionsConfig(BaseModel):
 class RunConfig(CommonConfig):
     """One comparison: the responses of model P on disk against model Q."""
 
-    input_dir: Path = Field(description="Folder with P's responses, one JSON file per prompt.")
-    output_dir: Path = Field(description="Folder for results; scores that were bought are kept in it.")
+    input_dir: Location = Field(
+        description="Folder with P's responses, one JSON file per prompt; on a disk or in a bucket (gs://BUCKET/FOLDER)."
+    )
+    output_dir: Location = Field(
+        description="Folder for results, on a disk or in a bucket; scores that were bought are kept in it. May have "
+        "fields such as {date}, as input_dir may."
+    )
     model2: str = Field(min_length=1, description="Model Q, as its backend names it.")
-    top_logprobs: int | Literal["full"] = Field(
+    top_logprobs: Annotated[int, Field(ge=1, le=20)] | Literal["full"] = Field(
         default=20,
         description="Candidates asked per position, 1 to 20; 'full' adds every token's log-probability of both models, "
         "hence the exact KL (backends with a full vocabulary only).",
@@ -154,8 +169,29 @@ class RunConfig(CommonConfig):
     keep_raw: bool = Field(
         default=False, description="Keep the service's own rows, compressed, in OUTPUT_DIR/scores/raw."
     )
-    reuse_raw: Path | None = Field(
+    reuse_raw: Location | None = Field(
         default=None, description="Output folder of a run with keep_raw: its rows are read again, without a call."
+    )
+    history: Location | None = Field(
+        default=None,
+        description="File that gets a row for each finished run. Default: history.parquet in the part of output_dir "
+        "before its first field.",
+    )
+    alert: AlertConfig | None = Field(
+        default=None,
+        description="When the run counts as drifted, such as {kl_per_token: 0.01, compared_with: previous}. Default: "
+        "never.",
+    )
+    fail_on_drift: bool = Field(default=False, description="A run that drifted ends as failed, with exit code 4.")
+    stage: Stage = Field(
+        default="run",
+        description="run: ask, wait and measure. submit: make the batch jobs and end. collect: take in what has ended, "
+        "and measure when everything has; nothing waits in between.",
+    )
+    task_runner: TaskRunnerConfig = Field(
+        default=TaskRunnerConfig(),
+        description="What works on the tasks: threads of one process, dask or ray; or a mapping with the address or "
+        "size of a cluster, such as {kind: dask, address: 'tcp://host:8786'}. Default: threads.",
     )
     dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
 
@@ -169,9 +205,22 @@ class RunConfig(CommonConfig):
             raise ValueError("must be from 1 to 20 candidates per position, or 'full'")
         return number
 
+    @field_validator("history", mode="after")
+    @classmethod
+    def _fields_of_history(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            check_history_template(str(value))
+        return value
+
+    @model_validator(mode="after")
+    def _drift_is_defined(self) -> RunConfig:
+        if self.fail_on_drift and self.alert is None:
+            raise ValueError("fail_on_drift needs alert.kl_per_token, which says what drift is")
+        return self
+
     @model_validator(mode="after")
     def _separate_folders(self) -> RunConfig:
-        if self.input_dir.resolve() == self.output_dir.resolve():
+        if resolved(self.input_dir) == resolved(self.output_dir):
             raise ValueError(f"output_dir is the input_dir ({self.input_dir}); results would be read as responses")
         return self
 
@@ -190,7 +239,10 @@ class SampleConfig(CommonConfig):
     """Responses that model P is to write."""
 
     model1: str = Field(min_length=1, description="Model P, as its backend names it.")
-    output_dir: Path = Field(description="Folder for the response files, one JSON file per prompt.")
+    output_dir: Location = Field(
+        description="Folder for the response files, one JSON file per prompt; on a disk or in a bucket. May have "
+        "fields such as {date}."
+    )
     prompts: tuple[str, ...] = Field(min_length=1, description="The prompts, at least 1.")
     system: str | None = Field(default=None, description="System text that P is given; kept in the response files.")
     num_responses: int = Field(default=1, ge=1, le=10_000, description="Responses per prompt, 1 to 10000.")
@@ -248,7 +300,7 @@ def _problem(model: type[BaseModel], item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     description = _description(model, location)
     if item["type"] == "missing":
-        flag = "--" + location[0].replace("_", "-")
+        flag = "--" + location[0].replace("_", "-") if len(location) == 1 else f"--set {'.'.join(location)}=…"
         return f"{'.'.join(location)} is not set ({flag}): {description}"
     if item["type"] == "extra_forbidden":
         known = _fields_beside(model, location)
@@ -333,6 +385,11 @@ def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
         With what was asked and what the backend can do.
     """
     can = backend.capabilities
+    if config.stage != "run" and not can.deferred:
+        raise ConfigError(
+            f"stage is {config.stage!r}, but the backend {config.backend.name} has no jobs that outlive the process. "
+            f"Leave the stage out, or set a backend that has: {', '.join(deferred_backends()) or 'none is installed'}."
+        )
     if config.full_vocabulary and not can.full_vocabulary:
         raise ConfigError(
             f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "

@@ -27,7 +27,9 @@ def plan_without_calls(config: RunConfig) -> Plan:
     asker = Asker(config, backend, options)
     if config.reuse_raw is not None:
         check_raw(config.reuse_raw)
-    return make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, built.in_flight())
+    scores = Stores.of(config.output_dir).scores
+    scores.prefetch()
+    return make_plan(find_inputs(config), asker, scores, built.in_flight())
 
 
 def check_cost(plan: Plan, max_cost_usd: float | None) -> None:

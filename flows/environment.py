@@ -16,6 +16,9 @@ _PREFECT_DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    # A server that is restarted is asked again for about four minutes (waits double from 2 s on); its events are lost.
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 _OUR_LOGGERS = ("flows", "backends")

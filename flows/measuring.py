@@ -1,14 +1,14 @@
-"""From scores on disk to one table of tokens per input file.
+"""From scores on disk to one table of tokens per input file, some files at a time.
 
 Two passes, because the estimate of a position uses what the whole data set says about the spread of log p/q: the first
-surveys, the second measures. Each holds one file at a time.
+surveys, the second measures (`flows.partitions` joins them). Each holds one file at a time.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from backends.base import ScoreRequest
-from backends.errors import ConfigError
 from backends.score_store import ScoreStore
-from flows.inputs import InputFile, file_defect, read_input
-from flows.plan import Asker
-from flows.progress import ProgressReporter
+from backends.storage import in_parallel, is_remote, publish, scratch_folder
+from flows.inputs import InputFile, file_defect, read_ahead, read_input
+from flows.plan import Asker, Side
 from flows.scoring import Stores
-from kl.censored import SpreadEvidence, SpreadPrior, pooled_prior
+from kl.censored import SpreadEvidence, SpreadPrior
 from kl.diagnostic import AlignmentDiagnostic
 from kl.divergence import exact
 from kl.measure import measure_response, response_diagnostic, response_spread
@@ -62,49 +61,110 @@ class Measured:
     responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
     samplings: set[Sampling] = field(default_factory=set[Sampling])
     models_p: set[str] = field(default_factory=set[str])
+    versions_p: set[str] = field(default_factory=set[str])
     versions_q: set[str] = field(default_factory=set[str])
     other_writers: list[str] = field(default_factory=list[str])
     repaired: dict[str, int] = field(default_factory=dict[str, int])
 
+    def add(self, other: Measured) -> None:
+        """Take in what the next files gave."""
+        self.parts += other.parts
+        self.responses += other.responses
+        self.samplings |= other.samplings
+        self.models_p |= other.models_p
+        self.versions_p |= other.versions_p
+        self.versions_q |= other.versions_q
+        self.other_writers += other.other_writers
+        for kind, count in other.repaired.items():
+            self.repaired[kind] = self.repaired.get(kind, 0) + count
 
-def parts_folder(output_dir: Path) -> Path:
-    """Where the parts of the token table are put together; removed when the table is written."""
-    return output_dir / ".parts" / "tokens"
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What some files say of the whole data set.
 
-def measure_files(files: list[InputFile], asker: Asker, stores: Stores) -> Measured:
-    """Measure every response of every file; unreadable ones are noted with their reason."""
-    folder = parts_folder(asker.config.output_dir)
-    shutil.rmtree(folder, ignore_errors=True)
-    with ProgressReporter("files surveyed", len(files)) as progress:
-        measured = _survey(files, asker, stores, progress)
-    verdict = measured.diagnostic.verdict()
-    if verdict.level == "refuse" and not asker.config.force:
-        raise ConfigError(
-            f"the models cannot be compared token by token: {verdict.reasons[0]} What was bought is kept; --force "
-            "measures all the same, and only the bounds then mean something."
+    ``masses``, shape (responses, 3), has the diagnostic's sums of masses one by one, so that adding up the surveys of
+    all files rounds the same way however the files were divided; in ``counts`` they are 0.
+    """
+
+    spread: SpreadEvidence
+    counts: AlignmentDiagnostic
+    masses: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, spread: Sequence[SpreadEvidence], diagnostics: Sequence[AlignmentDiagnostic]) -> Survey:
+        """From those of the responses, in their order."""
+        masses = [(item.shared_mass_p, item.ambiguous_mass_p, item.ambiguous_mass_q) for item in diagnostics]
+        counts = replace(
+            AlignmentDiagnostic.total(diagnostics), shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0
         )
-    with ProgressReporter("files measured", len(files)) as progress:
-        for index, file in enumerate(files):
-            _measure_file(file, folder / f"{index:08d}.parquet", asker, stores, measured)
-            progress.advance(1)
-    return measured
+        return cls(SpreadEvidence.total(spread), counts, np.array(masses, dtype=np.float64).reshape(-1, 3))
+
+    @classmethod
+    def total(cls, parts: Sequence[Survey]) -> Survey:
+        """Of all files, in the order of the parts."""
+        return cls(
+            SpreadEvidence.total([part.spread for part in parts]),
+            AlignmentDiagnostic.total([part.counts for part in parts]),
+            np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
+        )
+
+    def diagnostic(self) -> AlignmentDiagnostic:
+        """The counts with the masses, added one after the other."""
+        start = np.zeros((1, 3))
+        shared, ambiguous_p, ambiguous_q = np.add.accumulate(np.concatenate([start, self.masses]))[-1].tolist()
+        return replace(self.counts, shared_mass_p=shared, ambiguous_mass_p=ambiguous_p, ambiguous_mass_q=ambiguous_q)
 
 
-def _survey(files: list[InputFile], asker: Asker, stores: Stores, progress: ProgressReporter) -> Measured:
+def survey_files(files: Sequence[InputFile], asker: Asker, stores: Stores, on_file: Callable[[], None]) -> Survey:
+    """The first pass over some files."""
     spread: list[SpreadEvidence] = []
-    diagnostic = AlignmentDiagnostic()
-    for file in files:
-        parts = [diagnostic]
+    diagnostics: list[AlignmentDiagnostic] = []
+    for file in read_ahead(files):
         parsed = read_input(file)
-        found = _found(parsed, asker, stores)
+        found = _found(parsed, asker, stores, ("q",))
+        of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
             results = _results(response, asker, found)
             spread.append(response_spread(response, results))
-            parts.append(response_diagnostic(response, results))
-        diagnostic = AlignmentDiagnostic.total(parts)
-        progress.advance(1)
-    return Measured(files, pooled_prior(SpreadEvidence.total(spread)), diagnostic)
+            of_file.append(response_diagnostic(response, results))
+        diagnostics += _with_joint_keys(of_file)
+        on_file()
+    return Survey.of(spread, diagnostics)
+
+
+def _with_joint_keys(diagnostics: list[AlignmentDiagnostic]) -> list[AlignmentDiagnostic]:
+    """The same, the keys of all with the first: each response has its own copy, which would be held for many files."""
+    if not diagnostics:
+        return []
+    bare = [replace(item, keys_p=frozenset(), keys_q=frozenset()) for item in diagnostics]
+    joint = AlignmentDiagnostic.total(diagnostics)
+    return [replace(bare[0], keys_p=joint.keys_p, keys_q=joint.keys_q), *bare[1:]]
+
+
+def measure_part(
+    files: Sequence[InputFile],
+    start: int,
+    folder: Path,
+    prior: SpreadPrior | None,
+    asker: Asker,
+    stores: Stores,
+    on_file: Callable[[], None],
+) -> Measured:
+    """The second pass over some files, the first of which is number ``start`` of the data set.
+
+    The table of each goes to ``folder``, under the file's number; unreadable responses are noted with their reason.
+    """
+    measured = Measured([], prior, AlignmentDiagnostic())
+    with scratch_folder() as scratch:
+        made = scratch if is_remote(folder) else folder
+        for index, file in enumerate(read_ahead(files), start):
+            _measure_file(file, made / f"{index:08d}.parquet", asker, stores, measured)
+            on_file()
+        if made is not folder:
+            in_parallel(lambda part: publish(part, folder / part.name), measured.parts)
+            measured.parts = [folder / part.name for part in measured.parts]
+    return measured
 
 
 def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:
@@ -112,7 +172,7 @@ def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, mea
     for problem in parsed.problems:
         if problem.repaired:
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    found = _found(parsed, asker, stores)
+    found = _found(parsed, asker, stores, asker.sides())
     frames = [_measure_response(response, asker, found, stores.scores, measured) for response in parsed.responses]
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
@@ -136,9 +196,11 @@ def _measure_response(
     measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
     if response.model is not None:
         measured.models_p.add(response.model)
+    if response.model_version is not None:
+        measured.versions_p.add(response.model_version)
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
-    exact_kl = _exact_kl(response, asker, scores, measured) if asker.config.full_vocabulary else None
+    exact_kl = _exact_kl(response, asker, found, scores, measured) if asker.config.full_vocabulary else None
     drawn = asker.drawn(response)
     return measure_response(
         response,
@@ -151,11 +213,11 @@ def _measure_response(
     )
 
 
-def _found(parsed: ResponseFile, asker: Asker, stores: Stores) -> Answers:
-    """Q's answers to all contexts of a file, read once: scores, else this run's failures."""
+def _found(parsed: ResponseFile, asker: Asker, stores: Stores, sides: Sequence[Side]) -> Answers:
+    """The models' answers to all contexts of a file, read once: scores, else this run's failures."""
     if parsed.prompt is None:
         return {}
-    requests = [asker.request(response, "q") for response in parsed.responses]
+    requests = [asker.request(response, side) for response in parsed.responses for side in sides]
     keys = {key for request in requests if request is not None for key in request.keys}
     prompt_id = parsed.prompt.prompt_id
     return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
@@ -173,7 +235,9 @@ def _results(response: Response, asker: Asker, found: Answers) -> Results:
     return results
 
 
-def _exact_kl(response: Response, asker: Asker, scores: ScoreStore, measured: Measured) -> NDArray[np.float64]:
+def _exact_kl(
+    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+) -> NDArray[np.float64]:
     """Exact KL per position, shape (T,): NaN where a full vocabulary is missing or P is not the model on record."""
     values = np.full(len(response.positions), np.nan)
     request_p, request_q = asker.request(response, "p"), asker.request(response, "q")
@@ -182,7 +246,7 @@ def _exact_kl(response: Response, asker: Asker, scores: ScoreStore, measured: Me
         return values
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
     keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
-    if not _wrote_it(response, request_p, scores):
+    if not _wrote_it(response, request_p, found):
         measured.other_writers.append(f"{response.name}: {request_p.model} gives other values than those on record")
         return values
     both = [position for position in keys_q if position in keys_p]
@@ -198,9 +262,8 @@ def _exact_kl(response: Response, asker: Asker, scores: ScoreStore, measured: Me
     return values
 
 
-def _wrote_it(response: Response, request: ScoreRequest, scores: ScoreStore) -> bool:
+def _wrote_it(response: Response, request: ScoreRequest, found: Answers) -> bool:
     """Whether the model that the file names gives the log-probabilities on record."""
-    found = scores.load(response.prompt.prompt_id, request.keys)
     for position, key in zip(request.positions, request.keys, strict=True):
         score = found.get(key)
         if not isinstance(score, Score):

@@ -14,7 +14,7 @@ from backends.errors import ModelNotUsableError
 from backends.keys import context_keys
 from backends.score_store import ScoreStore
 from flows.config import RunConfig
-from flows.inputs import InputFile, read_input
+from flows.inputs import InputFile, read_ahead, read_input
 from kl.position_sampling import Drawn, draw
 from kl.records import Response
 from kl.responses import InputProblem, positions_inside_a_character
@@ -143,7 +143,7 @@ def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight
     seen: dict[str, set[int]] = {}
     by_job: dict[str, list[Ask]] = {}
     fresh: list[list[Ask]] = []
-    for file in files:
+    for file in read_ahead(files):
         parsed = read_input(file)
         plan.problems += parsed.problems
         plan.n_unreadable += len(parsed.unreadable)

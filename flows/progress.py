@@ -28,8 +28,8 @@ class ProgressReporter:
     """
 
     def __init__(self, what: str, total: int) -> None:
-        self._what = what
-        self._total = total
+        self.what = what
+        self.total = total
         self._done = 0
         self._lock = threading.Lock()
         self._last_line = time.monotonic()
@@ -38,14 +38,19 @@ class ProgressReporter:
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total)
+            self._task = self._bar.add_task(self.what, total=self.total)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._total:
-            logger.info("%s: %d of %d", self._what, self._done, self._total)
+        elif self.total:
+            logger.info("%s: %d of %d", self.what, self._done, self.total)
+
+    @property
+    def percent(self) -> float:
+        """How much is done, 0 to 100."""
+        return 100.0 * self._done / self.total if self.total else 100.0
 
     def advance(self, n: int) -> None:
         """``n`` more are done."""
@@ -55,7 +60,7 @@ class ProgressReporter:
                 self._bar.advance(self._task, n)
             elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
-                logger.info("%s: %d of %d", self._what, self._done, self._total)
+                logger.info("%s: %d of %d", self.what, self._done, self.total)
 
 
 def _bar() -> Progress:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from backends.errors import ConfigError
-from backends.raw_log import read_raw
+from backends.raw_log import holds_raw, read_raw
 from backends.score_store import ScoreStore
-from flows.inputs import InputFile, read_input
+from flows.inputs import InputFile, read_ahead, read_input
 from flows.plan import Asker
 from kl.records import Score, ScoreFailure
 
@@ -32,7 +32,7 @@ def check_raw(source: Path) -> Path:
         If it holds none.
     """
     folder = raw_folder(source)
-    if not any(folder.glob("*.jsonl.gz")):
+    if not holds_raw(folder):
         raise ConfigError(f"{source} holds no raw rows ({folder}/*.jsonl.gz); they are kept with keep_raw: true.")
     return folder
 
@@ -70,7 +70,7 @@ def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreSt
 
 
 def _wanted(files: list[InputFile], asker: Asker, store: ScoreStore) -> Iterator[tuple[str, tuple[str, str]]]:
-    for file in files:
+    for file in read_ahead(files):
         parsed = read_input(file)
         if parsed.prompt is None:
             continue

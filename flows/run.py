@@ -9,35 +9,51 @@ if __name__ == "__main__":
     raise SystemExit(main())
 
 import logging
-import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
-from prefect.states import Failed, State
+from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import SessionClosedError
+from backends.storage import remove_folder
+from flows.after_run import begin_watch, finish_run
+from flows.artifacts import progress_artifact, show_plan, show_report
+from flows.cluster_scoring import ClusterScoring, check_workers, joined_reports
 from flows.config import RunConfig, check_capabilities, resolve_backend
-from flows.dry_run import check_cost
+from flows.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.hooks import settle_jobs
 from flows.inputs import find_inputs
 from flows.interrupts import InterruptedRunError, stop_on_signal
-from flows.measuring import Measured, measure_files
+from flows.measuring import Measured
 from flows.output_folder import prepare_output
+from flows.partitions import measure_files
 from flows.plan import Asker, Group, Plan, make_plan, requests_of
 from flows.progress import ProgressReporter
-from flows.report import RunReport
+from flows.report import PendingReport, RunReport, note_written
 from flows.reuse import reuse_raw
-from flows.scoring import GroupOutcome, Stores, close_session, run_lock, score_and_store, session_for
+from flows.rolling import RunValues, folder_record, resolve_folders
+from flows.run_lock import FolderInUseError, run_lock
+from flows.run_logging import run_logging
+from flows.run_pulse import dismiss_orphans
+from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for, stop_session
+from flows.stages import pending_state, skipped_state
+from flows.task_runners import LazyCluster, cluster_of
 from flows.writing import write_results
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flows.run")  # a deployment loads this file as a script, under another name
 
 _PROBLEMS_SHOWN = 100
+_COUNTED = {"run": "contexts scored", "submit": "contexts in jobs", "collect": "contexts looked at"}
 
 
 def _group_name() -> str:
@@ -49,11 +65,12 @@ def _group_name() -> str:
 @task(cache_policy=NO_CACHE)
 def read(config: RunConfig) -> Plan:
     """Read all responses, find what is on disk already, and plan what is asked."""
-    shutil.rmtree(config.output_dir / ".parts", ignore_errors=True)  # of a run that did not end
+    remove_folder(config.output_dir / ".parts")  # of a run that did not end
     scores = Stores.of(config.output_dir).scores
     recovered = scores.recover()
     if recovered:
         logger.info("%d scores of a run that was stopped were taken in", recovered)
+    scores.prefetch()
     backend, options, _ = resolve_backend(config)
     asker = Asker(config, backend, options)
     files = find_inputs(config)
@@ -69,7 +86,7 @@ def score(group: Group, config: RunConfig, progress: ProgressReporter) -> GroupO
     session = session_for(config)
     try:
         asks = list(requests_of(group, Asker(config, backend, options)))
-        work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance)
+        work = score_and_store(session.backend, asks, Stores.of(config.output_dir), progress.advance, config.stage)
         return session.run(work)
     except (ConfigError, OSError) as error:
         # It holds for every group: no rights, no credentials, a full disk. The others must not go on buying.
@@ -89,47 +106,85 @@ def measure(plan: Plan, config: RunConfig) -> Measured:
 @task(cache_policy=NO_CACHE)
 def write(measured: Measured, config: RunConfig, record: dict[str, object]) -> RunReport:
     """Write the results: per file, per token, per response, and for the data set."""
-    return write_results(measured, config, record)
+    report = write_results(measured, config, record)
+    note_written(report)
+    logger.info("the results are in %s", config.output_dir)
+    return report
 
 
-@flow(name="kl-divergence")
-def kl_divergence(config: RunConfig) -> RunReport | State[RunReport]:
+@flow(name="kl-divergence", on_cancellation=[settle_jobs], on_crashed=[settle_jobs], on_failure=[settle_jobs])
+def kl_divergence(config: RunConfig) -> RunReport | State[RunReport] | State[PendingReport]:
     """KL(P‖Q) per token, response and data set, from P's responses on disk and a backend that asks Q.
 
     Ends as Failed, with one line, if nothing could be asked at all; positions that could not be measured are part of a
     result and counted in it.
     """
     try:
+        written, config = config, resolve_folders(config, RunValues.of_this_run())
+        if config.dry_run:
+            with run_logging():
+                return _dry_run(config)
         prepare_output(config.output_dir, inside="scores")
-        with run_lock(config.output_dir):
-            return _run(config)
+        with run_lock(config.output_dir, partial(stop_session, config)) as check_lock:
+            dismiss_orphans(config.output_dir)
+            with run_logging(), cluster_of(config.task_runner) as cluster:
+                return _run(config, written, check_lock, cluster)
     except (TokenKLError, OSError) as error:
+        if isinstance(error, FolderInUseError) and config.stage == "collect":
+            return skipped_state(error)
         return Failed(message=str(error), data=error)
 
 
-def _run(config: RunConfig) -> RunReport:
+def _dry_run(config: RunConfig) -> State[RunReport]:
+    plan = plan_without_calls(config)
+    rows = plan_rows(plan, config)
+    for label, text in rows:
+        logger.info("%s: %s", label, text)
+    show_plan(rows, config)
+    check_cost(plan, config.max_cost_usd)
+    return Completed(message="dry run: nothing was asked")
+
+
+def _run(
+    config: RunConfig, written: RunConfig, check_lock: Callable[[], None], cluster: LazyCluster | None
+) -> RunReport | State[RunReport] | State[PendingReport]:
     started = datetime.now(UTC)
     backend, options, notes = resolve_backend(config)
     check_capabilities(config, backend)
     for note in notes:
         logger.warning("%s", note)
+    watch = begin_watch(config, written)
     session = session_for(config)
     try:
         plan = read(config)
-        check_cost(plan, config.max_cost_usd)
-        buys = plan.n_to_ask > plan.n_in_flight
+        # A collect makes follow-up jobs at most, for what was within the limit when it was submitted.
+        if config.stage != "collect":
+            check_cost(plan, config.max_cost_usd)
+        if cluster is not None and plan.groups:
+            check_workers(config, cluster.get(), plan)
+        buys = plan.n_to_ask > plan.n_in_flight and config.stage != "collect"
         proven = session.run(session.backend.preflight(config.model2)) if buys and config.preflight else None
         _log_plan(plan)
         with stop_on_signal(session) as stopped:
-            outcomes = _score_all(plan, config)
+            outcomes, report = _score_all(plan, config, cluster, stopped)
             if stopped.is_set():
-                raise InterruptedRunError(session.interrupt() or "nothing goes on elsewhere.")
-        record = _record(plan, outcomes, started, proven) | {"backend_report": session.backend.report()}
+                raise InterruptedRunError(session.interrupt() or "nothing goes on elsewhere.", config)
+        record = _record(plan, outcomes, started, proven) | {"backend_report": report}
     finally:
         close_session(config)
+    check_lock()
     Stores.of(config.output_dir).scores.compact_all()
+    pending = pending_state(config, plan, outcomes, report)
+    if pending is not None:
+        remove_folder(config.output_dir / ".parts")
+        return pending
     record["spent"] = _spent(outcomes, backend, options)
-    return write(measure(plan, config), config, record)
+    record["folders"] = folder_record(written, config)
+    measured = measure(plan, config) if cluster is None else _measure_on(cluster, plan, config)
+    check_lock()
+    ending = finish_run(watch, write(measured, config, record))
+    show_report(ending.report, config, record["spent"])
+    return ending.outcome
 
 
 def _log_plan(plan: Plan) -> None:
@@ -145,11 +200,33 @@ def _log_plan(plan: Plan) -> None:
     )  # fmt: skip
 
 
-def _score_all(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
+def _score_all(
+    plan: Plan, config: RunConfig, cluster: LazyCluster | None, stopped: threading.Event
+) -> tuple[list[GroupOutcome], dict[str, Any]]:
+    """The outcome of each group that was asked, and what the backend says of its work."""
+    session = session_for(config)
+    if cluster is None or not plan.groups:
+        return _score_in_threads(plan, config), session.backend.report()
+    with ProgressReporter(_COUNTED[config.stage], plan.n_to_ask) as progress, progress_artifact(config, progress):
+        scoring = ClusterScoring(config, cluster.get(), session, stopped)
+        outcomes = scoring.run(plan, progress)
+    return outcomes, joined_reports([session.backend.report(), *scoring.reports])
+
+
+def _measure_on(cluster: LazyCluster, plan: Plan, config: RunConfig) -> Measured:
+    backend, options, _ = resolve_backend(config)
+    return measure_files(plan.files, Asker(config, backend, options), Stores.of(config.output_dir), cluster)
+
+
+def _score_in_threads(plan: Plan, config: RunConfig) -> list[GroupOutcome]:
     workers = min(len(plan.groups), session_for(config).backend.parallel_groups())
     if not workers:
         return []
-    with ProgressReporter("contexts scored", plan.n_to_ask) as progress, ThreadPoolTaskRunner(workers) as runner:
+    with (
+        ProgressReporter(_COUNTED[config.stage], plan.n_to_ask) as progress,
+        progress_artifact(config, progress),
+        ThreadPoolTaskRunner(workers) as runner,
+    ):
         futures = runner.map(score, {"group": plan.groups, "config": unmapped(config), "progress": unmapped(progress)})
         futures.wait()
         states = [future.state for future in futures]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import polars as pl
 
 from backends.errors import ConfigError
+from backends.storage import exists, is_remote, kept_copy, read_bytes
 from kl.intervals import Estimate
 from kl.response_table import RESPONSES
 from kl.schemas import TOKENS
@@ -25,7 +26,7 @@ _INFINITY = pl.lit(float("inf"))
 
 
 class FinishedRun(NamedTuple):
-    """Where a run is, its summary, and its token and response tables (lazy)."""
+    """Where a run is, its summary, and its token and response tables (lazy; of a remote run, read from copies)."""
 
     folder: Path
     summary: Summary
@@ -41,11 +42,11 @@ def load_run(folder: Path) -> FinishedRun:
     ConfigError
         If there is no finished run, or its files were written by another version or do not belong together.
     """
-    if not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the output folder of a run.")
-    if (folder / _UNFINISHED).exists():
+    if exists(folder / _UNFINISHED):
         raise ConfigError(f"the run in {folder} is not finished: wait for it to end, or run the same command again.")
-    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    missing = [name for name in _NEEDED if not _is_file(folder / name)]
     if missing:
         raise ConfigError(f"{folder} holds no finished run ({', '.join(missing)} not found); run flows.run to its end.")
     summary = _load_summary(folder / "summary.json")
@@ -60,9 +61,13 @@ def load_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, summary, tokens, responses)
 
 
+def _is_file(path: Path) -> bool:
+    return exists(path) if is_remote(path) else path.is_file()
+
+
 def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
     # A bracket or "=" in a folder's name is neither a pattern nor a partition.
-    frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+    frame = pl.scan_parquet(kept_copy(path), glob=False, hive_partitioning=False)
     try:
         found = frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -75,11 +80,12 @@ def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
 
 def _load_summary(path: Path) -> Summary:
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = json.loads(read_bytes(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Run the same command again.") from error
     if not isinstance(data, dict) or cast(dict[str, Any], data).get("format") != FORMAT:
         raise _other_version(path, f"its format is not {FORMAT}")
+    cast(dict[str, Any], data).pop("drift", None)  # what the run's alert decided; not a figure of these data alone
     try:
         return summary_from_json(cast(dict[str, Any], data))
     except (KeyError, TypeError, AttributeError) as error:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from flows.cli import (
     EXIT_COMPLETE,
+    EXIT_DRIFT,
     EXIT_ERROR,
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
+    EXIT_WAITING,
     exit_code_of,
     make_parser,
     parse_config,
@@ -21,7 +25,8 @@ from flows.dry_run import check_cost, plan_rows, plan_without_calls
 from flows.environment import prepare_environment
 from flows.inputs import find_inputs
 from flows.interrupts import InterruptedRunError
-from flows.report import RunReport
+from flows.report import PendingReport, RunReport, last_written
+from flows.rolling import RunValues, names_the_run, pinning_flags, resolve_folders
 from flows.terminal import console, print_lines, print_pairs
 
 _DESCRIPTION = (
@@ -29,6 +34,9 @@ _DESCRIPTION = (
     "log-probabilities; model Q (--model2) is asked, through a backend, what it would have said at every position. "
     "What was bought stays in OUTPUT_DIR/scores: run the same command again to go on after an interruption."
 )
+
+# How Prefect says that no server is there when a run begins.
+_NO_ANSWER = "Failed to reach API"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,31 +46,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions",))
+    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "alert"))
     config = parse_config(parser, RunConfig, arguments)
     backend, _, _ = resolve_backend(config)
     check_capabilities(config, backend)
-    find_inputs(config)
+    now = resolve_folders(config, RunValues.of_a_dry_run())
+    if not names_the_run(str(config.input_dir)):
+        find_inputs(now)
     if config.dry_run:
-        plan = plan_without_calls(config)
-        print_pairs(console(), plan_rows(plan, config))
+        plan = plan_without_calls(now)
+        print_pairs(console(), plan_rows(plan, now))
         check_cost(plan, config.max_cost_usd)
         return EXIT_COMPLETE
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
+    from httpx import HTTPError
+
     from flows.run import kl_divergence
 
-    state = kl_divergence(config, return_state=True)
+    try:
+        state = kl_divergence(config, return_state=True)
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
+            raise
+        _leave_without_server(error, now)
     stopped = state.result(raise_on_failure=False)
     if isinstance(stopped, InterruptedRunError):
-        command = shlex.join(["python", "-m", "flows.run", *arguments])
-        stored = f"every answer that arrived is in {config.output_dir / 'scores'}"
+        command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
+        stored = f"every answer that arrived is in {stopped.config.output_dir / 'scores'}"
         print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
+    if isinstance(stopped, PendingReport):
+        return _pending(stopped, config, arguments)
+    if isinstance(stopped, RunReport) and state.is_failed():
+        show(stopped)  # complete results; the state alone says that they are not as they should be
+        return EXIT_DRIFT
     result = result_of(state)
     if not isinstance(result, RunReport):
         return EXIT_ERROR
     show(result)
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
+
+
+def _leave_without_server(error: Exception, config: RunConfig) -> NoReturn:
+    """The Prefect server answers no more: say what is on disk all the same, and end."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value() or "of this run"
+    gone = f"the Prefect server {url} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+    report = last_written()
+    if report is None:
+        kept = f"What was bought before is in {config.output_dir / 'scores'}"
+        todo = "Start the server, or unset PREFECT_API_URL to have one for the run; then run the same command again."
+        print(f"error: {gone}. {kept}. {todo}", file=sys.stderr)  # noqa: T201
+        code = EXIT_ERROR
+    else:
+        show(report)
+        print(f"warning: {gone}; it shows this run as running. The results above are whole.", file=sys.stderr)  # noqa: T201
+        code = EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The usual end would offer every event of the run to the server again, for seconds each.
+    os._exit(code)
+
+
+def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str]) -> int:
+    """Say what is waited for, and what comes next."""
+    lines = report.lines
+    if report.name == "Submitted":
+        assert report.config is not None, "a run that submitted has one"
+        same = [*without_flag(arguments, "--stage"), *pinning_flags(config, report.config)]
+        command = ["python", "-m", "flows.run", *same, "--stage", "collect"]
+        lines = [*lines, f"Collect with: {shlex.join(command)}"]
+    print_lines(console(), lines)
+    if report.name == "Submitted":
+        return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
+    return EXIT_WAITING
+
+
+def without_flag(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments without one flag and its value."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == flag:
+            next(rest, None)
+        elif not argument.startswith(f"{flag}="):
+            kept.append(argument)
+    return kept
 
 
 def show(report: RunReport) -> None:

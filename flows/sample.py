@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import json
 import logging
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from prefect.states import Failed, State
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
+from backends.storage import as_location, files_in, local_copies
 from flows.config import SampleConfig, resolve_backend
-from flows.output_folder import prepare_output
+from flows.output_folder import prepare_output, write_json
 from flows.progress import ProgressReporter
+from flows.rolling import RunValues, fill
+from flows.run_logging import run_logging
 from kl.records import Prompt, Response, Turn
 from kl.response_writer import response_document
-from kl.results import write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +50,16 @@ def sample(config: SampleConfig) -> list[str]:
     prepare_output(config.output_dir)
     targets = [config.output_dir / f"{index:03d}_{_slug(text)}.json" for index, text in enumerate(config.prompts)]
     system = _system(config, options)
-    missing = [index for index, path in enumerate(targets) if not _is_done(path, config, system, index)]
+    there = set(files_in(config.output_dir, ".json"))
+    missing = [index for index, path in enumerate(targets) if path not in there]
+    _check_same(targets, there, config, system)
     if missing:
         with BackendSession(backend(options, state_dir=config.output_dir)) as session:
             session.run(session.backend.preflight(config.model1))
             with ProgressReporter("prompts sampled", len(missing)) as progress:
                 for index in missing:
                     document = session.run(_write_responses(session.backend, config, index))
-                    write_json_atomic(targets[index], document)
+                    write_json(targets[index], document)
                     progress.advance(1)
     return [str(path) for path in targets]
 
@@ -76,20 +81,22 @@ def _sampling(config: SampleConfig) -> dict[str, Any]:
     return config.sampling.model_dump() | {"top_k": 0}
 
 
-def _is_done(path: Path, config: SampleConfig, system: str | None, index: int) -> bool:
-    if not path.exists():
-        return False
-    try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-        there = (*(document.get(name) for name in _ASKED), len(document["responses"]))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is no file of responses ({error}). Choose another output_dir, or move it."
-        ) from error
-    asked = (config.prompts[index], system, config.model1, _sampling(config), config.num_responses)
-    if asked != there:
-        raise ConfigError(f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it.")
-    return True
+def _check_same(targets: Sequence[Path], there: Collection[Path], config: SampleConfig, system: str | None) -> None:
+    """Refuse files of other responses under the names of these."""
+    prompts = dict(zip(targets, config.prompts, strict=True))
+    for path, copy in local_copies([path for path in targets if path in there]):
+        try:
+            document: Any = json.loads(copy.read_text(encoding="utf-8"))
+            found = (*(document.get(name) for name in _ASKED), len(document["responses"]))
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is no file of responses ({error}). Choose another output_dir, or move it."
+            ) from error
+        asked = (prompts[path], system, config.model1, _sampling(config), config.num_responses)
+        if asked != found:
+            raise ConfigError(
+                f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it."
+            )
 
 
 def _slug(text: str) -> str:
@@ -100,6 +107,8 @@ def _slug(text: str) -> str:
 def sample_responses(config: SampleConfig) -> list[str] | State[list[str]]:
     """Write P's responses with their log-probabilities; returns the paths of the files."""
     try:
-        return sample(config)
+        folder = as_location(fill(str(config.output_dir), RunValues.of_this_run()))
+        with run_logging():
+            return sample(config.model_copy(update={"output_dir": folder}))
     except (TokenKLError, OSError) as error:
         return Failed(message=str(error), data=error)

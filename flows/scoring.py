@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from backends.base import Backend, ScoreRequest
-from backends.errors import BackendError, ConfigError
+from backends.errors import BackendError
 from backends.score_store import ScoreJournal, ScoreStore
 from backends.session import BackendSession
-from flows.config import RunConfig, resolve_backend
+from backends.storage import is_remote
+from flows.config import RunConfig, Stage, resolve_backend
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
+
+# For remote storage; each group of responses waits for its own.
+_writers = ThreadPoolExecutor(16, thread_name_prefix="score-writer")
 
 # How many answers wait in a journal before they become a part of the table, and how many bytes of full vocabularies.
 _PART_ROWS = 2000
@@ -52,6 +57,31 @@ class GroupOutcome:
     versions: tuple[str, ...]
     tokens: dict[str, tuple[int, int]]  # model → input and output tokens, as the service counted them
 
+    def __add__(self, other: GroupOutcome) -> GroupOutcome:
+        tokens = dict(self.tokens)
+        for model, (n_in, n_out) in other.tokens.items():
+            before = tokens.get(model, (0, 0))
+            tokens[model] = (before[0] + n_in, before[1] + n_out)
+        return GroupOutcome(
+            self.n_scored + other.n_scored,
+            dict(Counter(self.failures) + Counter(other.failures)),
+            tuple(sorted({*self.versions, *other.versions})),
+            tokens,
+        )
+
+
+def outcome_of_stored(results: Iterable[Score | ScoreFailure], models: Mapping[str, str]) -> GroupOutcome:
+    """The outcome that answers in the store had when they came; ``models`` says who was asked, by key."""
+    total = GroupOutcome(0, {}, (), {})
+    for result in results:
+        if isinstance(result, ScoreFailure):
+            total += GroupOutcome(0, {result.reason: 1}, (), {})
+            continue
+        versions = () if result.model_version is None else (result.model_version,)
+        tokens = (result.input_tokens or 0, result.output_tokens or 0)
+        total += GroupOutcome(1, {}, versions, {models[result.key]: tokens})
+    return total
+
 
 @dataclass(slots=True)
 class _Arrivals:
@@ -76,8 +106,8 @@ class _Arrivals:
             raise BackendError(f"the backend answered {result.key}, which was not asked or was answered before.")
         self.open_keys.discard(result.key)
         prompt_id, model = self.where[result.key]
+        self.waiting.append(result)  # first: what the journal refuses may still become a part
         self.journal.add(prompt_id, model, result)
-        self.waiting.append(result)
         if isinstance(result, ScoreFailure):
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
             return
@@ -110,6 +140,7 @@ async def score_and_store(
     asks: Sequence[tuple[str, ScoreRequest]],
     stores: Stores,
     on_results: Callable[[int], None],
+    stage: Stage = "run",
 ) -> GroupOutcome:
     """Ask a backend for contexts and put each answer on disk the moment it arrives.
 
@@ -118,16 +149,20 @@ async def score_and_store(
     asks : sequence of (prompt id, ScoreRequest)
     on_results : callable
         Told how many further contexts are settled.
+    stage : {"run", "submit", "collect"}
+        Whether jobs are waited for, made only, or looked at once.
     """
     where = {key: (prompt_id, request.model) for prompt_id, request in asks for key in request.keys}
     arrivals = _Arrivals(stores, where, stores.scores.journal(uuid.uuid4().hex))
     try:
-        async with _closing(backend.score([request for _, request in asks])) as results:
+        ask = {"run": backend.score, "submit": backend.submit, "collect": backend.collect}[stage]
+        async with _closing(ask([request for _, request in asks])) as results:
             async for result in results:
                 arrivals.add(result)
                 on_results(1)
                 if arrivals.full:
-                    arrivals.write()  # not in a thread: a cancel must not overtake it
+                    await _write(arrivals)
+        await _write(arrivals)
     except BackendError as error:
         logger.warning("%s", error)
         _fail_rest(arrivals, _reason(error), str(error), on_results)
@@ -140,6 +175,19 @@ async def score_and_store(
         arrivals.write()
     versions = tuple(sorted(arrivals.versions))
     return GroupOutcome(arrivals.n_scored, arrivals.failures, versions, arrivals.tokens)
+
+
+async def _write(arrivals: _Arrivals) -> None:
+    """Write a part to its end, whatever is cancelled meanwhile; the loop does not wait for remote storage."""
+    if not is_remote(arrivals.stores.scores.root):
+        arrivals.write()  # quicker than a thread
+        return
+    work = _writers.submit(arrivals.write)
+    try:
+        await asyncio.shield(asyncio.wrap_future(work))
+    except asyncio.CancelledError:
+        work.result()  # a cancel must not overtake it
+        raise
 
 
 @asynccontextmanager
@@ -179,10 +227,21 @@ def session_for(config: RunConfig) -> BackendSession:
     name = _session_name(config)
     with _sessions_lock:
         if name not in _sessions:
+            # Imported late: a program prepares Prefect's settings before anything loads it.
+            from prefect.runtime import flow_run
+
             backend, options, _ = resolve_backend(config)
-            session = BackendSession(backend(options, state_dir=config.output_dir / "scores"))
-            _sessions[name] = session.__enter__()
+            built = backend(options, state_dir=config.output_dir / "scores")
+            built.run_id = flow_run.id
+            _sessions[name] = BackendSession(built).__enter__()
         return _sessions[name]
+
+
+def stop_session(config: RunConfig) -> None:
+    """Cancel all that the run's backend does, and refuse more; callable from any thread."""
+    session = _sessions.get(_session_name(config))
+    if session is not None:
+        session.cancel()
 
 
 def close_session(config: RunConfig) -> None:
@@ -191,27 +250,6 @@ def close_session(config: RunConfig) -> None:
         session = _sessions.pop(_session_name(config), None)
     if session is not None:
         session.__exit__(None, None, None)
-
-
-@contextmanager
-def run_lock(output_dir: Path) -> Generator[None]:
-    """Only one run at a time may use an output directory: two would buy the same contexts.
-
-    Raises
-    ------
-    ConfigError
-        If another run holds it.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"another run is using {output_dir}; wait for it, or choose another --output-dir.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _session_name(config: RunConfig) -> str:

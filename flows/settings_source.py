@@ -10,6 +10,9 @@ import yaml
 
 from backends.errors import ConfigError
 
+# A mapping of settings that may be written as one of them alone: ``backend: local``.
+SHORT_FORMS = {"backend": "name", "task_runner": "kind"}
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key written twice is an error instead of the last one winning."""
@@ -44,8 +47,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"the configuration file {path} must be a mapping of settings, such as 'model2: NAME'.")
-    if isinstance(values.get("backend"), str):
-        values["backend"] = {"name": values["backend"]}
+    for setting, name in SHORT_FORMS.items():
+        if isinstance(values.get(setting), str):
+            values[setting] = {name: values[setting]}
     return values
 
 
@@ -71,8 +75,8 @@ def parse_set(pair: str) -> dict[str, Any]:
     if not equals or not all(names):
         raise ConfigError(f"--set {pair!r} is not KEY=VALUE; write for example --set backend.poll_interval_s=30.")
     value: Any = _set_value(text)
-    if names == ["backend"] and isinstance(value, str):
-        names = ["backend", "name"]
+    if len(names) == 1 and names[0] in SHORT_FORMS and isinstance(value, str):
+        names.append(SHORT_FORMS[names[0]])
     for name in reversed(names):
         value = {name: value}
     return value

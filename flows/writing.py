@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from backends.storage import download, in_parallel, is_remote, remove_folder, scratch_folder
 from flows.config import RunConfig
-from flows.inputs import InputFile, file_defect, read_input
+from flows.inputs import InputFile, file_defect, read_ahead, read_input
 from flows.measuring import Measured
+from flows.output_folder import made_locally, publish_from
 from flows.report import RunReport
 from kl.headline import headline
 from kl.response_table import ResponseInfo, summarise_responses
@@ -35,18 +38,36 @@ _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "
 
 
 def write_results(measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> RunReport:
-    """Write every file of the output contract; the parts that they were made from are removed."""
+    """Write every file of the output contract; the parts that they were made from are removed.
+
+    Where the output folder is remote, the files are made on the local disk, which must have room for the token table
+    twice; memory does not grow with it.
+    """
     output = config.output_dir
-    write_tokens(measured.parts, output / "tokens.parquet")
-    # A bracket or "=" in a folder's name is neither a pattern nor a partition.
-    tokens = pl.scan_parquet(output / "tokens.parquet", glob=False, hive_partitioning=False)
-    write_responses(summarise_responses(tokens, measured.responses), output / "responses.parquet")
-    summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
-    write_summary(summary, output / "summary.json")
-    _write_per_file(measured, config)
-    write_run_info(_run_info(measured, config, record), output / "run.json")
-    shutil.rmtree(output / ".parts", ignore_errors=True)
+    with made_locally(output) as folder, _on_disk(measured.parts) as parts:
+        write_tokens(parts, folder / "tokens.parquet")
+        # A bracket or "=" in a folder's name is neither a pattern nor a partition.
+        tokens = pl.scan_parquet(folder / "tokens.parquet", glob=False, hive_partitioning=False)
+        write_responses(summarise_responses(tokens, measured.responses), folder / "responses.parquet")
+        summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
+        write_summary(summary, folder / "summary.json")
+        publish_from(folder, output, ("tokens.parquet", "responses.parquet", "summary.json"))
+        publish_from(folder, output, _per_file(measured, parts, folder, config))
+        write_run_info(_run_info(measured, config, record), folder / "run.json")
+        publish_from(folder, output, ("run.json",))
+    remove_folder(output / ".parts")
     return _report(summary, measured, config, record)
+
+
+@contextmanager
+def _on_disk(parts: Sequence[Path]) -> Generator[list[Path]]:
+    """The parts of the token table as local files of the same names."""
+    if not any(is_remote(part) for part in parts):
+        yield list(parts)
+        return
+    with scratch_folder() as scratch:
+        in_parallel(lambda part: download(part, scratch / part.name), parts)
+        yield [scratch / part.name for part in parts]
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:
@@ -73,27 +94,30 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
     )
 
 
-def _write_per_file(measured: Measured, config: RunConfig) -> None:
+def _per_file(measured: Measured, parts: Sequence[Path], folder: Path, config: RunConfig) -> Iterator[str]:
+    """Write a result file per input file; gives the name of each, below the folder, when it is finished."""
     targets = result_paths(file.source_file for file in measured.files)
-    parts = {part.name: part for part in measured.parts}
-    for index, file in enumerate(measured.files):
-        part = parts.get(f"{index:08d}.parquet")
+    by_name = {part.name: part for part in parts}
+    for index, file in enumerate(read_ahead(measured.files)):
+        part = by_name.get(f"{index:08d}.parquet")
         tokens = (
             pl.read_parquet(part, glob=False, hive_partitioning=False)
             if part is not None
             else pl.DataFrame(schema=TOKENS)
         )
-        _write_file(file, tokens, config, targets[file.source_file])
+        target = targets[file.source_file]
+        _write_file(file, tokens, config, folder / target)
+        yield target
 
 
-def _write_file(file: InputFile, tokens: pl.DataFrame, config: RunConfig, target: str) -> None:
+def _write_file(file: InputFile, tokens: pl.DataFrame, config: RunConfig, target: Path) -> None:
     parsed = read_input(file)
     texts = [ResponseText(response.response_idx, response.text) for response in parsed.responses]
     texts += [ResponseText(item.response_idx, item.text, item.kind, item.message) for item in parsed.unreadable]
     models = {response.model for response in parsed.responses if response.model is not None}
     defect = file_defect(parsed)
     write_kl_json(
-        config.output_dir / target,
+        target,
         prompt=parsed.prompt,
         model_p=parsed.model or (models.pop() if len(models) == 1 else None),
         model_q=config.model2,
@@ -109,6 +133,7 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in _PACKAGES},
         "model1": sorted(measured.models_p),
+        "model1_versions": sorted(measured.versions_p),
         "model2": config.model2,
         "model2_versions": sorted(measured.versions_q),
         "other_writers": measured.other_writers,

@@ -2,7 +2,7 @@
 
 ==========  ===========================================================================================================
 exact       full vocabularies on both sides
-censored    shape of the hidden part from a censored normal model of log p/q (default); nearly unbiased from k = 5 on
+censored    shape of the hidden part from a censored normal model of log p/q (default); nearly unbiased at k = 20
 floor       both lists renormalised, missing tokens at the smallest listed probability; biased, mostly low
 lower       tight lower bound: certified, biased low
 bucket      shared tokens plus one cell: certified, biased lower still
@@ -74,20 +74,21 @@ def _imputed(known: FloatArray, log_ratio: FloatArray, cap: FloatArray, rest: Fl
 def _model_estimate(cell: Cells, model: tobit.LogRatioModel) -> Estimate:
     completion = _completion(cell, model)
     x, y, out_p, out_q = completion
-    tail_p = np.maximum(out_p - cell.slack, 0.0) * model.variance / 2.0
-    tail_q = np.maximum(out_q - cell.slack, 0.0) * model.variance / 2.0
+    log_cap_p, log_cap_q = np.log(cell.cap_p), np.log(cell.cap_q)
+    shape_p = tobit.tail_shape(model.variance, model.mean_p, log_cap_p, log_cap_q)
+    shape_q = tobit.tail_shape(model.variance, -model.mean_q, log_cap_q, log_cap_p)
+    tail_p, tail_q = np.maximum(out_p - cell.slack, 0.0) * shape_p, np.maximum(out_q - cell.slack, 0.0) * shape_q
     kl = cell.head + rel_entr(cell.a, y).sum(axis=1) + rel_entr(x, cell.b).sum(axis=1) + rel_entr(out_p, out_q)
     reverse = cell.reverse_head + rel_entr(y, cell.a).sum(axis=1) + rel_entr(cell.b, x).sum(axis=1)
-    js = listed_js(cell, completion) + _outside_js(out_p, out_q, model.variance)
+    js = listed_js(cell, completion) + _outside_js(out_p, out_q, 2.0 * shape_p, 2.0 * shape_q)
     return Estimate(kl + tail_p, reverse + rel_entr(out_q, out_p) + tail_q, js)
 
 
-def _outside_js(out_p: FloatArray, out_q: FloatArray, variance: FloatArray) -> FloatArray:
+def _outside_js(out_p: FloatArray, out_q: FloatArray, variance_p: FloatArray, variance_q: FloatArray) -> FloatArray:
     """Jensen-Shannon part of the outside, log p/q there normal around ``log X/Y``: +v/2 under P, -v/2 under Q."""
     centre = np.log(out_p) - np.log(out_q)
-    noise = np.sqrt(variance)[:, None] * _NODES
-    under_p = (centre + variance / 2)[:, None] + noise
-    under_q = (centre - variance / 2)[:, None] - noise
+    under_p = (centre + variance_p / 2)[:, None] + np.sqrt(variance_p)[:, None] * _NODES
+    under_q = (centre - variance_q / 2)[:, None] - np.sqrt(variance_q)[:, None] * _NODES
     part_p = np.log(2.0) - np.logaddexp(0.0, -under_p) @ _WEIGHTS
     part_q = np.log(2.0) - np.logaddexp(0.0, under_q) @ _WEIGHTS
     return 0.5 * (out_p * part_p + out_q * part_q)

@@ -82,7 +82,7 @@ class Response:
     """One response of P with its log-probabilities.
 
     ``source_file`` is the path below the input directory; ``response_idx`` counts from 0 as in the file.
-    The texts of the sampled tokens, joined, are ``text``.
+    The texts of the sampled tokens, joined, are ``text``. ``model_version`` is what the service called the model.
     """
 
     source_file: str
@@ -93,6 +93,7 @@ class Response:
     positions: tuple[Position, ...]
     finish_reason: str | None = None
     sampling: Sampling = Sampling()
+    model_version: str | None = None
 
     @property
     def name(self) -> str:

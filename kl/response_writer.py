@@ -33,8 +33,10 @@ def response_document(
 
 def _response(response: Response) -> dict[str, Any]:
     split = any(_is_split(position.sampled) for position in response.positions)
+    version = {} if response.model_version is None else {"model_version": response.model_version}
     return {
         "model": response.model,
+        **version,
         "text": response.text,
         "finish_reason": response.finish_reason,
         "logprobs": {"content": [_position(position, split) for position in response.positions]},

@@ -23,6 +23,7 @@ __all__ = [
     "InputProblem",
     "ResponseFile",
     "UnreadableResponse",
+    "check_pattern",
     "list_files",
     "parse_responses",
     "positions_inside_a_character",
@@ -67,6 +68,7 @@ class _FileFacts(NamedTuple):
     source_file: str
     prompt: Prompt
     model: str | None
+    model_version: str | None
     sampling: Sampling
 
 
@@ -82,10 +84,7 @@ def list_files(input_dir: Path, pattern: str, max_files: int | None) -> list[Pat
     """
     if not input_dir.is_dir():
         raise NotADirectoryError(f"the input directory {str(input_dir)!r} does not exist or is no directory.")
-    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ValueError(
-            f"pattern {pattern!r} must be relative to the input directory, such as '*.json' or '**/*.json'."
-        )
+    check_pattern(pattern)
     if max_files is not None and max_files < 0:
         raise ValueError(f"max_files={max_files} must be at least 0.")
     try:
@@ -93,6 +92,20 @@ def list_files(input_dir: Path, pattern: str, max_files: int | None) -> list[Pat
     except ValueError as error:
         raise ValueError(f"pattern {pattern!r} cannot be used: {error}. Try '*.json' or '**/*.json'.") from error
     return sorted(found, key=lambda path: path.relative_to(input_dir).as_posix())[:max_files]
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a pattern of files that leads out of the input directory.
+
+    Raises
+    ------
+    ValueError
+        With the pattern.
+    """
+    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise ValueError(
+            f"pattern {pattern!r} must be relative to the input directory, such as '*.json' or '**/*.json'."
+        )
 
 
 def _is_file(path: Path) -> bool:
@@ -127,10 +140,11 @@ def parse_responses(data: bytes, source_file: str) -> ResponseFile:
     prompt = read_prompt(document, notes)
     items = _read_list(document, notes)
     model = _read_name(document, "model", None, notes)
+    version = _read_name(document, "model_version", None, notes)
     sampling = read_sampling(document, Sampling(), notes)
     if prompt is None or notes.first_defect:
         return _nothing(notes, prompt, model, items)
-    facts = _FileFacts(source_file, prompt, model, sampling)
+    facts = _FileFacts(source_file, prompt, model, version, sampling)
     responses: list[Response] = []
     unreadable: list[UnreadableResponse] = []
     problems = [*notes.problems()]
@@ -217,6 +231,7 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
         return None
     model = _read_name(raw, "model", facts.model, notes)
     finish_reason = _read_name(raw, "finish_reason", None, notes)
+    version = _read_name(raw, "model_version", facts.model_version, notes)
     sampling = read_sampling(raw, facts.sampling, notes)
     text = _read_text(raw, notes)
     content = None if text is None else _read_content(raw, text, notes)
@@ -229,7 +244,8 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     kept = tuple(_with_token(position, token) for position, token in zip(positions[: len(tokens)], tokens, strict=True))
     index = notes.response_idx
     assert index is not None, "the notes of a response carry its index"
-    return Response(facts.source_file, index, facts.prompt, model, "".join(tokens), kept, finish_reason, sampling)
+    place, whole = (facts.source_file, index), "".join(tokens)
+    return Response(*place, facts.prompt, model, whole, kept, finish_reason, sampling, version)
 
 
 def _with_token(position: Position, token: str) -> Position:

@@ -12,7 +12,16 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest, WorkEstimate
+from backends.base import (
+    NOT_SUBMITTED,
+    WAITING,
+    Backend,
+    BackendOptions,
+    Capabilities,
+    SampleSettings,
+    ScoreRequest,
+    WorkEstimate,
+)
 from backends.errors import ModelNotUsableError
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
 
@@ -29,7 +38,13 @@ class Toy(Backend):
 
     Options: ClassVar[type[BackendOptions]] = ToyOptions
     capabilities = Capabilities(
-        len(CHARACTERS), full_vocabulary=True, samples=True, one_pass=True, token_ids=True, remote=False
+        len(CHARACTERS),
+        full_vocabulary=True,
+        samples=True,
+        one_pass=True,
+        token_ids=True,
+        remote=False,
+        deferred=True,
     )
 
     @classmethod
@@ -48,6 +63,26 @@ class Toy(Backend):
                 await asyncio.sleep(0)
                 for result in self.results(request, position, key, prefix):
                     yield result
+
+    async def submit(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        for key in [key for request in requests for key in request.keys]:
+            self.job(key).touch()
+            yield ScoreFailure(key, WAITING, "a job has it.")
+
+    async def collect(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        answers = {answer.key: answer async for answer in self.score(requests)}
+        for key, answer in answers.items():
+            if not self.job(key).exists():
+                yield ScoreFailure(key, NOT_SUBMITTED, "no job has it.")
+            elif not self.job(key).read_text():
+                self.job(key).write_text("looked at")
+                yield ScoreFailure(key, WAITING, "its job still runs.")
+            else:
+                yield answer
+
+    def job(self, key: str) -> Path:
+        assert self.state_dir is not None, "jobs need a folder"
+        return self.state_dir / key
 
     def results(self, request: ScoreRequest, position: int, key: str, prefix: str) -> Iterator[Any]:
         logprobs = self.logprobs(self.context(request, position, prefix))
@@ -407,6 +442,28 @@ class SamplesOne(Toy):
             yield replace(response, text=response.text + "!")
 
 
+class SubmitsNothing(Toy):
+    def job(self, key: str) -> Path:
+        return super().job(f"{key}-{id(self)}")
+
+
+class CollectsUnasked(Toy):
+    async def collect(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        async for result in self.score(requests):
+            yield result
+
+
+class LosesOne(Toy):
+    async def submit(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        results = [result async for result in super().submit(requests)]
+        for result in results[1:]:
+            yield result
+
+
+class DefersUnclaimed(Toy):
+    capabilities = Toy.capabilities._replace(deferred=False)
+
+
 def half_of_the_vocabulary(score: Score, request: ScoreRequest) -> list[Score]:
     full = score.full_logprobs
     return [replace(score, full_logprobs=None if full is None else full[::2])]
@@ -439,6 +496,7 @@ READ, FULL = "the whole context is read", "a full vocabulary is whole and agrees
 BUILT, ESTIMATE = "a backend can be built without being entered", "an estimate needs no call"
 REFUSES, CANCELLED = "preflight refuses an unknown model", "a cancelled call ends and can be taken up again"
 CLOSED = "closing the results early leaves the backend usable"
+DEFERRED = "what is submitted is collected later"
 
 BREACHES = [
     Breach("options that can be set", OPTIONS, NotFrozen, "could be set"),
@@ -447,6 +505,10 @@ BREACHES = [
     Breach("no capabilities", CAPABLE, NoCapabilities, "set it to a backends.base.Capabilities"),
     Breach("lists of length 0", CAPABLE, NoListAtAll, "max_top_logprobs is 0"),
     Breach("sample() that is not claimed", CAPABLE, SamplesUnclaimed, "samples is False, but"),
+    Breach("jobs that are not claimed", CAPABLE, DefersUnclaimed, "deferred is False, but"),
+    Breach("a submission that is forgotten", DEFERRED, SubmitsNothing, "no job has it."),
+    Breach("a collect that asks", DEFERRED, CollectsUnasked, "a score for a key where 'not-submitted' is due"),
+    Breach("a submitted key that is lost", DEFERRED, LosesOne, "results for"),
     Breach("nothing written", CAPABLE, Unwritten, "preflight, score"),
     Breach("identity of tuples", IDENTITY, IdentityOfTuples, "lists for tuples"),
     Breach("identity of objects", IDENTITY, IdentityOfObjects, "is not JSON"),

@@ -55,6 +55,7 @@ def test_a_backend_that_can_do_everything_passes(check: Check) -> None:
         ({"full_vocabulary": False}, {"a full vocabulary is whole and agrees with the list"}),
         ({"token_ids": False}, {"token ids of another model are not fed"}),
         ({"samples": False}, {"samples are what score would say"}),
+        ({"deferred": False}, {"what is submitted is collected later"}),
     ],
     ids=str,
 )

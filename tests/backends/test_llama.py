@@ -188,24 +188,38 @@ def test_weights_that_are_not_finite_raise_instead_of_giving_numbers(tmp_path: P
 
 
 def test_rounding_is_to_the_nearest_of_the_groups_own_levels() -> None:
-    # Largest magnitude 7 and 4 bits: 2**3 - 1 = 7 levels on each side, so the scale is 1 and integers are kept.
-    values = np.zeros(2 * GROUP, np.float32)
-    values[:5] = [7.0, -7.0, 1.4, -1.6, 0.4]
+    # Largest magnitude 8 and 4 bits: the scale is 1 or -1, the levels are -8 .. 7 or -7 .. 8.
+    values = np.zeros(3 * GROUP, np.float32)
+    values[:6] = [-8.0, 8.0, 1.4, -1.6, 0.4, 2.5]
+    values[GROUP : GROUP + 5] = [8.0, -7.6, 6.6, -1.6, 2.5]
     round_in_groups(values, 4)
-    assert values[:5].tolist() == [7.0, -7.0, 1.0, -2.0, 0.0]
-    assert not values[5:].any()
+    assert values[:6].tolist() == [-8.0, 7.0, 1.0, -2.0, 0.0, 3.0]
+    assert values[GROUP : GROUP + 5].tolist() == [8.0, -7.0, 7.0, -2.0, 2.0]
+    assert not values[2 * GROUP :].any()
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(8, 255), (4, 15), (3, 7)])
-def test_rounding_leaves_that_many_levels_and_at_most_half_a_step_of_error(bits: int, levels: int) -> None:
-    exact = np.random.default_rng(1).standard_normal(GROUP * 5000).astype(np.float32)
+@pytest.mark.parametrize("bits", [4, 3])
+def test_rounding_uses_every_level_and_is_off_by_half_a_step_unless_cut(bits: int) -> None:
+    exact = np.random.default_rng(1).standard_normal((5000, GROUP)).astype(np.float32)
     rounded = exact.copy()
-    round_in_groups(rounded, bits)
-    scale = np.abs(exact.reshape(-1, GROUP)).max(axis=1, keepdims=True) / ((levels - 1) / 2)
-    steps = rounded.reshape(-1, GROUP) / scale
+    round_in_groups(rounded.reshape(-1), bits)
+    largest = np.take_along_axis(exact, np.abs(exact).argmax(axis=1)[:, None], axis=1)
+    steps, given = (values / (largest / -(2 ** (bits - 1))) for values in (rounded, exact))
     assert np.abs(steps - np.rint(steps)).max() < 1e-4
-    assert len(np.unique(np.rint(steps))) == levels
-    assert (np.abs(exact - rounded).reshape(-1, GROUP) <= scale * 0.5001).all()
+    assert np.unique(np.rint(steps)).tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+    assert (np.abs(steps - np.minimum(given, 2 ** (bits - 1) - 1)) <= 0.5001).all()
+    assert (given > 2 ** (bits - 1) - 0.5).any(), "some are cut"
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)])
+def test_rounded_weights_are_those_of_a_file_of_that_type(bits: int, kind: gguf.GGMLQuantizationType) -> None:
+    exact = np.random.default_rng(2).standard_normal((9000, GROUP)).astype(np.float32)
+    exact[7] = 0
+    stored = gguf.quants.dequantize(gguf.quants.quantize(exact, kind), kind)
+    rounded = exact.copy()
+    round_in_groups(rounded.reshape(-1), bits)
+    # The same levels; the file's scales are float16, which are off by up to 2**-11 of them.
+    assert (np.abs(rounded - stored) <= np.abs(rounded) * 2.0**-10).all()
 
 
 def test_norms_and_biases_are_not_rounded(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_p_against_itself_is_exactly_zero(responses: list[Response], p_scores: l
         assert position.sampled.logprob == float(score.full_logprobs[position.sampled.token_id])
 
 
-@pytest.mark.parametrize(("rounding", "low", "high"), [("int8", 1e-5, 0.01), ("int4", 0.1, 1.5)])
+@pytest.mark.parametrize(("rounding", "low", "high"), [("int8", 1e-5, 0.01), ("int4", 0.1, 1.0), ("int3", 1.0, 4.0)])
 def test_rounded_weights_differ_by_as_much_as_they_are_rounded(
     responses: list[Response], rounding: str, low: float, high: float
 ) -> None:
@@ -466,8 +466,17 @@ def test_preflight_returns_file_rounding_and_content_hash(tmp_path: Path, monkey
     tiny.write(tmp_path / "m.gguf", tiny.random_weights(), tiny.metadata())
     monkeypatch.chdir(tmp_path)
     relative = asyncio.run(backend().preflight("m.gguf@int4"))
-    assert relative.startswith("m.gguf@int4 (sha256 ")
+    assert relative.startswith("m.gguf@int4-q4_0 (sha256 ")
     assert asyncio.run(backend().preflight(f"{tmp_path}/m.gguf@int4")) == relative
+
+
+def test_a_rounding_has_another_identity_than_its_former_rule(responses: list[Response]) -> None:
+    found = {
+        name: LocalBackend.identity(LocalBackend.Options(), request(responses[0], name))["rounding"]
+        for name in (MODEL, f"{MODEL}@int8", f"{MODEL}@int4", f"{MODEL}@int3")
+    }
+    # Without rounding and with 8 bits the weights are as ever, so that their stored scores stay good.
+    assert list(found.values()) == [None, "int8", "int4-q4_0", "int3-q4_0"]
 
 
 def test_identity_changes_with_everything_that_changes_the_answer(tmp_path: Path, responses: list[Response]) -> None:

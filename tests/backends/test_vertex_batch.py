@@ -359,7 +359,7 @@ def test_an_input_file_that_a_killed_run_left_in_another_order_is_no_obstacle(
     async def upload_only() -> None:
         async with backend:
             await backend._bucket.ensure()
-            entry, _ = await backend._jobs_for(BatchWork(rows, None))
+            entry, _ = await backend._rounds._jobs_for(BatchWork(rows, None))
             await backend._bucket.upload_once(entry.input_path, rows)
 
     asyncio.run(upload_only())

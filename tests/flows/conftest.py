@@ -8,10 +8,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.flows.process_worker import ProcessWorker, kill_group, started_worker
 
 ROOT = Path(__file__).parent.parent.parent
 SERVER_START_S = 120
@@ -31,22 +34,39 @@ def clean_environment(home: Path, **extra: str) -> dict[str, str]:
     return kept | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
 
 
+@dataclass(frozen=True)
+class Server:
+    """A Prefect server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def started_server(home: Path, port: int) -> Iterator[Server]:
+    """A Prefect server with its database in ``home``; one that was killed meanwhile is no mistake."""
+    home.mkdir(parents=True, exist_ok=True)
+    log = (home / "server.log").open("ab")
+    environment = clean_environment(home, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}/api", process, home / "server.log")
+        yield Server(f"http://127.0.0.1:{port}/api", process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            kill_group(process)
+        log.close()
+
+
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prefect server with a database of its own."""
-    home = tmp_path_factory.mktemp("prefect")
-    port = free_port()
-    log = (home / "server.log").open("wb")
-    environment = clean_environment(home, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
-    try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}/api", server, home / "server.log")
-        yield f"http://127.0.0.1:{port}/api"
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
+    with started_server(tmp_path_factory.mktemp("prefect"), free_port()) as server:
+        yield server.url
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -85,3 +105,11 @@ def run_program(prefect_api: str, tmp_path: Path) -> Run:
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def process_worker(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessWorker]:
+    """A process worker for the whole session; each deployment brings the environment of its runs."""
+    home = tmp_path_factory.mktemp("worker")
+    with started_worker(prefect_api, clean_environment(home / "home"), home) as worker:
+        yield worker

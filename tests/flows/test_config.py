@@ -200,9 +200,15 @@ def test_an_empty_path_is_not_the_current_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["input_dir", "output_dir", "reuse_raw"])
-def test_an_address_is_not_taken_for_a_folder_of_that_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: .*this machine's disks only.*got 'gs://bucket/x'"):
-        config_of(*BASE, "--set", f"{name}=gs://bucket/x")
+def test_a_folder_may_be_in_a_bucket(name: str) -> None:
+    config = config_of(*BASE, "--set", f"{name}=gs://bucket/x/")
+    assert str(getattr(config, name)) == "gs://bucket/x"
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_one_place_in_a_bucket_is_not_input_and_output(yaml_file) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir is the input_dir \(gs://bucket/x\)"):
+        config_of(*BASE, "--set", "input_dir=gs://bucket/x", "--set", "output_dir=gcs://bucket/x/")
 
 
 def test_a_home_folder_in_a_file_is_the_users(yaml_file, monkeypatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from kl.input_problems import KEPT_PER_KIND, WHAT_TO_DO
 from kl.records import Candidate, Prompt, Response, Sampling, Turn
+from kl.response_writer import response_document
 from kl.responses import ResponseFile, parse_responses, positions_inside_a_character
 
 SECRET = "the secret of the prompt"
@@ -360,6 +361,16 @@ def test_response_model_overrides_that_of_the_file() -> None:
     document = good_document()
     set_response(model="tuned")(document)
     assert [r.model for r in read(document).responses] == ["tuned", "p-model"]
+
+
+def test_the_version_of_the_model_is_read_and_written() -> None:
+    document = good_document() | {"model_version": "p-001"}
+    set_response(model_version="p-002")(document)
+    responses = read(document).responses
+    assert [r.model_version for r in responses] == ["p-002", "p-001"]
+    written = response_document(responses[0].prompt, "p-model", {}, responses)
+    assert [r["model_version"] for r in written["responses"]] == ["p-002", "p-001"]
+    assert [r.model_version for r in read(good_document()).responses] == [None, None]
 
 
 def test_many_problems_of_one_kind_are_told_few_times_and_counted_all() -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-HttpFault = Literal["429", "429+retry-after", "500", "503", "reset", "slow", "lost", "lost-503"]
+HttpFault = Literal["403", "429", "429+retry-after", "500", "503", "reset", "slow", "lost", "lost-503"]
 """One fault of an HTTP call.
 
 ``reset`` closes the connection before anything is done; ``lost`` does what was asked and then closes it, and

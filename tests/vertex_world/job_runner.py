@@ -95,7 +95,7 @@ class JobRunner:
         with self.lock:
             if job.state == "JOB_STATE_QUEUED":
                 job.state, job.update_time = "JOB_STATE_PENDING", now()
-        job.cancelled.wait(0 if self._stopping.is_set() else self.job_seconds / 4)
+        self._pause(job, time.monotonic(), 0.25)
         if job.outcome == "NEVER_STARTS" and not job.cancelled.is_set():
             self._park(job, "JOB_STATE_PENDING", spool)
             return
@@ -165,9 +165,15 @@ class JobRunner:
                 job.rows_finished += row.line is not None
                 job.rows_failed += row.failed
                 job.rows_missing += row.line is None
-            due = begun + self.job_seconds * 0.75 * (done + 1) / lines
-            if due - time.monotonic() > 0.005:
-                job.cancelled.wait(due - time.monotonic())
+            self._pause(job, begun, 0.75 * (done + 1) / lines)
+
+    def _pause(self, job: Job, begun: float, share: float) -> None:
+        """Wait until a share of the time that a job takes, which may change meanwhile, has passed since ``begun``."""
+        while not (job.cancelled.is_set() or self._stopping.is_set()):
+            left = begun + self.job_seconds * share - time.monotonic()
+            if left <= 0.005:
+                return
+            job.cancelled.wait(min(left, 0.05))
 
     def _row(self, job: Job, number: int, raw: bytes) -> _Row:
         line = _parse_line(raw, number)

@@ -138,6 +138,10 @@ class VertexWorld:
         """Copies of all jobs, deleted ones included, in order of creation."""
         return self._jobs.snapshot()
 
+    def hurry(self, job_seconds: float = 0.2) -> None:
+        """From now on jobs take so long, those that run included."""
+        self._runner.job_seconds = job_seconds
+
     def wait_for_jobs(self, timeout_s: float = 30) -> list[Job]:
         """Wait until nothing more will happen to any job; TimeoutError names those that are left."""
         deadline = time.monotonic() + timeout_s

@@ -1,0 +1,40 @@
+"""What an event about the models sets off: ``drift-alert``, a flow that the triggers in ``prefect.yaml`` start."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+_LONGEST_VALUE = 500
+
+
+@flow(name="drift-alert")
+def drift_alert(event: str, payload: dict[str, Any]) -> None:
+    """Say in the log and in an artifact what an event reports: its figures, and where the results are.
+
+    Parameters
+    ----------
+    event
+        Name of the event, such as tokenkl.drift.detected.
+    payload
+        What the event carries: figures, models, folders.
+    """
+    rows = [(name, _text(value)) for name, value in payload.items()]
+    get_run_logger().warning("%s: %s", event, ", ".join(f"{name} = {text}" for name, text in rows))
+    table = "\n".join(f"| {name} | {_escaped(text)} |" for name, text in rows)
+    create_markdown_artifact(
+        f"# {event}\n\n| | |\n|---|---|\n{table}\n", key=re.sub(r"[^a-z0-9]+", "-", event.lower()), description=event
+    )
+
+
+def _text(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
