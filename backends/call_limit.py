@@ -54,14 +54,16 @@ class CallLimit:
             if place.done() and not place.cancelled():
                 self._in_flight -= 1
                 self._hand_on()
-            else:
+            elif place in self._waiting:
                 self._waiting.remove(place)
             raise
 
     def _hand_on(self) -> None:
         while self._waiting and self._in_flight < self.now:
-            self._in_flight += 1
-            self._waiting.popleft().set_result(None)
+            place = self._waiting.popleft()
+            if not place.cancelled():  # else its task has not come to hear of it
+                self._in_flight += 1
+                place.set_result(None)
 
     def note(self, *, throttled: bool) -> None:
         """Count an answer."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,11 +130,12 @@ class JobLedger:
                 return name
             generation += 1
 
-    def claim(self, place: str, keys: Sequence[str], name: str) -> tuple[JobEntry, bool]:
+    def claim(self, place: str, keys: Sequence[str], name: str, read: Collection[str] = ()) -> tuple[JobEntry, bool]:
         """The job that is to answer these keys, and whether it is for this process to make it.
 
-        If a job that has not ended is to answer one of the keys, it is that job; another process may just be making it.
-        Else a new one over all of them is recorded. What is for this process to make is its own until `release`.
+        If a job is to answer one of the keys, and has not ended and been read here, it is that job; another process may
+        just be making it. Else a new one over all of them is recorded. What is for this process to make is its own
+        until `release`.
 
         Parameters
         ----------
@@ -143,14 +144,17 @@ class JobLedger:
         keys : sequence of str
         name : str
             What the files of a new job are called, before its key.
+        read : collection of str
+            Jobs that have ended, and of which it is known that they left these keys out.
         """
         with self._claims.writing(), self._mutex:
             self.refresh()
-            newest = [entry for key in keys if (entry := self.newest(place, key)) is not None and not entry.ended]
+            newest = [entry for key in keys if (entry := self.newest(place, key)) is not None]
+            newest = [entry for entry in newest if not entry.ended or entry.job_key not in read]
             if not newest:
                 return self._record(place, keys, name), True
             entry = max(newest, key=lambda entry: entry.sequence)
-            if entry.job_name is not None or self._claims.lives(entry.maker):
+            if entry.ended or entry.job_name is not None or self._claims.lives(entry.maker):
                 return entry, False
             return self._save(replace(entry, maker=self._claims.token, flow_run_id=self.flow_run_id)), True
 

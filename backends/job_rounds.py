@@ -121,6 +121,7 @@ class JobRounds:
                     yield result
             entry = replace(entry, job_name=job.name, state=job.state)
         await self._update(entry, ended=True, maker=None)
+        work.read.add(entry.job_key)
         work.close_refused()
         if is_news:
             self._note_quota(work)
@@ -146,7 +147,7 @@ class JobRounds:
         if work.stage == "collect" and not (await self._is_known(work) and self._may_follow_up(work)):
             return None, []
         known_absent = earlier.job_key if earlier is not None and not earlier.ended else None
-        entry, jobs = await self._claimed(work.rows, known_absent)
+        entry, jobs = await self._claimed(work, known_absent)
         return (entry, jobs) if jobs or await self._may_make(work, entry) else (None, [])
 
     async def _update(self, entry: JobEntry, **changes: Any) -> JobEntry:
@@ -158,11 +159,11 @@ class JobRounds:
             return entry
         return await self._update(entry, flow_run_id=self._ledger.flow_run_id)
 
-    async def _claimed(self, rows: RowSet, known_absent: str | None) -> tuple[JobEntry, list[RemoteJob]]:
+    async def _claimed(self, work: BatchWork, known_absent: str | None) -> tuple[JobEntry, list[RemoteJob]]:
         """The job of these rows and, unless it is for this process to make it, what there is of it."""
-        name = _slug(rows.name)
+        rows, name = work.rows, _slug(work.rows.name)
         while True:
-            entry, mine = await self._claim(rows, name)
+            entry, mine = await self._claim(work, name)
             try:
                 found = [] if mine and entry.job_key == known_absent else await self._find(entry)
                 if found:
@@ -176,10 +177,15 @@ class JobRounds:
                 raise
             if mine:
                 return entry, []
-            await asyncio.sleep(_FIRST_POLL_S)  # another process is making it
+            if entry.ended:
+                work.read.add(entry.job_key)  # nothing is left of it
+            else:
+                await asyncio.sleep(_FIRST_POLL_S)  # another process is making it
 
-    async def _claim(self, rows: RowSet, name: str) -> tuple[JobEntry, bool]:
-        claim = asyncio.ensure_future(asyncio.to_thread(self._ledger.claim, self.place, rows.keys, name))
+    async def _claim(self, work: BatchWork, name: str) -> tuple[JobEntry, bool]:
+        claim = asyncio.ensure_future(
+            asyncio.to_thread(self._ledger.claim, self.place, work.rows.keys, name, frozenset(work.read))
+        )
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:

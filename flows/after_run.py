@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 from prefect.client.schemas.objects import State
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from backends.errors import ConfigError, TokenKLError
@@ -22,7 +22,7 @@ from flows.history import Row, check_history, previous_run, previous_versions, r
 from flows.output_folder import write_json
 from flows.reference import Reference, ResponseFile, load_baseline, load_previous, read_response_table
 from flows.report import RunReport
-from flows.rolling import SETTINGS, differs_between_runs, doubtful_braces, has_fields
+from flows.rolling import SETTINGS, RunValues, differs_between_runs, doubtful_braces, has_fields
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
+from httpx import HTTPError
 from prefect.artifacts import (
     Artifact,
     LinkArtifact,
@@ -23,12 +24,12 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
-from prefect.runtime import deployment
 from prefect.settings import get_current_settings
 
 from flows.config import RunConfig
 from flows.progress import ProgressReporter
 from flows.report import RunReport
+from flows.rolling import RunValues
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ def _tried(what: str, make: Callable[[], Any]) -> Any:
     """What ``make`` returns; None, and an error in the log, if it fails in whatever way."""
     try:
         return make()
-    except HTTPError as error:
-        logger.error("the %s is not shown in Prefect (%s); the run goes on", what, " ".join(str(error).split()))
+    except HTTPError:  # the server is away; where the request was made is of no interest
+        logger.error("the %s is not shown in Prefect; the run goes on", what)
         return None
     except Exception:
         logger.exception("the %s is not shown in Prefect; the run goes on", what)

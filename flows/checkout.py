@@ -26,8 +26,10 @@ def enter_checkout(directory: str) -> dict[str, str]:
             f"{home} ({origin}) is no checkout of tokenkl on this worker's machine. Start the worker with {_VARIABLE} "
             "set to its checkout, or deploy from a folder that the worker has too."
         )
-        run = {"flow_run_id": os.environ.get("PREFECT__FLOW_RUN_ID"), "flow_run_name": "", "flow_name": ""}
-        logging.getLogger("prefect.flow_runs").error("%s", message, extra=run)
+        run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
+        if run_id is not None:
+            run = {"flow_run_id": run_id, "flow_run_name": run_id, "flow_name": ""}
+            logging.getLogger("prefect.flow_runs").error("%s", message, extra=run)
         raise ConfigError(message)
     os.chdir(home)
     return {"directory": home}

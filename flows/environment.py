@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from dotenv import find_dotenv, load_dotenv
@@ -40,3 +41,20 @@ def prepare_environment() -> None:
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def start_own_server() -> None:
+    """Start the temporary server that Prefect starts where it is told of none, out of reach of Ctrl-C.
+
+    A terminal sends that to the whole process group. Without its server the run could not end: it would ask it again
+    for minutes. A blocked signal stays blocked in a new process; the run ends its server itself.
+    """
+    from prefect.client.orchestration import get_client
+
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

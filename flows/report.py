@@ -53,7 +53,7 @@ class PendingReport:
     of the run, with its folders filled in.
     """
 
-    name: Literal["Submitted", "Waiting", "Skipped"]
+    name: Literal["Submitted", "Waiting", "Skipped", "Unchanged"]
     n_on_disk: int = 0
     n_waiting: int = 0
     n_not_submitted: int = 0
@@ -72,6 +72,8 @@ class PendingReport:
         """What a person is told."""
         if self.name == "Skipped":
             return [f"skipped: {self.reason} Nothing was changed; collect again later."]
+        if self.name == "Unchanged":
+            return [f"unchanged: all {self.n_on_disk:,} contexts were measured by the run that ended {self.reason}."]
         if self.name == "Submitted":
             first = f"submitted: {self.n_waiting:,} contexts are in {self.n_jobs:,} batch jobs"
         else:

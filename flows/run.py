@@ -46,7 +46,7 @@ from flows.run_lock import FolderInUseError, run_lock
 from flows.run_logging import run_logging
 from flows.run_pulse import dismiss_orphans
 from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for, stop_session
-from flows.stages import pending_state, skipped_state
+from flows.stages import pending_state, skipped_state, unchanged_state
 from flows.task_runners import LazyCluster, cluster_of
 from flows.writing import write_results
 
@@ -174,7 +174,7 @@ def _run(
         close_session(config)
     check_lock()
     Stores.of(config.output_dir).scores.compact_all()
-    pending = pending_state(config, plan, outcomes, report)
+    pending = pending_state(config, plan, outcomes, report) or unchanged_state(config, plan)
     if pending is not None:
         remove_folder(config.output_dir / ".parts")
         return pending

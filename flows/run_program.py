@@ -22,7 +22,7 @@ from flows.cli import (
 )
 from flows.config import RunConfig, check_capabilities, resolve_backend
 from flows.dry_run import check_cost, plan_rows, plan_without_calls
-from flows.environment import prepare_environment
+from flows.environment import prepare_environment, start_own_server
 from flows.inputs import find_inputs
 from flows.interrupts import InterruptedRunError
 from flows.report import PendingReport, RunReport, last_written
@@ -64,6 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
     from flows.run import kl_divergence
 
     try:
+        start_own_server()
         state = kl_divergence(config, return_state=True)
     except (HTTPError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
@@ -120,7 +121,7 @@ def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str])
     print_lines(console(), lines)
     if report.name == "Submitted":
         return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
-    return EXIT_WAITING
+    return EXIT_COMPLETE if report.name == "Unchanged" else EXIT_WAITING
 
 
 def without_flag(arguments: Sequence[str], flag: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flows.cli import EXIT_COMPLETE, EXIT_ERROR, exit_code_of, make_parser, parse_config, result_of
 from flows.config import SampleConfig, resolve_backend
-from flows.environment import prepare_environment
+from flows.environment import prepare_environment, start_own_server
 
 _DESCRIPTION = (
     "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with "
@@ -32,6 +32,7 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from flows.sample import sample_responses
 
+    start_own_server()
     result = result_of(sample_responses(config, return_state=True))
     if not isinstance(result, list):
         return EXIT_ERROR

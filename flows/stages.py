@@ -6,6 +6,7 @@ but scores is written: results only when every context is answered or finally fa
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from prefect.states import Completed, Failed, State
 
 from backends.base import NOT_SUBMITTED, WAITING
 from backends.errors import BackendError, TokenKLError
+from backends.storage import exists, read_bytes
 from flows.config import RunConfig
 from flows.plan import Plan
 from flows.report import PendingReport
@@ -60,6 +62,25 @@ def pending_state(
         message = " ".join(report.lines[1:])
         return Failed(message=message, data=BackendError(f"nothing was submitted: {message}"))
     return Completed(name=report.name, message=" ".join(report.lines), data=report)
+
+
+def unchanged_state(config: RunConfig, plan: Plan) -> State[PendingReport] | None:
+    """How a collect ends after everything was measured by an earlier one; None if there is something to measure.
+
+    A schedule goes on collecting. Measuring the same answers again would add a row to the history each time, and an
+    alert where one was raised.
+    """
+    path = config.output_dir / "run.json"
+    if config.stage != "collect" or plan.n_to_ask or not exists(path):
+        return None
+    run = json.loads(read_bytes(path))
+    settled = run["contexts_on_disk"] + run["contexts_scored_now"]
+    before, now = run["config"], json.loads(config.model_dump_json())
+    same = all(before.get(name) == value for name, value in now.items() if name != "stage")
+    if not (same and plan.n_contexts == run["contexts"] == settled):
+        return None
+    report = PendingReport("Unchanged", n_on_disk=plan.n_stored, reason=str(run["finished_at"]), config=config)
+    return Completed(name=report.name, message=report.lines[0], data=report)
 
 
 def _refused(failures: Counter[str], unknown: int) -> dict[str, int]:

@@ -254,7 +254,8 @@ def _ray(config: TaskRunnerConfig) -> Generator[Cluster]:
     logging.getLogger("prefect.task_runner.ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
-        options |= {"num_cpus": config.local_workers, "include_dashboard": False}
+        setup = {"worker_process_setup_hook": "flows.cluster_preload.ignore_interrupts"}
+        options |= {"num_cpus": config.local_workers, "include_dashboard": False, "runtime_env": setup}
     elif config.address == "auto":
         options |= {"address": "auto"}
     runner: Any = RayTaskRunner(address=config.address, init_kwargs=options)

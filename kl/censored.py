@@ -111,8 +111,8 @@ def _excess(z: FloatArray) -> FloatArray:
 class SpreadEvidence:
     """What positions say about the spread of log p/q, 16 bytes each; shape (N,), of positions with a variance only.
 
-    ``variance`` is from `logratio_variance`; ``rest`` the mass on neither list, the mean of both models; ``shared`` the
-    tokens that both list, ``unshared`` those that one does.
+    ``variance`` is from `logratio_variance`; ``rest`` the mass of P that its list leaves out; ``shared`` the tokens that
+    both list, ``unshared`` those that one does.
     """
 
     variance: FloatArray
@@ -131,11 +131,11 @@ class SpreadEvidence:
         """Of the positions with at least 3 shared tokens."""
         variance = logratio_variance(aligned)
         usable = ~np.isnan(variance)
-        hidden = np.maximum(1.0 - aligned.coverage_p, 0.0) + np.maximum(1.0 - aligned.coverage_q, 0.0)
+        rest = np.maximum(1.0 - aligned.coverage_p, 0.0)
         shared, unshared = _overlap(aligned)
         return cls(
             variance[usable],
-            (hidden[usable] / 2.0).astype(np.float32),
+            rest[usable].astype(np.float32),
             np.minimum(shared[usable], _LARGEST_COUNT).astype(np.uint16),
             np.minimum(unshared[usable], _LARGEST_COUNT).astype(np.uint16),
         )
@@ -158,7 +158,7 @@ class SpreadPrior:
     """Variance of log p/q that a position is expected to have: ``variance * exp(slope * (log-odds - log_odds))``.
 
     The log-odds are those of a listed token to be unshared. ``variance`` is the data set's mean, nats squared, each
-    position weighted by its rest mass; positions whose lists overlap less have a larger one. The line ends at the
+    position weighted by P's rest mass; positions whose lists overlap less have a larger one. The line ends at the
     lowest and highest log-odds that had a variance.
     """
 
@@ -187,8 +187,9 @@ def _log_odds(shared: NDArray[np.integer], unshared: NDArray[np.integer]) -> Flo
 def pooled_prior(evidence: SpreadEvidence) -> SpreadPrior | None:
     """What to expect of a position, from all positions of a data set; ``None`` if none has a variance.
 
-    The level is the mean over positions by rest mass: that is what the variance is multiplied with in a KL, so that
-    shrinking towards it leaves the mean KL right; a median does not where variances differ much. The slope over the
+    The level is the mean over positions by P's rest mass: that is what the variance is multiplied with in KL(P‖Q), so
+    that shrinking towards it leaves the mean KL right; a median does not where variances differ much, nor do weights
+    with Q's rest, which is large at other positions where Q is flatter than P. The slope over the
     overlap is a regression of log variances, reduced by the share of their spread that is sampling noise.
 
     Parameters

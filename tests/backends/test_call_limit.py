@@ -47,6 +47,24 @@ def test_a_repeated_call_goes_before_those_that_wait() -> None:
     assert order == ["a", "again", "b", "c"]
 
 
+def test_calls_cancelled_together_leave_their_places_to_the_next() -> None:
+    order: list[str] = []
+
+    async def work() -> None:
+        limit = CallLimit(1)
+        first, second, third = (asyncio.create_task(hold(limit, name, order)) for name in ("a", "b", "c"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()  # hands its place on before the second has left the queue
+        second.cancel()
+        ended = await asyncio.gather(first, second, return_exceptions=True)
+        assert [type(error) for error in ended] == [asyncio.CancelledError] * 2
+        await asyncio.wait_for(third, 5)
+
+    asyncio.run(work())
+    assert order == ["a", "c"]
+
+
 @pytest.mark.parametrize("when", ["waiting", "just handed a place", "at work"])
 def test_a_cancelled_call_leaves_its_place_to_the_next(when: str) -> None:
     order: list[str] = []

@@ -191,11 +191,11 @@ def _work_pool(problems: Problems, place: str, pool: Any, outputs: set[str]) -> 
     _placeholders(problems, f"{place}.job_variables", variables, outputs)
     env = variables.get("env", {})
     named = [name for name in env if name.startswith("PREFECT")]
-    problems.known(f"{place}.job_variables.env", "setting", named, _prefect_settings())
+    problems.known(f"{place}.job_variables.env", "setting", named, prefect_settings())
 
 
 @cache
-def _prefect_settings() -> frozenset[str]:
+def prefect_settings() -> frozenset[str]:
     return frozenset(_get_settings_fields(Settings))
 
 

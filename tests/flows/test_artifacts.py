@@ -71,6 +71,7 @@ def test_text_from_outside_stays_text_and_short() -> None:
     assert len(page) < 10_000
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")
 def test_a_server_that_is_away_costs_an_error_in_the_log_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}/api"
     with (

@@ -146,11 +146,12 @@ def test_ctrl_c_ends_soon_and_says_how_to_go_on(on_cancel, make_vertex_world, st
 
 
 def test_two_runs_at_once_do_not_share_a_folder(make_vertex_world, start: Start, tmp_path: Path) -> None:
-    world = make_vertex_world(job_seconds=5.0)
+    world = make_vertex_world(job_seconds=3600.0)
     world.write_responses(tmp_path / "in", P, ["One"], n=1, max_tokens=5, seed=2)
     first = start(world, "--set", "backend.poll_interval_s=0.2")
     wait_for(lambda: len(world.jobs) == 1)
     code, _, err = finish(start(world))
     assert code == 2
     assert "another run is using" in err
+    world.hurry()
     assert finish(first)[0] == 0

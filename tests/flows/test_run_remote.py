@@ -152,10 +152,10 @@ def test_runs_killed_in_a_bucket_buy_nothing_twice(make_vertex_world, start: Sta
 
     flags = ("--backend", "vertex_online", "--max-concurrent", "10")
     killed = start(batch, *FAST)
-    wait_for(lambda: len(batch.jobs) >= 2)
+    wait_for(lambda: len(batch.jobs) >= 2 or killed.poll() is not None)
     kill(killed)
     killed = start(online, *flags)
-    wait_for(lambda: n_stored(online) >= 60)
+    wait_for(lambda: n_stored(online) >= 60 or killed.poll() is not None)
     kill(killed)
     wait_for(lambda: online.ledger._in_flight == 0)  # calls that nobody waits for any more are answered, and charged
     lost = bought(online) - n_stored(online)
@@ -180,7 +180,7 @@ def test_two_runs_at_once_do_not_share_a_folder_in_a_bucket(
     world.faults.job_outcomes = ["NEVER"]
     upload_responses(world, tmp_path / "in", 1, n=1, max_tokens=8)
     first = start(world, *FAST)
-    wait_for(lambda: len(world.jobs) == 1)
+    wait_for(lambda: len(world.jobs) == 1 or first.poll() is not None)
     second = run_program("flows.run", *REMOTE, *FAST, env=world.environment())
     assert second.code == 2, second.err
     assert re.search(rf"error: another run is using {OUT} \(process {first.pid} on .*\); wait for it", second.err)

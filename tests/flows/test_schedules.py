@@ -28,7 +28,7 @@ import yaml
 from flows.drift_events import DRIFT
 from tests.documents import code_blocks
 from tests.flows.conftest import ROOT, _wait_until_healthy, clean_environment, free_port
-from tests.flows.prefect_files import _prefect_settings
+from tests.flows.prefect_files import prefect_settings
 
 DOCUMENT = ROOT / "docs" / "deploying.md"
 # In this order under the first heading; what follows there is for a reader with more time.
@@ -286,7 +286,7 @@ def test_a_setting_that_does_not_exist_is_refused_before_a_run_is_made(world: Wo
 
 def test_the_document_names_what_exists() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert set(re.findall(r"\bPREFECT_(?!HOME\b)\w+", text)) <= _prefect_settings()
+    assert set(re.findall(r"\bPREFECT_(?!HOME\b)\w+", text)) <= prefect_settings()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(re.findall(r"--extra (\w+)", text)) <= extras.keys()
     for folder in ("automations", "tests/flows"):

@@ -83,6 +83,11 @@ def test_a_killed_submission_another_and_collects_give_the_files_of_one_run(
     last = run(parted, "parted", "--stage", "collect")
     assert last.code == 0, last.err
     assert last.out.splitlines()[0].startswith("KL(P‖Q) per token")
+    written, history = (tmp_path / "parted" / "run.json").read_bytes(), tmp_path / "parted" / "history.parquet"
+    again = run(parted, "parted", "--stage", "collect")
+    assert (again.code, again.out[:10]) == (0, "unchanged:"), again.err
+    assert (tmp_path / "parted" / "run.json").read_bytes() == written
+    assert pl.read_parquet(history).height == 1
 
     assert_same_files(tmp_path / "whole", tmp_path / "parted")
     assert set(parted.rows_bought.values()) <= {1, 2}  # the tiny request that each submission makes is the one repeated

@@ -145,6 +145,7 @@ def test_runs_outlive_a_server_that_is_killed_whether_it_comes_back_or_not(
         with SyncPrefectClient(server.url) as client:
             states = [run.state_name for run in client.read_flow_runs(flow_run_filter=FlowRunFilter())]
     assert sorted(map(str, states)) == ["Completed", "Running"]
+    assert (hasty / "out" / "history.parquet").exists()
     assert len(world.jobs) == 4
     assert_bought_once(world, assert_measured(patient) + assert_measured(hasty))
 

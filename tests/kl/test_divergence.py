@@ -1,7 +1,7 @@
 """The estimators: their statistics on pairs with known divergences, and what holds of every row."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -346,11 +346,17 @@ class TestPrior:
         whole = pooled_prior(SpreadEvidence.of(align(lists_p, lists_q)))
         assert pooled_prior(SpreadEvidence.total([*parts, SpreadEvidence.none()])) == whole
 
-    def test_exchanging_p_and_q_gives_the_same(self):
+    def test_positions_weigh_by_the_mass_that_p_leaves_out(self):
+        aligned = align([candidates(a=-0.5, b=-2.0, c=-3.0)], [candidates(a=-1.0, b=-3.5, c=-5.0)])
+        left_out = 1.0 - np.exp([-0.5, -2.0, -3.0]).sum()
+        assert SpreadEvidence.of(aligned).rest == pytest.approx([left_out])
+
+    def test_exchanging_p_and_q_changes_the_weights_alone(self):
         logp, logq = gaussian_pair(6, 200, 400, 0.8)
         lists_p, lists_q = top_lists(logp, 20), top_lists(logq, 12)
-        there = pooled_prior(SpreadEvidence.of(align(lists_p, lists_q)))
-        back = pooled_prior(SpreadEvidence.of(align(lists_q, lists_p)))
+        forth, reverse = (SpreadEvidence.of(align(*pair)) for pair in ((lists_p, lists_q), (lists_q, lists_p)))
+        there = pooled_prior(forth)
+        back = pooled_prior(replace(reverse, rest=forth.rest))
         assert there is not None
         assert back is not None
         assert there.variance == pytest.approx(back.variance, rel=1e-12)
