@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 _PATIENCE_S = 60.0  # with tasks that do not come back after a stop
+_LAST_S = 10.0  # the same, where the program is told to end
 _IDLE_S = 60.0
 
 
@@ -44,26 +45,51 @@ def map_on_cluster(
     on_result : callable
         Given the number of a task and what it returned; or the error that it raised, or that it was lost with.
     """
-    finished: SimpleQueue[int] = SimpleQueue()
-    pending: dict[int, PrefectFuture[Any]] = {}
+    under_way = _UnderWay(cluster, task, on_result)
     todo = enumerate(parameters)
     patience = _Patience(cluster)
-    while True:
-        while not stopped() and len(pending) < max(window(), 1) and (item := next(todo, None)) is not None:
-            number, values = item
-            pending[number] = future = _submit(cluster, task, values)
-            future.add_done_callback(lambda _, number=number: finished.put(number))
-        if not pending:
-            return
-        try:
-            number = finished.get(timeout=_LOOK_S)
-        except Empty:
-            if patience.ends(stopped()):
-                logger.warning("%d tasks did not come back within %.0f s of the stop", len(pending), _PATIENCE_S)
+    try:
+        while True:
+            while not stopped() and len(under_way) < max(window(), 1) and (item := next(todo, None)) is not None:
+                under_way.submit(*item)
+            if not len(under_way):
                 return
-            continue
-        patience = _Patience(cluster)
-        on_result(number, _result(pending.pop(number)))
+            if under_way.take_one():
+                patience = _Patience(cluster)
+            elif patience.ends(stopped()):
+                logger.warning("%d tasks did not come back within %.0f s of the stop", len(under_way), _PATIENCE_S)
+                return
+    except BaseException:
+        if stopped():  # what the workers say of what they leave behind is worth a moment
+            until = time.monotonic() + _LAST_S
+            while len(under_way) and time.monotonic() < until:
+                under_way.take_one()
+        raise
+
+
+class _UnderWay:
+    """Tasks that were submitted and whose results were not taken."""
+
+    def __init__(self, cluster: Cluster, task: Task[..., Any], on_result: Callable[[int, Any], None]) -> None:
+        self._cluster, self._task, self._on_result = cluster, task, on_result
+        self._finished: SimpleQueue[int] = SimpleQueue()
+        self._futures: dict[int, PrefectFuture[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def submit(self, number: int, values: Mapping[str, Any]) -> None:
+        self._futures[number] = future = _submit(self._cluster, self._task, values)
+        future.add_done_callback(lambda _: self._finished.put(number))
+
+    def take_one(self) -> bool:
+        """Hand over the next result; False if none came within a moment."""
+        try:
+            number = self._finished.get(timeout=_LOOK_S)
+        except Empty:
+            return False
+        self._on_result(number, _result(self._futures.pop(number)))
+        return True
 
 
 @flow(name="kl-divergence")

@@ -19,7 +19,6 @@ from backends.storage import files_in, read_bytes
 from flows.cluster_map import map_on_cluster
 from flows.cluster_tasks import Reply, score_on_worker
 from flows.config import RunConfig
-from flows.interrupts import InterruptedRunError
 from flows.plan import Group, Plan
 from flows.progress import ProgressReporter
 from flows.run_pulse import Order, RunPulse
@@ -78,7 +77,6 @@ class ClusterScoring:
         self._session = session
         self._stopped = stopped
         self._replies: list[Reply] = []
-        self._left: list[str] = []
         self._error: Exception | None = None
         self._lost: Exception | None = None
         self._shares = max(len(cluster.threads()), config.task_runner.workers or 1)
@@ -91,8 +89,6 @@ class ClusterScoring:
         ------
         ConfigError, OSError
             What holds for all groups; the first of them stops the others.
-        InterruptedRunError
-            If the user stopped the run, with what goes on elsewhere.
         """
         limit = smallest_limit(self._config)
         groups = [_absolute_group(group) for group in plan.groups]
@@ -100,27 +96,24 @@ class ClusterScoring:
             ticket = _ticket(self._config, plan, pulse.run_id, self._shares)
 
             def keep(number: int, result: Any) -> None:
-                progress.advance(groups[number].n_positions)
+                if isinstance(result, Reply):
+                    progress.advance(groups[number].n_positions)
                 self._keep(groups[number], result)
 
             map_on_cluster(
                 self._cluster,
                 score_on_worker,
                 [{"group": group, "ticket": ticket} for group in groups],
-                window=lambda: self._window(limit),
+                window=lambda: tasks_allowed(self._cluster.threads(), self._shares, limit),
                 stopped=lambda: self._session.cancelled,
                 on_result=keep,
             )
             pulse.finish()
             self._gather_reports(pulse.run_id)
         Stores.of(self._config.output_dir).scores.recover()  # journals of workers that died
-        if self._stopped.is_set():
-            own = self._session.interrupt()
-            lines = dict.fromkeys(line for line in [*self._left, own] if line)
-            raise InterruptedRunError("; ".join(lines) or "nothing goes on elsewhere.", self._config)
         if self._error is not None:
             raise self._error
-        if self._lost is not None and not self._replies:
+        if self._lost is not None and not self._replies and not self._session.cancelled:
             raise ConfigError(f"no worker of the cluster could work on any group: {_line(self._lost)}") from self._lost
         return [reply.outcome for reply in self._replies]
 
@@ -129,23 +122,11 @@ class ClusterScoring:
             return Order.INTERRUPT
         return Order.CANCEL if self._session.cancelled else Order.WORK
 
-    def _window(self, limit: int | None) -> int:
-        """How many tasks may be under way, so that no more calls or jobs are than the limits allow.
-
-        Each process has its share of the limits. Where that is less than one, or workers have joined since the shares
-        were dealt, fewer processes may be at work.
-        """
-        threads = self._cluster.threads()
-        tasks = _TASKS_PER_THREAD * sum(threads)
-        if len(threads) > self._shares:
-            tasks = min(tasks, self._shares)
-        return tasks if limit is None or limit >= self._shares else min(tasks, limit)
-
     def _keep(self, group: Group, result: Any) -> None:
         if isinstance(result, Reply):
             self._replies.append(result)
         elif isinstance(result, WorkerStoppedError):
-            self._left.append(str(result))
+            self._session.note_left(str(result))
         elif isinstance(result, ConfigError | OSError):
             if self._error is None and not self._stopped.is_set():
                 self._error = result
@@ -166,6 +147,18 @@ class ClusterScoring:
             time.sleep(0.2)
         # Those that closed in order come last: of a job that both know, they know the end.
         self.reports = [found[name]["report"] for name in sorted(found, key=lambda name: (found[name]["last"], name))]
+
+
+def tasks_allowed(threads: Sequence[int], shares: int, limit: int | None) -> int:
+    """How many tasks may be under way, so that no more calls or jobs are than a limit allows.
+
+    Each process has one of ``shares`` shares of it, or 1 where that is less. Where workers have joined since the shares
+    were dealt, or there are more shares than the limit, fewer processes may be at work.
+    """
+    tasks = _TASKS_PER_THREAD * sum(threads)
+    if len(threads) > shares:
+        tasks = min(tasks, shares)
+    return tasks if limit is None or limit >= shares else min(tasks, limit)
 
 
 def _line(error: Exception) -> str:

@@ -107,10 +107,7 @@ class RunPulse:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None and self._order() is not Order.WORK:
-            # The run was stopped in the middle: its workers settle what they have begun elsewhere.
-            time.sleep(_STOP_S * (2 if is_remote(self._output_dir) else 1))
+    def __exit__(self, *exc: object) -> None:
         self._ended.set()
         self._thread.join()
         remove(pulse_path(self._output_dir))

@@ -111,7 +111,7 @@ def _excess(z: FloatArray) -> FloatArray:
 class SpreadEvidence:
     """What positions say about the spread of log p/q, 16 bytes each; shape (N,), of positions with a variance only.
 
-    ``variance`` is from `logratio_variance`; ``rest`` the mass of P that its list leaves out; ``shared`` the tokens that
+    ``variance`` is from `logratio_variance`; ``rest`` the mass that P's list leaves out; ``shared`` the tokens that
     both list, ``unshared`` those that one does.
     """
 

@@ -110,6 +110,15 @@ def test_of_two_that_want_a_row_one_makes_the_job_also_when_they_want_other_rows
     assert claimed(theirs, "b") == (made(mine, entry), False)
 
 
+def test_a_job_that_ended_elsewhere_is_read_before_another_is_made(tmp_path: Path) -> None:
+    mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
+    entry = theirs.update(replace(made(theirs, claimed(theirs, "a", "b")[0]), ended=True))
+    assert claimed(mine, "b", "c") == (entry, False)
+    new, is_mine = mine.claim(PLACE, ["b", "c"], "name", read={entry.job_key})
+    assert is_mine
+    assert new.keys == ("b", "c")
+
+
 def test_what_could_not_be_made_is_left_to_the_others_and_what_was_made_is_not(tmp_path: Path) -> None:
     mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
     entry, _ = claimed(mine, "a", "b")

@@ -275,6 +275,31 @@ def test_two_processes_that_ask_for_the_same_rows_buy_them_once(
     assert world.rejected == []
 
 
+def test_what_another_process_bought_while_a_group_waited_for_its_turn_is_read_and_not_bought(
+    in_vertex_world, responses, tmp_path: Path
+) -> None:
+    (request,) = requests_for(responses(prompts=1, n=1))
+
+    async def work() -> tuple[Results, Results]:
+        async with (
+            VertexBatchBackend(options(max_jobs_in_flight=1), tmp_path) as late,
+            VertexBatchBackend(options(), tmp_path) as quick,
+        ):
+            async with late._rounds._slots:
+                waiting = asyncio.create_task(everything(late))
+                await asyncio.sleep(0.5)  # it knows of no job by now
+                bought = await everything(quick)
+            return bought, await waiting
+
+    async def everything(backend: VertexBatchBackend) -> Results:
+        return {result.key: result async for result in backend.score([request])}
+
+    bought, read = asyncio.run(work())
+    assert set(reasons(bought)) == {"scored"}
+    assert read == bought
+    assert len(in_vertex_world.jobs) == 1
+
+
 def test_a_run_waits_for_what_another_process_submitted_after_its_backend_was_built(
     in_vertex_world, responses, tmp_path: Path, ask: Ask
 ) -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from distributed import Client
 
 from tests.flows.conftest import ROOT, Done, clean_environment
 from tests.flows.process_worker import ProcessWorker
@@ -84,8 +86,9 @@ def start(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., subprocess
     """A run in its own process group; what is left of it is killed after the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(world: VertexWorld, *arguments: object) -> subprocess.Popen[str]:
-        environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **world.environment())
+    def begin(world: VertexWorld, *arguments: object, own_server: bool = False) -> subprocess.Popen[str]:
+        server = {} if own_server else {"PREFECT_API_URL": prefect_api}
+        environment = clean_environment(tmp_path / "home", **server, **world.environment())
         command = [sys.executable, "-m", "flows.run", *map(str, arguments)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -206,6 +209,36 @@ def test_an_online_run_outlives_a_worker_and_repeats_the_calls_in_flight(
     assert repeated(world) <= 4, "each of the two workers had half of the calls in flight"
     assert world.max_online_in_flight <= 8
     assert results(tmp_path / "out") == reference.results
+    with Client(cluster.address, set_as_default=False) as client:
+        (threads,) = client.run(eval, "[thread.name for thread in __import__('threading').enumerate()]").values()
+    assert not {"backend-loop", "backend-call", "run-watch"} & set(threads), "the worker that is left holds nothing"
+
+
+@pytest.mark.skipif(not os.environ.get("TOKENKL_TEST_RAY"), reason="set TOKENKL_TEST_RAY=1; it takes a minute or two")
+def test_a_run_on_ray_outlives_a_worker(reference: Reference, make_vertex_world, start, tmp_path: Path) -> None:
+    world = make_vertex_world()
+    world.faults.latency_s = 0.3
+    online = ("--backend", "vertex_online", "--max-concurrent", "8", "--responses-per-job", "7")
+    size = ("--task-runner", "ray", "--set", "task_runner.workers=2")
+    run = start(world, *flags(reference.inputs, tmp_path / "out"), *online, *size)
+    wait_for(lambda: len(world.online_calls) >= 40 or run.poll() is not None)
+    os.kill(next(ray_workers(run.pid)), signal.SIGKILL)
+    done = finish(run)
+    assert done.code == INCOMPLETE, done.err
+    assert repeated(world) <= 4, "each of the two workers had half of the calls in flight"
+    assert world.max_online_in_flight <= 8
+    assert results(tmp_path / "out") == reference.results
+
+
+def ray_workers(session: int) -> Iterator[int]:
+    """The processes of a run that work on a task."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (
+                process.joinpath("cmdline").read_bytes().startswith(b"ray::score")
+                and os.getsid(int(process.name)) == session
+            ):
+                yield int(process.name)
 
 
 def test_workers_of_a_run_that_was_killed_stop_before_the_next_run_asks(
@@ -229,14 +262,14 @@ def test_workers_of_a_run_that_was_killed_stop_before_the_next_run_asks(
 
 
 def test_ctrl_c_reaches_the_workers(reference: Reference, make_vertex_world, start, tmp_path: Path) -> None:
-    """A terminal sends it to the whole process group, the workers of this machine included."""
-    world = make_vertex_world(job_seconds=60.0)
+    """A terminal sends it to the whole process group: to the workers of this machine, and to the temporary server."""
+    world = make_vertex_world(job_seconds=600.0)
     size = ("--task-runner", "dask", "--set", "task_runner.workers=2", "--set", "task_runner.threads_per_worker=2")
     arguments = (*flags(reference.inputs, tmp_path / "out"), *BATCH, *size, "--set", "backend.on_cancel=cancel")
-    run = start(world, *arguments)
+    run = start(world, *arguments, own_server=True)
     wait_for(lambda: len(world.jobs) >= 4 or run.poll() is not None)
     os.killpg(run.pid, signal.SIGINT)
-    done = finish(run, timeout_s=50)  # less than a job takes
+    done = finish(run)  # long before a job ends by itself
     assert done.code == 130, done.err
     assert "Traceback" not in done.out + done.err
     assert "batch jobs were cancelled" in done.err
