@@ -3,7 +3,7 @@
     python benchmarks/task_runners.py                          # 192 files x 4 responses x 100 tokens
     python benchmarks/task_runners.py --files 384 --workers 1 2 4
 
-The responses and answers are made up, from a fixed seed; no service is asked. All runners get the same files in the same
+The responses and answers are made up, from a fixed seed; no service is asked. All runners get the same files in one
 run, so that the ratios mean something though the seconds depend on the machine. The time to start the processes is left
 out, and given by itself. The table is Markdown.
 """
