@@ -25,7 +25,7 @@ from flows.run_pulse import Order, RunPulse
 from flows.scoring import GroupOutcome, Stores
 from flows.task_runners import Cluster
 from flows.worker_config import Ticket, absolute_file, size_of, smallest_limit, worker_config
-from flows.worker_sessions import REPORTS, WorkerStoppedError, check_place
+from flows.worker_sessions import REPORTS, WorkerStoppedError, check_worker
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _LAST_REPORTS_S = 15.0
 
 
 def check_workers(config: RunConfig, cluster: Cluster, plan: Plan) -> None:
-    """Prove, before anything is bought, that every worker has the program and sees the run's folders.
+    """Prove, before anything is bought, that every worker has the program, sees the folders and reaches the server.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def check_workers(config: RunConfig, cluster: Cluster, plan: Plan) -> None:
         With what a worker lacks.
     """
     with RunPulse(config.output_dir, lambda: Order.WORK) as pulse:
-        answers = cluster.everywhere(check_place, _ticket(config, plan, pulse.run_id, 1))
+        answers = cluster.everywhere(check_worker, _ticket(config, plan, pulse.run_id, 1), cluster.api_url)
     for error in answers:
         if isinstance(error, ConfigError):
             raise error

@@ -81,7 +81,7 @@ class Cluster(ABC):
 
     def __init__(self, runner: TaskRunner[Any], api_url: str) -> None:
         self._runner = runner
-        self._api_url = api_url
+        self.api_url = api_url  # of the Prefect server
         self._counted: tuple[float, list[int]] | None = None
 
     def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
@@ -89,7 +89,7 @@ class Cluster(ABC):
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         # The server that was started for this run has an address that is in no setting; each worker would start one.
-        with temporary_settings({PREFECT_API_URL: self._api_url}):
+        with temporary_settings({PREFECT_API_URL: self.api_url}):
             return self._runner.submit(task, parameters=parameters)
 
     def threads(self) -> list[int]:

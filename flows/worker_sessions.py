@@ -13,8 +13,11 @@ import json
 import logging
 import os
 import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Container
 from dataclasses import replace
 from typing import Any
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 REPORTS = "reports"
 _REPORT_EVERY_S = 10.0
 _SETTLED_S = 10.0
+_SERVER_S = 20.0
 _VISIBLE_S = 20.0  # a shared disk may show a new file to other machines a while later
 
 
@@ -192,6 +196,30 @@ def _uncounted(n: int) -> None:
 def _without(request: ScoreRequest, known: Container[str]) -> ScoreRequest:
     left = [pair for pair in zip(request.positions, request.keys, strict=True) if pair[1] not in known]
     return replace(request, positions=tuple(position for position, _ in left), keys=tuple(key for _, key in left))
+
+
+def check_worker(ticket: Ticket, api_url: str) -> None:
+    """Prove that this process can work for a run.
+
+    Raises
+    ------
+    ConfigError
+        As `check_place`; or if it does not reach the Prefect server, without which no task begins.
+    """
+    check_place(ticket)
+    try:
+        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=_SERVER_S):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # Prefect may know a certificate that this process does not
+        raise ConfigError(
+            f"the worker on {socket.gethostname()} does not reach the Prefect server at {api_url} ({reason}). Start "
+            "one that all machines reach (prefect server start --host 0.0.0.0) and set PREFECT_API_URL to its address."
+        ) from error
 
 
 def check_place(ticket: Ticket) -> None:

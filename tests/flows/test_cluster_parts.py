@@ -23,6 +23,7 @@ from flows.plan import Asker, make_plan, requests_of
 from flows.run_pulse import Order, PulseReader, RunPulse, dismiss_orphans, pulse_path
 from flows.scoring import Stores
 from flows.worker_config import Ticket, check_installation, worker_config
+from flows.worker_sessions import check_worker
 from kl.records import Candidate, Score
 from tests.flows.conftest import ROOT
 from tests.vertex_world.world import VertexWorld
@@ -164,6 +165,19 @@ def test_a_worker_with_another_installation_or_input_is_named(tmp_path: Path) ->
         check_installation(Ticket("run", None, ticket.config, ticket.sample, {**ticket.versions, "numpy": "0.1"}))
     with pytest.raises(ConfigError, match=r"has 3 bytes, but the worker on .* sees 2 bytes"):
         check_installation(Ticket("run", None, ticket.config, (ticket.sample[0], 3)))
+
+
+def test_a_worker_that_does_not_reach_the_server_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "a.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    (tmp_path / "out").mkdir()
+    with RunPulse(tmp_path / "out", lambda: Order.WORK) as pulse:
+        ticket = Ticket(pulse.run_id, None, config_of(tmp_path), (InputFile(path, "a.json"), 2))
+        with pytest.raises(ConfigError, match=r"does not reach the Prefect server at http://127.0.0.1:9/api \("):
+            check_worker(ticket, "http://127.0.0.1:9/api")
+    with pytest.raises(ConfigError, match=r"does not see the run's output folder"):
+        check_worker(Ticket("another", None, config_of(tmp_path / "nowhere"), ticket.sample), "http://127.0.0.1:9/api")
 
 
 class _Stubborn(BackendError):

@@ -197,7 +197,7 @@ def test_an_online_run_outlives_a_worker_and_repeats_the_calls_in_flight(
     reference: Reference, make_vertex_world, make_dask, start, tmp_path: Path
 ) -> None:
     world = make_vertex_world()
-    world.faults.latency_s = 0.3
+    world.faults.latency_s = 0.2
     cluster = make_dask(world)
     doomed, _ = cluster.worker(), cluster.worker()
     online = ("--backend", "vertex_online", "--max-concurrent", "8", "--responses-per-job", "7")
@@ -217,7 +217,7 @@ def test_an_online_run_outlives_a_worker_and_repeats_the_calls_in_flight(
 @pytest.mark.skipif(not os.environ.get("TOKENKL_TEST_RAY"), reason="set TOKENKL_TEST_RAY=1; it takes a minute or two")
 def test_a_run_on_ray_outlives_a_worker(reference: Reference, make_vertex_world, start, tmp_path: Path) -> None:
     world = make_vertex_world()
-    world.faults.latency_s = 0.3
+    world.faults.latency_s = 0.2
     online = ("--backend", "vertex_online", "--max-concurrent", "8", "--responses-per-job", "7")
     size = ("--task-runner", "ray", "--set", "task_runner.workers=2")
     run = start(world, *flags(reference.inputs, tmp_path / "out"), *online, *size)
