@@ -20,7 +20,7 @@ from backends.errors import ConfigError
 from backends.lease import Lease, LeaseHeldError
 from backends.storage import is_remote, remove
 
-_PATIENCE_S = 120.0
+_PATIENCE_S = 900.0
 # In a bucket it takes seconds to see a sign of life; one that was seen is good for so long.
 _SEEN_S = 20.0
 
@@ -39,6 +39,7 @@ class Claims:
         self._mutex = threading.RLock()
         self._token: str | None = None
         self._life: FileLock | Lease | None = None
+        self._closed = False
         self._ended: set[str] = set()
         self._seen: dict[str, float] = {}
 
@@ -46,6 +47,8 @@ class Claims:
     def token(self) -> str:
         """The name of this process in its claims; from the first use on it shows a sign of life."""
         with self._mutex:
+            if self._closed:  # by a stop, while this waited its turn: nobody would end the sign of life
+                raise ConfigError("the run was stopped before it could claim a job; run it again.")
             if self._token is None:
                 token = uuid.uuid4().hex
                 self._life = self._hold(token)
@@ -103,6 +106,7 @@ class Claims:
                 self._life.release()
                 self._forget(self._token)
             self._life = self._token = None
+            self._closed = True
 
     def _hold(self, token: str) -> FileLock | Lease:
         if is_remote(self._folder):

@@ -33,7 +33,7 @@ _POLL_SHARE = 0.25
 _OUTPUT_POLL_S = 2.0
 _UPLOAD_NAMES = 5
 # What passes by itself: a later look may find an answer.
-_PASSING_REASONS = frozenset({"daily-quota", "deadline", "unknown-state", "service-error"})
+_PASSING_REASONS = frozenset({"daily-quota", "deadline", "unknown-state", "service-error", "refused"})
 
 
 class JobRounds:

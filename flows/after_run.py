@@ -140,6 +140,8 @@ def _finish(watch: Watch, report: RunReport) -> Ending:
     if drifted and config.fail_on_drift:
         row["exit_status"] = EXIT_DRIFT
     record_row(history, row)
+    told = {} if verdict is None else {"drift": verdict.to_json()}
+    write_json(config.output_dir / "run.json", documents["run.json"] | told | {"recorded": True})
     if verdict is None:
         return Ending(report, report)
     report = _with_verdict(report, verdict)

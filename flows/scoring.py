@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backends.base import Backend, ScoreRequest
-from backends.errors import BackendError
+from backends.base import WAITING, Backend, ScoreRequest
+from backends.errors import BackendError, ModelNotUsableError
 from backends.score_store import ScoreJournal, ScoreStore
 from backends.session import BackendSession
 from backends.storage import is_remote
@@ -165,7 +165,9 @@ async def score_and_store(
         await _write(arrivals)
     except BackendError as error:
         logger.warning("%s", error)
-        _fail_rest(arrivals, _reason(error), str(error), on_results)
+        # Looking failed, not the jobs: a collect must not publish their rows as missing.
+        looked = stage == "collect" and not isinstance(error, ModelNotUsableError)
+        _fail_rest(arrivals, WAITING if looked else _reason(error), str(error), on_results)
     finally:
         arrivals.write()
     if arrivals.open_keys:

@@ -74,6 +74,8 @@ def unchanged_state(config: RunConfig, plan: Plan) -> State[PendingReport] | Non
     if config.stage != "collect" or plan.n_to_ask or not exists(path):
         return None
     run = json.loads(read_bytes(path))
+    if not run.get("recorded"):  # written, but its history and alert are missing
+        return None
     settled = run["contexts_on_disk"] + run["contexts_scored_now"]
     before, now = run["config"], json.loads(config.model_dump_json())
     same = all(before.get(name) == value for name, value in now.items() if name != "stage")
