@@ -185,7 +185,7 @@ def _compared(watch: Watch, alert: AlertConfig, row: Row, before: pl.DataFrame, 
         return undecided(alert, f"{watch.config.history} has no earlier run to compare with", warn=False)
     try:
         reference = load_previous(found, watch.config.output_dir, watch.standing)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # this run's own results stand, whatever became of the former one's
         return undecided(alert, str(error))
     return decide(alert, responses.table, reference)
 

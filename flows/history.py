@@ -18,6 +18,7 @@ VERSION = 1
 _TIME = pl.Datetime("us", "UTC")
 _DIVERGENCES = ("kl_per_token", "kl_per_response")
 # A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
+_VERSIONS = ("model1_versions", "model2_versions")
 _SHARE_TOLERANCE = 0.05
 
 # null = not known. A column is only ever added, with a higher VERSION: older rows then hold null there.
@@ -226,7 +227,11 @@ def previous_versions(before: pl.DataFrame, row: Row) -> Row | None:
     """The last run of the same two models, for what versions they had."""
     alike = [pl.col(name).eq_missing(pl.lit(row[name])) for name in ("model1", "model2")]
     found = _others(before, row).filter(*alike)
-    return found.row(-1, named=True) if found.height else None
+    if not found.height:
+        return None
+    # A run without an answer, or without a version in its input, says nothing of a change.
+    last = {name: found.filter(pl.col(name).list.len() > 0)[name].to_list()[-1:] for name in _VERSIONS}
+    return found.row(-1, named=True) | {name: values[0] for name, values in last.items() if values}
 
 
 def _others(before: pl.DataFrame, row: Row) -> pl.DataFrame:
