@@ -8,6 +8,6 @@ from backends.hookspecs import hookimpl
 @hookimpl
 def register_backends(register: Callable[[str, str], None]) -> None:
     """Announce the built-in backends."""
-    register("vertex_batch", "backends.vertex_batch:VertexBatchBackend")
-    register("vertex_online", "backends.vertex_online:VertexOnlineBackend")
-    register("local", "backends.local:LocalBackend")
+    register("vertex_batch", "backends.vertex.batch:VertexBatchBackend")
+    register("vertex_online", "backends.vertex.online:VertexOnlineBackend")
+    register("local", "backends.local.backend:LocalBackend")

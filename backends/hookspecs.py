@@ -12,7 +12,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def register_backends(register: Callable[[str, str], None]) -> None:
-    """Announce backends: ``register("local", "backends.local:LocalBackend")``.
+    """Announce backends: ``register("local", "backends.local.backend:LocalBackend")``.
 
     Called on every start. Import nothing heavy here; the target is imported when a run names it.
     """

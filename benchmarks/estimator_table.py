@@ -27,13 +27,13 @@ if __name__ == "__main__":  # started as a file, the project itself is not on th
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backends.base import BackendOptions, SampleSettings, ScoreRequest
-from backends.local import LocalBackend
-from kl.align import align
-from kl.censored import SpreadEvidence, pooled_prior
-from kl.divergence import Measured, exact, measure
-from kl.intervals import Estimate, ratio_estimate
-from kl.position_sampling import variation_of_pilot
+from backends.local.backend import LocalBackend
+from kl.estimators.align import align
+from kl.estimators.censored import SpreadEvidence, pooled_prior
+from kl.estimators.divergence import Measured, exact, measure
 from kl.records import Candidate, Prompt, Response, Score, Turn
+from kl.statistics.intervals import Estimate, ratio_estimate
+from kl.statistics.position_sampling import variation_of_pilot
 
 FloatArray = NDArray[np.float64]
 Lists = list[tuple[Candidate, ...]]

@@ -26,18 +26,18 @@ import numpy as np
 if __name__ == "__main__":  # started as a file, the project itself is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flows.environment import prepare_environment
+from flows.runtime.environment import prepare_environment
 
 prepare_environment()
 
 from prefect import flow  # noqa: E402 - its settings were prepared above
 
-from flows.config import RunConfig, resolve_backend  # noqa: E402
-from flows.inputs import find_inputs  # noqa: E402
-from flows.partitions import FILES_PER_PART, measure_files  # noqa: E402
-from flows.plan import Asker, make_plan, requests_of  # noqa: E402
-from flows.scoring import Stores  # noqa: E402
-from flows.task_runners import LazyCluster, TaskRunnerConfig  # noqa: E402
+from flows.cluster.runners import LazyCluster, TaskRunnerConfig  # noqa: E402
+from flows.config.models import RunConfig, resolve_backend  # noqa: E402
+from flows.stages.inputs import find_inputs  # noqa: E402
+from flows.stages.passes import FILES_PER_PART, measure_files  # noqa: E402
+from flows.stages.plan import Asker, make_plan, requests_of  # noqa: E402
+from flows.stages.scoring import Stores  # noqa: E402
 from kl.records import Candidate, Score  # noqa: E402
 
 K = 20

@@ -20,18 +20,18 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.errors import ConfigError
-from backends.storage import as_location
-from flows.cli import EXIT_COMPLETE, exit_code_of
-from flows.history_table import history_cells, load_history
-from flows.output_folder import write_json
-from flows.run_folder import FinishedRun, Rows, load_run, worst_positions, worst_responses
-from flows.terminal import console, print_lines, print_pairs
-from kl.breakdowns import TOP_ROWS
-from kl.headline import headline
-from kl.intervals import CONFIDENCE, Estimate
-from kl.paired import IncomparableRunsError, PairedDifference, paired_difference
-from kl.summary import Summary
-from kl.token_table import INFINITE, TokenTableError
+from backends.storage.files import as_location
+from flows.commands.arguments import EXIT_COMPLETE, exit_code_of
+from flows.commands.tables import history_cells, load_history
+from flows.folder.finished import FinishedRun, Rows, load_run, worst_positions, worst_responses
+from flows.folder.output import write_json
+from flows.runtime.terminal import console, print_lines, print_pairs
+from kl.output.headline import headline
+from kl.statistics.breakdowns import TOP_ROWS
+from kl.statistics.intervals import CONFIDENCE, Estimate
+from kl.statistics.paired import IncomparableRunsError, PairedDifference, paired_difference
+from kl.statistics.summary import Summary
+from kl.tables.totals import INFINITE, TokenTableError
 
 _DESCRIPTION = (
     "Shows a finished run of flows.run from its output folder: the headline, and the worst tokens, positions and "

@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backends.bucket_survey import Deletion, Fate, Survey, Totals
 from backends.errors import ConfigError, TokenKLError
-from backends.job_ledger import JobLedger
-from backends.storage import Location, exists, is_remote
-from flows.cli import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
-from flows.config import CommonConfig, RunConfig, SampleConfig, resolve_backend
-from flows.environment import prepare_environment
+from backends.storage.files import Location, exists, is_remote
+from backends.vertex.cleaning.survey import Deletion, Fate, Survey, Totals
+from backends.vertex.jobs.ledger import JobLedger
+from flows.commands.arguments import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
+from flows.config.models import CommonConfig, RunConfig, SampleConfig, resolve_backend
 from flows.progress import ProgressReporter
+from flows.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from backends.bucket_cleaning import BucketCleaner
+    from backends.vertex.cleaning.cleaner import BucketCleaner
 
 logger = logging.getLogger(__name__)
 
@@ -196,9 +196,9 @@ def _cleaner(config: CleanConfig) -> BucketCleaner:
     if config.backend.name != "vertex_batch":
         raise ConfigError(f"the backend {config.backend.name} keeps no files in a bucket; only vertex_batch does.")
     # Imported late: the SDKs take seconds, and --help or a mistake in the call needs none of them.
-    from backends.bucket_cleaning import BucketCleaner
-    from backends.vertex_batch import VertexBatchOptions
-    from backends.vertex_client import check_location, require_project
+    from backends.vertex.batch import VertexBatchOptions
+    from backends.vertex.cleaning.cleaner import BucketCleaner
+    from backends.vertex.client import check_location, require_project
 
     _, options, _ = resolve_backend(config)
     assert isinstance(options, VertexBatchOptions)

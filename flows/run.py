@@ -4,7 +4,7 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Prefect reads its settings when it is imported, so that the program prepares them before it loads this module.
-    from flows.run_program import main
+    from flows.commands.run import main
 
     raise SystemExit(main())
 
@@ -25,30 +25,30 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import SessionClosedError
-from backends.storage import remove_folder
-from flows.after_run import begin_watch, finish_run
-from flows.artifacts import progress_artifact, show_plan, show_report
-from flows.cluster_scoring import ClusterScoring, check_workers, joined_reports
-from flows.config import RunConfig, check_capabilities, resolve_backend
-from flows.dry_run import check_cost, plan_rows, plan_without_calls
-from flows.hooks import settle_jobs
-from flows.inputs import find_inputs
-from flows.interrupts import InterruptedRunError, stop_on_signal
-from flows.measuring import Measured
-from flows.output_folder import prepare_output
-from flows.partitions import measure_files
-from flows.plan import Asker, Group, Plan, make_plan, requests_of
+from backends.storage.files import remove_folder
+from flows.cluster.pulse import dismiss_orphans
+from flows.cluster.runners import LazyCluster, cluster_of
+from flows.cluster.scoring import ClusterScoring, check_workers, joined_reports
+from flows.config.models import RunConfig, check_capabilities, resolve_backend
+from flows.config.templates import RunValues, folder_record, resolve_folders
+from flows.folder.lock import FolderInUseError, run_lock
+from flows.folder.output import prepare_output
 from flows.progress import ProgressReporter
-from flows.report import PendingReport, RunReport, note_written
-from flows.reuse import reuse_raw
-from flows.rolling import RunValues, folder_record, resolve_folders
-from flows.run_lock import FolderInUseError, run_lock
-from flows.run_logging import run_logging
-from flows.run_pulse import dismiss_orphans
-from flows.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for, stop_session
-from flows.stages import pending_state, skipped_state, unchanged_state
-from flows.task_runners import LazyCluster, cluster_of
-from flows.writing import write_results
+from flows.runtime.hooks import settle_jobs
+from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
+from flows.runtime.logs import run_logging
+from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.stages.inputs import find_inputs
+from flows.stages.measuring import Measured
+from flows.stages.passes import measure_files
+from flows.stages.pending import pending_state, skipped_state, unchanged_state
+from flows.stages.plan import Asker, Group, Plan, make_plan, requests_of
+from flows.stages.report import PendingReport, RunReport, note_written
+from flows.stages.reuse import reuse_raw
+from flows.stages.scoring import GroupOutcome, Stores, close_session, score_and_store, session_for, stop_session
+from flows.stages.writing import write_results
+from flows.watch.artifacts import progress_artifact, show_plan, show_report
+from flows.watch.ending import begin_watch, finish_run
 
 logger = logging.getLogger("flows.run")  # a deployment loads this file as a script, under another name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Prefect reads its settings when it is imported, so that the program prepares them before it loads this module.
-    from flows.sample_program import main
+    from flows.commands.sample import main
 
     raise SystemExit(main())
 
@@ -22,14 +22,14 @@ from prefect.states import Failed, State
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
-from backends.storage import as_location, files_in, local_copies
-from flows.config import SampleConfig, resolve_backend
-from flows.output_folder import prepare_output, write_json
+from backends.storage.files import as_location, files_in, local_copies
+from flows.config.models import SampleConfig, resolve_backend
+from flows.config.templates import RunValues, fill
+from flows.folder.output import prepare_output, write_json
 from flows.progress import ProgressReporter
-from flows.rolling import RunValues, fill
-from flows.run_logging import run_logging
+from flows.runtime.logs import run_logging
+from kl.input.writer import response_document
 from kl.records import Prompt, Response, Turn
-from kl.response_writer import response_document
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,13 @@
-"""No test reaches beyond this machine: anything but loopback fails the test."""
+"""What all tests share: a Prefect server and programs; and no test reaches beyond this machine."""
 
 import socket
 from collections.abc import Iterator
 
 import pytest
+
+from tests.programs import prefect_api, process_worker, run_program
+
+__all__ = ["prefect_api", "process_worker", "run_program"]
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
 

@@ -6,7 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 WRITING_A_BACKEND = ROOT / "docs" / "writing-a-backend.md"
 
 

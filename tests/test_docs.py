@@ -20,8 +20,8 @@ import backends.hookspecs
 from backends.base import Backend, Capabilities
 from backends.contract import CHECKS, ContractBreach, Subject, checks_for
 from backends.registry import ENTRY_POINT_GROUP, build_targets, load_backend, parse_options
-from flows.cli import make_parser, parse_config
-from flows.config import RunConfig, build_config, resolve_backend
+from flows.commands.arguments import make_parser, parse_config
+from flows.config.models import RunConfig, build_config, resolve_backend
 from kl.records import Score
 from tests.documents import ROOT, WRITING_A_BACKEND, code_blocks, install_example
 

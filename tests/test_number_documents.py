@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from kl.divergence import ESTIMATORS
-from kl.response_table import RESPONSES
-from kl.results import DETAIL_NAMES
-from kl.schemas import TOKENS
-from kl.summary import Divergence, Summary
+from kl.estimators.divergence import ESTIMATORS
+from kl.output.files import DETAIL_NAMES
+from kl.statistics.summary import Divergence, Summary
+from kl.tables.responses import RESPONSES
+from kl.tables.schemas import TOKENS
 from tests.documents import ROOT
 
 READING = (ROOT / "docs" / "reading-the-numbers.md").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ import pytest
 
 from backends.base import Backend, BackendOptions, ScoreRequest
 from backends.keys import context_keys
+from kl.input.responses import read_responses
 from kl.records import Response, Score, ScoreFailure
-from kl.responses import read_responses
 from tests.vertex_world.fixtures import in_vertex_world, make_vertex_world, vertex_world
 from tests.vertex_world.world import VertexWorld
 

@@ -4,23 +4,21 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import polars as pl
 import pytest
 
 from flows.analyze import comparable_column, main, verdict
-from flows.run_folder import load_run, summary_from_json, worst_positions
-from kl.headline import headline
-from kl.intervals import Estimate
+from flows.folder.finished import load_run, summary_from_json, worst_positions
+from kl.output.files import write_part, write_responses, write_run_info, write_summary, write_tokens
+from kl.output.headline import headline
 from kl.records import Sampling
-from kl.response_table import ResponseInfo, summarise_responses
-from kl.results import write_part, write_responses, write_run_info, write_summary, write_tokens
-from kl.schemas import TOKENS
-from kl.summary import RunFacts, summarise_dataset
+from kl.statistics.intervals import Estimate
+from kl.statistics.summary import RunFacts, summarise_dataset
+from kl.tables.responses import ResponseInfo, summarise_responses
+from kl.tables.schemas import TOKENS
+from tests import ROOT
 from tests.kl.conftest import Answer, build_tokens
-
-ROOT = Path(__file__).parent.parent.parent
 
 # Six prompts, KL per token .1 to .6.
 STEADY = [Answer(f"f{i}.json", f"prompt{i}", 0, [0.1 * (i + 1)] * 4) for i in range(6)]

@@ -14,10 +14,11 @@ from threading import Thread
 import pytest
 from google.cloud import storage
 
-from backends.job_ledger import JobLedger
+from backends.vertex.jobs.ledger import JobLedger
 from flows.clean import CleanConfig, parse_duration
-from flows.config import build_config
-from tests.flows.conftest import ROOT, Done, clean_environment
+from flows.config.models import build_config
+from tests import ROOT
+from tests.programs import Done, clean_environment
 from tests.vertex_world.fixtures import in_vertex_world, vertex_world
 from tests.vertex_world.testing import FLASH, genai_client, scoring_request
 from tests.vertex_world.world import VertexWorld

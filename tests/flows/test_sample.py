@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from flows.config import SampleConfig, validate
+from flows.config.models import SampleConfig, validate
 from flows.sample import sample
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import polars as pl
 import pytest
 
-from kl.schemas import TOKENS
+from kl.tables.schemas import TOKENS
 
 
 class Answer(NamedTuple):

@@ -1,0 +1,133 @@
+"""Answers in safety the moment they arrive, one line each, until they are written as a part of the table."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from backends.scores.rows import row_of
+from backends.storage.chunk_log import ChunkLog
+from backends.storage.files import is_remote, local_copies
+from kl.records import Score, ScoreFailure
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".jsonl"
+_SYNC_INTERVAL_S = 1.0
+
+_logs: dict[tuple[int, str], ChunkLog] = {}
+_logs_lock = threading.Lock()
+
+
+class ScoreJournal:
+    """The answers of one group of responses until they stand in a part.
+
+    On a disk a line reaches the operating system before `add` returns, so that killing the process loses none; the disk
+    is told about once a second, for the machine's own failures. In a bucket the lines of all groups of the process are
+    stored together about once a second: a kill loses what arrived in the last one (rows of a batch job are still in the
+    job's output; online answers are asked again). Full vocabularies are left out: they are large, and no service sells
+    them.
+
+    Parameters
+    ----------
+    folder : Path
+        The journals of a store.
+    name : str
+        Free among those open.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._lines = _RemoteLines(folder, name) if is_remote(folder) else _LocalLines(folder / f"{name}{SUFFIX}")
+
+    def add(self, prompt_id: str, model: str, result: Score | ScoreFailure) -> None:
+        """Append one answer; failures that may pass are not kept."""
+        if isinstance(result, ScoreFailure):
+            if not result.final:
+                return
+        elif result.full_logprobs is not None:
+            return
+        line = json.dumps({"prompt_id": prompt_id, **row_of(model, result)}, default=_plain) + "\n"
+        self._lines.append(line.encode("ascii"))
+
+    def clear(self) -> None:
+        """Forget the lines: they stand in a part now."""
+        self._lines.clear()
+
+
+class _LocalLines:
+    """A file that lines are appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: io.BufferedWriter | None = None
+        self._synced = 0.0
+
+    def append(self, line: bytes) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab")
+        self._file.write(line)
+        self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def clear(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._path.unlink(missing_ok=True)
+
+
+class _RemoteLines:
+    """A share in the one log that a process keeps in a remote folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name = name
+        with _logs_lock:
+            self._log = _logs.setdefault((os.getpid(), str(folder)), ChunkLog(folder, SUFFIX))
+
+    def append(self, line: bytes) -> None:
+        self._log.add(self._name, line)
+
+    def clear(self) -> None:
+        self._log.forget(self._name)
+
+
+def recorded(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Prompt id → rows that killed runs left in journals; a line that was cut short is dropped."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for path, copy in local_copies(paths):
+        with copy.open("rb") as file:
+            for line in file:
+                try:
+                    prompt_id, row = _recorded(line)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    # The end of a killed run cuts the last line; a machine that fails may leave any bytes.
+                    logger.warning("%s: a line was cut short and is left out; its context is asked again", path)
+                    continue
+                by_prompt.setdefault(prompt_id, []).append(row)
+    return by_prompt
+
+
+def _recorded(line: bytes) -> tuple[str, dict[str, Any]]:
+    row = json.loads(line)
+    row["scored_at"] = datetime.fromisoformat(row["scored_at"])
+    row["token_bytes"] = row["token_bytes"] and [item if item is None else bytes(item) for item in row["token_bytes"]]
+    return row.pop("prompt_id"), row
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, bytes):
+        return list(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no place in a journal")

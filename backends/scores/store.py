@@ -1,0 +1,203 @@
+"""Scores on disk: what was paid for, kept under the hash of its context.
+
+One folder per prompt, so that reading what one prompt needs never touches the rest::
+
+    scores/<prompt_id>/<part>.parquet
+
+While a group of responses is at work its answers go, one by one as they arrive, to a journal; from time to time and at
+the end they become a part and the journal goes away. A journal that a killed run left behind is taken in by the next::
+
+    scores/journals/<name>.jsonl
+
+All of it may be in a bucket: then the parts that are read are copied to the local disk first, each once while it stays
+as it is.
+
+A part is written whole or not at all. The same score may stand in two parts (a run was killed between writing a merged
+part and removing its pieces); the answers are equal and the first one read counts. All parts are one plain table:
+``polars.read_parquet("scores/*/*.parquet")``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from backends.errors import ConfigError
+from backends.scores.journal import SUFFIX, ScoreJournal, recorded
+from backends.scores.rows import SCORES, result_of, row_of
+from backends.storage.copies import COPIES
+from backends.storage.files import StoredFile, files_in, in_parallel, is_remote, remove, write_bytes_atomic
+from backends.storage.listing import RemoteListing
+from kl.records import Score, ScoreFailure
+
+__all__ = ["SCORES", "ScoreJournal", "ScoreStore"]
+
+_JOURNALS = "journals"
+_PARTS_WORTH_MERGING = 4
+_JOURNALS_AT_ONCE = 500  # objects of a second each
+_LIGHT = [name for name in SCORES.names() if name != "full_logprobs"]
+
+
+class ScoreStore:
+    """The scores below one folder.
+
+    Parameters
+    ----------
+    root : Path
+        The ``scores`` folder of an output directory, local or remote; made when the first score is written. A remote
+        one is listed when it is read first: make another store to see what other processes wrote since.
+    every_failure : bool
+        Also keep failures that may pass: for the record of one run, never where it is decided what is bought.
+    """
+
+    def __init__(self, root: Path, *, every_failure: bool = False) -> None:
+        self.root = root
+        self._every_failure = every_failure
+        self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
+
+    def prefetch(self) -> None:
+        """Copy all parts of a remote store to the local disk, many at once, if there is room for them."""
+        if self._listing is not None:
+            COPIES.fetch(self._listing.files())
+
+    def known_keys(self, prompt_id: str) -> set[str]:
+        """Keys that need not be asked again: scores, and failures that are final."""
+        parts = self._parts(prompt_id)
+        return {key for part in parts for key in self._read(part, ["key"])["key"]}
+
+    def load(self, prompt_id: str, keys: Iterable[str]) -> dict[str, Score | ScoreFailure]:
+        """The stored results among ``keys``, without full vocabularies."""
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, Score | ScoreFailure] = {}
+        for part in self._parts(prompt_id):
+            for row in self._read(part, _LIGHT, wanted).iter_rows(named=True):
+                found.setdefault(row["key"], result_of(row))
+        return found
+
+    def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+        """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""
+        found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+        for part in self._parts(prompt_id):
+            missing = [key for key in keys if key not in found]
+            if not missing:
+                break
+            frame = self._read(part, ["key", "full_logprobs"], missing)
+            for key, values in zip(frame["key"], frame["full_logprobs"], strict=True):
+                if values is not None:
+                    found[key] = values.to_numpy()
+        return found
+
+    def append(self, prompt_id: str, model: str, results: Sequence[Score | ScoreFailure]) -> None:
+        """Write scores and final failures as one part."""
+        self.write_rows(prompt_id, [row_of(model, result) for result in results if self._keeps(result)])
+
+    def _keeps(self, result: Score | ScoreFailure) -> bool:
+        return isinstance(result, Score) or result.final or self._every_failure
+
+    def write_rows(self, prompt_id: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows of the schema `SCORES` as one part."""
+        if rows:
+            frame = pl.DataFrame(rows, schema=SCORES, orient="row")
+            digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
+            self._write(frame, self.root / prompt_id / f"{digest}.parquet")
+
+    def journal(self, name: str) -> ScoreJournal:
+        """A journal for the answers of one group; ``name`` must be free among those open."""
+        return ScoreJournal(self.root / _JOURNALS, name)
+
+    def recover(self) -> int:
+        """Take in what killed runs left in journals; returns how many answers. No other run may be using the folder."""
+        paths = files_in(self.root / _JOURNALS, SUFFIX)
+        at_once = _JOURNALS_AT_ONCE if is_remote(self.root) else 1
+        count = 0
+        for start in range(0, len(paths), at_once):
+            some = paths[start : start + at_once]
+            for prompt_id, rows in recorded(some).items():
+                self.write_rows(prompt_id, rows)
+                count += len(rows)
+            in_parallel(remove, some)
+        return count
+
+    def copy_from_journals(self, wanted: Mapping[str, Container[str]]) -> int:
+        """Write as parts what journals hold of some keys, by prompt id; returns how many answers.
+
+        The journals stay: another process may be writing them. A score that stands in two parts counts once.
+        """
+        count = 0
+        for path in files_in(self.root / _JOURNALS, SUFFIX):
+            with suppress(FileNotFoundError):  # its writer has made a part of it meanwhile
+                for prompt_id, rows in recorded([path]).items():
+                    ours = [row for row in rows if row["key"] in wanted.get(prompt_id, ())]
+                    self.write_rows(prompt_id, ours)
+                    count += len(ours)
+        return count
+
+    def look_again(self, prompt_id: str) -> None:
+        """See what other processes have written for a prompt since the store was made."""
+        self._note_change(prompt_id)
+
+    def compact_all(self) -> None:
+        """Merge small parts, prompt by prompt. No other run may be using the folder."""
+        for name in self._prompts():
+            self.compact(name)
+
+    def _prompts(self) -> list[str]:
+        if self._listing is not None:
+            return [name for name in self._listing.subfolders() if name != _JOURNALS]
+        folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
+        return [folder.name for folder in folders if folder.is_dir() and folder.name != _JOURNALS]
+
+    def compact(self, prompt_id: str) -> None:
+        """Merge the many small parts of a prompt into one, sorted by key."""
+        parts = self._parts(prompt_id)
+        if len(parts) < _PARTS_WORTH_MERGING or any(self._has_full(part) for part in parts):
+            return
+        frame = pl.concat(self._read(part, SCORES.names()) for part in parts).unique("key", keep="first").sort("key")
+        digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
+        target = self.root / prompt_id / f"{digest}.parquet"
+        self._write(frame, target)
+        in_parallel(remove, [part.path for part in parts if part.path != target])
+        self._note_change(prompt_id)
+
+    def _parts(self, prompt_id: str) -> list[StoredFile]:
+        if self._listing is not None:
+            return self._listing.files_of(prompt_id)
+        return [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
+
+    def _has_full(self, part: StoredFile) -> bool:
+        with COPIES.open(part) as path:
+            return bool(
+                pl.scan_parquet(path, glob=False, hive_partitioning=False)
+                .select(pl.col("full_logprobs").is_not_null().any())
+                .collect()
+                .item()
+            )
+
+    def _read(self, part: StoredFile, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
+        with COPIES.open(part) as path:
+            try:
+                frame = pl.read_parquet(path, columns=columns, glob=False, hive_partitioning=False)
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise ConfigError(
+                    f"the stored scores in {part.path} cannot be read ({error}). Restore the file, or move it away: "
+                    "its scores are then asked for, and paid for, again."
+                ) from error
+        return frame if keys is None else frame.filter(pl.col("key").is_in(keys))
+
+    def _write(self, frame: pl.DataFrame, target: Path) -> None:
+        # Two tasks write a part of one name only with equal keys.
+        packed = io.BytesIO()
+        frame.write_parquet(packed, compression="zstd")
+        write_bytes_atomic(target, packed.getvalue())
+        self._note_change(target.parent.name)
+
+    def _note_change(self, prompt_id: str) -> None:
+        if self._listing is not None:
+            self._listing.note_change(prompt_id)

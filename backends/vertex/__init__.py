@@ -1,0 +1,1 @@
+"""Vertex AI: the batch and the online backend, and what they share."""

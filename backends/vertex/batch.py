@@ -1,0 +1,185 @@
+"""Vertex AI batch prediction, the default backend: half the price, thousands of requests a job.
+
+Rows → JSONL in the bucket → batch job → poll → output rows matched by key. What a job did not answer goes into a
+follow-up job, a bounded number of times; what finished is kept whatever the job's state. `job_rounds` has the rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
+from backends.errors import ConfigError
+from backends.scores.raw_log import RawLog
+from backends.vertex import wire as gemini
+from backends.vertex.calls import prove_usable
+from backends.vertex.client import PENDING_STATES, BatchJobs, check_location, make_client, require_project
+from backends.vertex.jobs.bucket import BatchBucket, check_bucket_name
+from backends.vertex.jobs.ledger import JobLedger
+from backends.vertex.jobs.rounds import JobRounds
+from backends.vertex.jobs.rows import RowSet, read_row
+from backends.vertex.jobs.work import Stage
+from backends.vertex.merging import merged
+from backends.vertex.options import VertexBatchOptions
+from backends.vertex.prices import BATCH_SHARE, price_of, token_cost
+from kl.records import Score, ScoreFailure
+
+__all__ = ["VertexBatchBackend", "VertexBatchOptions"]
+
+
+class VertexBatchBackend(Backend):
+    """Scores through batch prediction jobs."""
+
+    Options: ClassVar[type[BackendOptions]] = VertexBatchOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=gemini.MAX_TOP_LOGPROBS, deferred=True)
+    options: VertexBatchOptions
+
+    def __init__(self, options: VertexBatchOptions, state_dir: Path | None = None) -> None:
+        super().__init__(options, state_dir)
+        project = require_project(options.project_id)
+        location = check_location(options.location)
+        bucket = check_bucket_name(options.bucket_name or f"{project}-kl-batch")
+        if state_dir is None:
+            raise ConfigError("vertex_batch needs a folder in which it records its jobs.")
+        self._place = f"{project}/{location}/{bucket}"
+        self._project, self._location, self._bucket_name = project, location, bucket
+        self._ledger = JobLedger(state_dir / "jobs")
+        self._raw = RawLog(state_dir / "raw") if options.keep_raw else None
+        self._rounds: JobRounds | None = None
+        self._only_looks = False
+
+    async def __aenter__(self) -> Self:
+        options = self.options
+        self._client = make_client(self._project, self._location, options.request_timeout_s)
+        self._jobs = BatchJobs(
+            self._client, self._project, self._location, options.retry_deadline_s, options.request_timeout_s
+        )
+        self._bucket = BatchBucket(self._project, self._location, self._bucket_name, options.retry_deadline_s)
+        self._ledger.flow_run_id = self.run_id
+        self._rounds = JobRounds(options, self._place, self._ledger, self._jobs, self._bucket, self._raw)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self._ledger.close)
+        await self._client.aclose()
+        self._bucket.close()
+        if self._raw is not None:
+            self._raw.close()
+
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        """The generation settings; online and batch requests share their scores."""
+        return gemini.request_identity(request)
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """The list price, at half for batch; caches that the service applies by itself would lower it."""
+        assert isinstance(options, VertexBatchOptions)
+        price = price_of(model, options.prices)
+        return token_cost(price, input_tokens, output_tokens, BATCH_SHARE)
+
+    @classmethod
+    def request_bytes(cls, request: ScoreRequest) -> int:
+        """The size of the requests as JSON lines."""
+        return sum(gemini.BatchRows(request).sizes())
+
+    def parallel_groups(self) -> int:
+        """One group per job in flight."""
+        return self.options.max_jobs_in_flight
+
+    def in_flight(self) -> Mapping[str, str]:
+        """Keys in jobs that this output folder has on record."""
+        self._ledger.refresh()
+        return self._ledger.in_flight(self._place)
+
+    def report(self) -> dict[str, Any]:
+        """The jobs of this run with their states."""
+        return {"bucket": self._bucket_name, "jobs": list(self._rounds.reported.values()) if self._rounds else []}
+
+    @classmethod
+    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """Read a row that was kept."""
+        return read_row(key, row)
+
+    async def interrupted(self) -> str | None:
+        """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
+        if self._rounds is None:
+            return None
+        running = [str(job["name"]) for job in self._rounds.reported.values() if job["state"] in PENDING_STATES]
+        if self.options.on_cancel == "leave" or self._only_looks:
+            return _left(running)
+        # A job whose creation was under way may have been made.
+        looked_up = await asyncio.gather(*map(self._jobs.find, self._rounds.making), return_exceptions=True)
+        found = [job.name for answer in looked_up if not isinstance(answer, BaseException) for job in answer]
+        return await self._cancel([*running, *found])
+
+    async def abandoned(self, run_id: str) -> str | None:
+        """Leave the jobs on record that the run made or waited for, or cancel those that still run."""
+        await asyncio.to_thread(self._ledger.refresh)
+        entries = [
+            entry
+            for entry in self._ledger.entries()
+            if entry.flow_run_id == run_id and entry.backend_place == self._place and not entry.ended
+        ]
+        if self.options.on_cancel == "leave":
+            return _left([entry.job_name for entry in entries if entry.job_name is not None])
+        found = await asyncio.gather(*(self._jobs.find(entry.job_key) for entry in entries))
+        return await self._cancel(
+            [job.name for jobs in found for job in jobs if job.state in PENDING_STATES and job.state != "CANCELLING"]
+        )
+
+    async def _cancel(self, names: Sequence[str]) -> str | None:
+        answers = await asyncio.gather(*map(self._jobs.cancel, names), return_exceptions=True)
+        failed = [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, BaseException)]
+        cancelled = [name for name in names if name not in failed]
+        parts = [
+            f"{len(cancelled)} batch jobs were cancelled; the next run fetches what they finished: "
+            f"{', '.join(cancelled)}" if cancelled else "",
+            f"{len(failed)} batch jobs could not be cancelled, or have ended: {', '.join(failed)}" if failed else "",
+        ]  # fmt: skip
+        return "; ".join(part for part in parts if part) or None
+
+    async def preflight(self, model: str) -> str | None:
+        """One tiny online request with a prefill, and the bucket."""
+        version = await prove_usable(self._client, model, self.options.retry_deadline_s)
+        await self._bucket.ensure()
+        return version
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Ask for all positions in as few jobs as the limits allow, and follow up on what they leave out."""
+        async with aclosing(self._results(requests, "run")) as results:
+            async for result in results:
+                yield result
+
+    async def submit(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Make the jobs that `score` would make first."""
+        async with aclosing(self._results(requests, "submit")) as results:
+            async for result in results:
+                yield result
+
+    async def collect(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
+        """Read the jobs that have ended, and make follow-up jobs for what they left out."""
+        self._only_looks = True
+        async with aclosing(self._results(requests, "collect")) as results:
+            async for result in results:
+                yield result
+
+    async def _results(self, requests: Sequence[ScoreRequest], stage: Stage) -> AsyncGenerator[Score | ScoreFailure]:
+        assert self._rounds is not None, "enter the backend first"
+        await self._bucket.ensure()
+        await asyncio.to_thread(self._ledger.refresh)  # another process may have asked for some of it meanwhile
+        work = [self._rounds.results(part) for part in self._rounds.work(RowSet(requests), stage)]
+        async with aclosing(merged(work)) as results:
+            async for result in results:
+                yield result
+
+
+def _left(names: Sequence[str]) -> str | None:
+    """What is said of jobs that go on; None if there are none."""
+    if not names:
+        return None
+    return f"{len(names)} batch jobs go on and are charged; the next run fetches them: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""What batch jobs left in the bucket, and what may go."""

@@ -1,0 +1,328 @@
+"""The google-genai client as both Vertex backends use it, and the batch jobs it manages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import google.auth
+import google.auth.transport.requests
+import httpx2
+import pydantic
+from google import genai
+from google.genai import types
+
+from backends.errors import BackendError, ConfigError, RetryableBackendError
+from backends.vertex.retry import StatusError, translated, with_retries
+
+logger = logging.getLogger(__name__)
+
+_API_VERSION = "v1beta1"
+_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
+# Rows that finished are written and billed in all of these.
+TERMINAL_STATES = frozenset({"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"})
+# No state of the service: a job that was made and is not there any more. Its output may be.
+DELETED = "DELETED"
+
+
+def require_project(project_id: str | None) -> str:
+    """The project, or one clear line.
+
+    Raises
+    ------
+    ConfigError
+        If no project is set anywhere.
+    """
+    if not project_id:
+        raise ConfigError("no Google Cloud project: set --project-id or GOOGLE_CLOUD_PROJECT.")
+    return project_id
+
+
+class ServiceClient(genai.Client):
+    """The SDK's client with a transport that is given to it, and which it leaves open."""
+
+    def __init__(self, transport: httpx2.AsyncClient, http_options: types.HttpOptions, **settings: Any) -> None:
+        options = http_options.model_copy(update={"httpx_async_client": transport})
+        super().__init__(http_options=options, **settings)
+        self._transport = transport
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.aio.aclose()
+        await self._transport.aclose()
+        self.close()
+
+
+def make_client(project_id: str, location: str, timeout_s: float, max_calls: int = 100) -> ServiceClient:
+    """A Vertex client without retries of its own; every call has a timeout.
+
+    Parameters
+    ----------
+    project_id, location : str
+    timeout_s : float
+        Seconds until a call counts as lost.
+    max_calls : int
+        How many calls may be in flight; as many connections are kept.
+
+    Raises
+    ------
+    ConfigError
+        If there are no credentials.
+    """
+    with translated("connect to Vertex AI"):
+        credentials, _ = google.auth.default(scopes=[_SCOPE])
+        return ServiceClient(
+            async_transport(max_calls, _RenewedToken(credentials)),
+            types.HttpOptions(timeout=int(timeout_s * 1000), api_version=_api_version()),
+            vertexai=True,
+            project=project_id,
+            location=location,
+            credentials=credentials,
+        )
+
+
+def async_transport(max_calls: int, auth: httpx2.Auth | None = None) -> httpx2.AsyncClient:
+    """The HTTP client of the asynchronous calls, with a connection for each call in flight.
+
+    It is given to the SDK, which would else use aiohttp wherever that happens to be installed, and on that path repeats
+    a call by itself after a broken connection: a job could be made twice.
+    """
+    limits = httpx2.Limits(max_connections=max_calls, max_keepalive_connections=max_calls)
+    return httpx2.AsyncClient(limits=limits, auth=auth, follow_redirects=True)
+
+
+class _RenewedToken(httpx2.Auth):
+    """A token that the service refuses before it has expired by this machine's clock is renewed, once a call."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+        self._renewal = asyncio.Lock()
+
+    async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
+        answer = yield request
+        if answer.status_code != 401:
+            return
+        async with self._renewal:
+            if request.headers.get("Authorization") == f"Bearer {self._credentials.token}":
+                renew = google.auth.transport.requests.Request()
+                await asyncio.to_thread(self._credentials.refresh, renew)
+        request.headers["Authorization"] = f"Bearer {self._credentials.token}"
+        yield request
+
+
+def _api_version() -> str:
+    return os.environ.get("GOOGLE_GENAI_API_VERSION") or _API_VERSION
+
+
+def _base_url(location: str) -> str:
+    custom = os.environ.get("GOOGLE_VERTEX_BASE_URL")
+    if custom:
+        return custom.rstrip("/")
+    if location == "global":
+        return "https://aiplatform.googleapis.com"
+    if location in ("us", "eu"):
+        return f"https://aiplatform.{location}.rep.googleapis.com"
+    return f"https://{location}-aiplatform.googleapis.com"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteJob:
+    """What matters of a batch job: its state without the ``JOB_STATE_`` prefix, its error, where its output lies."""
+
+    name: str
+    display_name: str
+    state: str
+    create_time: str
+    input_uris: tuple[str, ...] = ()
+    output_directory: str | None = None
+    error: str | None = None
+    error_code: int | None = None
+    successful_rows: int | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether rows must be there, though perhaps a moment after the state says that the job ended."""
+        if self.successful_rows is not None:
+            return self.successful_rows > 0
+        return self.output_directory is not None or self.state in ("SUCCEEDED", "PARTIALLY_SUCCEEDED")
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job will not change any more.
+
+        Raises
+        ------
+        BackendError
+            If the state is one that this version does not know.
+        """
+        if self.state in TERMINAL_STATES:
+            return True
+        if self.state in PENDING_STATES:
+            return False
+        raise BackendError(
+            f"batch job {self.name} is in the state {self.state!r}, which this version does not know. "
+            "Look at the job in the console; a later run attaches to it again."
+        )
+
+
+class BatchJobs:
+    """Create, find, watch and cancel batch jobs.
+
+    The SDK cannot read a job whose error carries detail objects (its model wants strings); such answers are read again
+    without it.
+    """
+
+    def __init__(
+        self, client: genai.Client, project_id: str, location: str, deadline_s: float, timeout_s: float
+    ) -> None:
+        self._client = client
+        self._parent = f"projects/{project_id}/locations/{location}"
+        self._url = f"{_base_url(location)}/{_api_version()}"
+        self._deadline_s = deadline_s
+        self._timeout_s = timeout_s
+
+    async def create(self, model: str, input_uri: str, output_prefix: str, display_name: str) -> RemoteJob:
+        """Create a job, once: an answer that was lost is looked up before anything is created again.
+
+        There must be no job of this display name yet.
+        """
+        first = True
+
+        async def attempt() -> RemoteJob:
+            nonlocal first
+            if not first:
+                found = await self._list(display_name)
+                if found:
+                    return found[-1]
+            first = False
+            try:
+                job = await self._client.aio.batches.create(
+                    model=model,
+                    src=input_uri,
+                    config=types.CreateBatchJobConfig(display_name=display_name, dest=output_prefix),
+                )
+            except pydantic.ValidationError as error:
+                # The job was made; only its description could not be read.
+                raise RetryableBackendError("the answer cannot be read") from error
+            return _from_sdk(job)
+
+        return await with_retries(attempt, what=f"create batch job {display_name}", deadline_s=self._deadline_s)
+
+    async def find(self, display_name: str) -> list[RemoteJob]:
+        """The jobs of a display name, oldest first."""
+        return await with_retries(
+            lambda: self._list(display_name), what=f"look for batch job {display_name}", deadline_s=self._deadline_s
+        )
+
+    async def get(self, name: str) -> RemoteJob | None:
+        """The present state of a job; None if it does not exist (any more)."""
+        try:
+            return await with_retries(
+                lambda: self._get(name), what=f"read batch job {name}", deadline_s=self._deadline_s
+            )
+        except StatusError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def cancel(self, name: str) -> None:
+        """Ask the service to cancel a job; it goes on for a while and keeps what it finished."""
+        await with_retries(
+            lambda: self._client.aio.batches.cancel(name=name),
+            what=f"cancel batch job {name}",
+            deadline_s=self._deadline_s,
+        )
+
+    async def _get(self, name: str) -> RemoteJob:
+        try:
+            return _from_sdk(await self._client.aio.batches.get(name=name))
+        except pydantic.ValidationError:
+            path = f"{self._parent}/batchPredictionJobs/{name.rsplit('/', 1)[-1]}"
+            return _from_json(await asyncio.to_thread(self._raw_get, path, {}))
+
+    async def _list(self, display_name: str) -> list[RemoteJob]:
+        query = f'displayName="{display_name}"'
+        try:
+            pager = await self._client.aio.batches.list(config=types.ListBatchJobsConfig(filter=query, page_size=100))
+            found = [_from_sdk(job) async for job in pager]
+        except pydantic.ValidationError:
+            found = await self._raw_list(query)
+        return sorted((job for job in found if job.display_name == display_name), key=lambda job: job.create_time)
+
+    async def _raw_list(self, query: str) -> list[RemoteJob]:
+        jobs: list[RemoteJob] = []
+        parameters = {"filter": query, "pageSize": "100"}
+        while True:
+            page = await asyncio.to_thread(self._raw_get, f"{self._parent}/batchPredictionJobs", parameters)
+            jobs += [_from_json(item) for item in page.get("batchPredictionJobs", [])]
+            if not page.get("nextPageToken"):
+                return jobs
+            parameters = parameters | {"pageToken": page["nextPageToken"]}
+
+    def _raw_get(self, path: str, parameters: dict[str, str]) -> dict[str, Any]:
+        credentials, _ = google.auth.default(scopes=[_SCOPE])
+        with google.auth.transport.requests.AuthorizedSession(credentials) as session:
+            answer = session.get(f"{self._url}/{path}", params=parameters, timeout=self._timeout_s)
+            if not answer.ok:
+                genai.errors.APIError.raise_for_response(answer)
+            return answer.json()
+
+
+def _from_sdk(job: types.BatchJob) -> RemoteJob:
+    if not job.name:
+        raise BackendError("the service answered with a batch job that has no name.")
+    state = job.state.value if job.state is not None else "JOB_STATE_UNSPECIFIED"
+    return RemoteJob(
+        name=job.name,
+        display_name=job.display_name or "",
+        state=state.removeprefix("JOB_STATE_"),
+        create_time=job.create_time.isoformat() if job.create_time else "",
+        input_uris=tuple((job.src.gcs_uri if job.src else None) or ()),
+        output_directory=job.output_info.gcs_output_directory if job.output_info else None,
+        error=_error_text(job.error.model_dump()) if job.error else None,
+        error_code=job.error.code if job.error else None,
+        successful_rows=_known_count(job.completion_stats.successful_count if job.completion_stats else None),
+    )
+
+
+def _from_json(job: dict[str, Any]) -> RemoteJob:
+    error = job.get("error")
+    return RemoteJob(
+        name=job["name"],
+        display_name=job.get("displayName", ""),
+        state=job.get("state", "JOB_STATE_UNSPECIFIED").removeprefix("JOB_STATE_"),
+        create_time=job.get("createTime", ""),
+        input_uris=tuple(job.get("inputConfig", {}).get("gcsSource", {}).get("uris", ())),
+        output_directory=job.get("outputInfo", {}).get("gcsOutputDirectory"),
+        error=_error_text(error) if error else None,
+        error_code=error.get("code") if error else None,
+        successful_rows=_known_count(job.get("completionStats", {}).get("successfulCount")),
+    )
+
+
+def _known_count(value: int | str | None) -> int | None:
+    # REST writes counts as texts, and -1 for one that is not known.
+    return int(value) if value is not None and int(value) >= 0 else None
+
+
+def _error_text(error: dict[str, Any]) -> str:
+    return f"{error.get('message') or 'no message'} (code {error.get('code')})"
+
+
+def check_location(location: str) -> str:
+    """Refuse a location that could not be part of a host name.
+
+    Raises
+    ------
+    ConfigError
+        With the value.
+    """
+    if not location.replace("-", "").isalnum():
+        raise ConfigError(f"location {location!r} is not a Vertex AI location such as us-central1 or global.")
+    return location

@@ -1,0 +1,194 @@
+"""The rows of a batch job: which keys, in which files, and what came back for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from backends.base import ScoreRequest
+from backends.scores.raw_log import RawLog
+from backends.vertex import wire as gemini
+from backends.vertex.jobs.bucket import lines_of
+from backends.vertex.retry import is_daily_quota
+from kl.records import Score, ScoreFailure
+
+logger = logging.getLogger(__name__)
+
+# What reading a JSON value of an unforeseen shape raises.
+_SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
+
+
+class RowSet:
+    """Distinct contexts of one model, as the lines of a batch input file.
+
+    Iterating gives the lines; it can be done again, so that an upload can be repeated. Equal contexts are one row.
+    """
+
+    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
+        seen: set[str] = set()
+        self.requests = tuple(filtered for request in requests if (filtered := _first_of(request, seen)).keys)
+        self.keys: tuple[str, ...] = tuple(key for request in self.requests for key in request.keys)
+
+    @property
+    def model(self) -> str:
+        """The model that answers; one job has one model."""
+        return self.requests[0].model
+
+    @property
+    def name(self) -> str:
+        """The name of the first response."""
+        return self.requests[0].name
+
+    def __iter__(self) -> Iterator[bytes]:
+        for request in self.requests:
+            yield from gemini.BatchRows(request)
+
+    def only(self, keys: Collection[str]) -> RowSet:
+        """The rows of these keys."""
+        wanted = set(keys)
+        return RowSet([_restrict(request, wanted) for request in self.requests])
+
+    def without(self, keys: Collection[str]) -> RowSet:
+        """The rows of all other keys."""
+        return self.only(set(self.keys).difference(keys)) if keys else self
+
+    def key_by_request(self) -> dict[bytes, str]:
+        """Digest of the canonical request → key, to recognise rows that came back without their key."""
+        return {_digest(row["request"]): row["key"] for row in (json.loads(line) for line in self)}
+
+
+def _digest(request: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(gemini.canonical_request(request).encode("ascii"), digest_size=16).digest()
+
+
+def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:
+    fresh: set[str] = set()
+    for key in request.keys:
+        if key not in seen:
+            seen.add(key)
+            fresh.add(key)
+    if len(fresh) == len(request.keys):
+        return request
+    return _restrict(request, fresh)
+
+
+def _restrict(request: ScoreRequest, keys: Collection[str]) -> ScoreRequest:
+    left = set(keys)
+    pairs: list[tuple[int, str]] = []
+    for position, key in zip(request.positions, request.keys, strict=True):
+        if key in left:
+            left.discard(key)
+            pairs.append((position, key))
+    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
+
+
+def split_rows(rows: RowSet, max_rows: int, max_bytes: int) -> Iterator[RowSet]:
+    """Row sets of one model each, no larger than a job may be; only lengths are kept, never the lines."""
+    models = dict.fromkeys(request.model for request in rows.requests)
+    for model in models:
+        keys: list[str] = []
+        size = 0
+        for request in rows.requests:
+            if request.model != model:
+                continue
+            for key, length in zip(request.keys, gemini.BatchRows(request).sizes(), strict=True):
+                if keys and (len(keys) == max_rows or size + length > max_bytes):
+                    yield rows.only(keys)
+                    keys, size = [], 0
+                keys.append(key)
+                size += length
+        if keys:
+            yield rows.only(keys)
+
+
+class OutputReader:
+    """Matches output lines to the rows of a job: by our key, else by the echoed request, never by order.
+
+    Parameters
+    ----------
+    rows : RowSet
+        The rows that an answer is wanted for; answers to others are counted and left alone.
+    raw : RawLog, optional
+        Keeps every row that answers one of them, as it came.
+    """
+
+    def __init__(self, rows: RowSet, raw: RawLog | None = None) -> None:
+        self._rows = rows
+        self._raw = raw
+        self._known = frozenset(rows.keys)
+        self._wanted = set(rows.keys)
+        self._by_request: dict[bytes, str] | None = None
+        self._unreadable = 0
+        self._foreign = 0
+
+    def read(self, path: Path) -> Iterator[Score | ScoreFailure]:
+        """The results in one output file; the first success for a key counts."""
+        for line in lines_of(path):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                self._unreadable += 1
+                continue
+            key = self._key(row) if isinstance(row, dict) else None
+            if key is None:
+                self._foreign += 1
+                continue
+            if self._raw is not None:
+                self._raw.add(key, row)
+            result = read_row(key, row)
+            if isinstance(result, Score) or result.final:
+                self._wanted.discard(key)
+            yield result
+
+    def _key(self, row: dict[str, Any]) -> str | None:
+        """Our key, wherever the row carries it; else that of the request which it echoes."""
+        echo = _echo(row)
+        for place in (row, row.get("instance"), echo):
+            for name in ("key", "custom_id"):
+                key = place.get(name) if isinstance(place, dict) else None
+                if isinstance(key, str) and key in self._known:
+                    return key if key in self._wanted else None
+        if echo is None:
+            return None
+        if self._by_request is None:
+            self._by_request = self._rows.key_by_request()
+        try:
+            key = self._by_request.get(_digest(echo))
+        except _SHAPE_ERRORS:
+            return None
+        return key if key in self._wanted else None
+
+    def log_oddities(self, job_name: str) -> None:
+        """Say what in the output was no answer to anything asked."""
+        if self._unreadable:
+            logger.warning("batch job %s: %d output lines are not JSON, hence missing", job_name, self._unreadable)
+        if self._foreign:
+            logger.debug("batch job %s: %d output lines answer no open row", job_name, self._foreign)
+
+
+def _echo(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The request that a row answers; some services put it, or its envelope, one level down."""
+    echo = row.get("request", row.get("instance"))
+    while isinstance(echo, dict) and "contents" not in echo and isinstance(echo.get("request"), dict):
+        echo = echo["request"]
+    return echo if isinstance(echo, dict) else None
+
+
+def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+    """One output row: the service's error if it has one, else its answer."""
+    status = row.get("status")
+    if status:
+        text = status if isinstance(status, str) else json.dumps(status)
+        reason = "daily-quota" if is_daily_quota(text) else "row-error"
+        return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
+    try:
+        return gemini.parse_response(key, row.get("response"))
+    except _SHAPE_ERRORS as error:
+        return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")

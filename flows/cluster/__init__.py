@@ -1,0 +1,1 @@
+"""Tasks on Dask or Ray, where computing travels."""

@@ -1,0 +1,317 @@
+"""Where the tasks of a run are worked on: in threads of this process, or by the workers of a Dask or Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from backends.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from prefect import Task
+    from prefect.futures import PrefectFuture
+    from prefect.task_runners import TaskRunner
+
+logger = logging.getLogger(__name__)
+
+_MOST_LOCAL_WORKERS = 4  # each is a process of some 300 MB
+_THREADS_PER_WORKER = 4
+_CONNECT_S = 30.0
+_FIRST_WORKER_S = 120.0
+_CHECK_S = 120.0
+_CHECK_EVERY_S = 0.2
+_COUNT_EVERY_S = 2.0
+
+
+class TaskRunnerConfig(BaseModel):
+    """Which processes work on the tasks of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["threads", "dask", "ray"] = Field(
+        default="threads", description="threads of one process, or a dask or ray cluster."
+    )
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Address of an existing cluster: tcp://HOST:8786 (dask), ray://HOST:10001 or auto (ray). Default: "
+        "processes on this machine, for the run.",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Worker processes to start, 1 to 1000; with an address, how many the limits on calls and jobs are "
+        "divided among if that is more than are connected. Default: one per processor, at most 4.",
+    )
+    threads_per_worker: int | None = Field(
+        default=None, ge=1, le=1000, description="Tasks that a dask worker works on at once, 1 to 1000. Default: 4."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> TaskRunnerConfig:
+        if self.kind == "threads" and (self.address, self.workers, self.threads_per_worker) != (None, None, None):
+            raise ValueError("kind threads has no address and no size; set kind to dask or ray, or leave these out")
+        if self.threads_per_worker is not None and (self.kind == "ray" or self.address is not None):
+            raise ValueError("threads_per_worker is for dask workers that the run starts; leave it out here")
+        return self
+
+    @property
+    def local_workers(self) -> int:
+        """How many processes a cluster of this machine has."""
+        return self.workers or min(os.cpu_count() or 1, _MOST_LOCAL_WORKERS)
+
+
+class Cluster(ABC):
+    """Processes that work on Prefect tasks."""
+
+    def __init__(self, runner: TaskRunner[Any], api_url: str) -> None:
+        self._runner = runner
+        self.api_url = api_url  # of the Prefect server
+        self._counted: tuple[float, list[int]] | None = None
+
+    def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
+        """Have a task run by some worker."""
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        # The server that was started for this run has an address that is in no setting; each worker would start one.
+        with temporary_settings({PREFECT_API_URL: self.api_url}):
+            return self._runner.submit(task, parameters=parameters)
+
+    def threads(self) -> list[int]:
+        """How many tasks each worker process takes at once, as of the last seconds."""
+        now = time.monotonic()
+        if self._counted is None or now - self._counted[0] > _COUNT_EVERY_S:
+            self._counted = now, self._threads()
+        return self._counted[1]
+
+    @abstractmethod
+    def _threads(self) -> list[int]: ...
+
+    @abstractmethod
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function in every place that tasks run at; an error stands for its result."""
+
+
+class DaskCluster(Cluster):
+    """A Dask scheduler and its workers."""
+
+    def _threads(self) -> list[int]:
+        return sorted(self._client().nthreads().values())
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Once in every worker process."""
+        client = self._client()
+        asked = {name: client.submit(function, *args, workers=[name], pure=False) for name in client.nthreads()}
+        until = time.monotonic() + _CHECK_S
+        while any(not future.done() for future in asked.values()) and time.monotonic() < until:
+            time.sleep(_CHECK_EVERY_S)
+            connected = client.nthreads()
+            asked = {name: future for name, future in asked.items() if name in connected or future.done()}
+        return [_outcome(future) for future in asked.values()]
+
+    def _client(self) -> Any:
+        runner: Any = self._runner
+        return runner.client
+
+
+def _outcome(future: Any) -> Any:
+    if not future.done():
+        return TimeoutError(f"it did not answer within {_CHECK_S:.0f} s")
+    try:
+        return future.result(timeout=_CONNECT_S)
+    except Exception as error:  # noqa: BLE001 - whatever a worker raises is its result
+        return error
+
+
+class RayCluster(Cluster):
+    """A Ray cluster; each of its processors is a worker process."""
+
+    def _threads(self) -> list[int]:
+        import ray
+
+        return [1] * int(ray.cluster_resources().get("CPU", 0))
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Once on every node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        remote: Any = ray.remote(function)
+        refs = [
+            remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*args)
+            for node in nodes
+        ]
+        results: list[Any] = []
+        for ref in refs:
+            try:
+                results.append(ray.get(ref, timeout=_CHECK_S))
+            except Exception as error:  # noqa: BLE001 - whatever a worker raises is its result
+                results.append(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
+        return results
+
+
+def check_installed(config: TaskRunnerConfig) -> None:
+    """Refuse a cluster whose package is not there, before anything else is done.
+
+    Raises
+    ------
+    MissingDependencyError
+        With what to install.
+    """
+    try:
+        if config.kind == "dask":
+            import prefect_dask  # noqa: F401 - only whether it is there
+        elif config.kind == "ray":
+            import prefect_ray  # noqa: F401
+            import ray  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"task_runner {config.kind} needs a package that is not installed ({error}): "
+            f"pip install 'tokenkl[{config.kind}]'."
+        ) from error
+
+
+@contextmanager
+def open_cluster(config: TaskRunnerConfig) -> Generator[Cluster]:
+    """Start a cluster on this machine, or connect to one; inside a flow run.
+
+    Raises
+    ------
+    ConfigError
+        If a package is missing, or no cluster with a worker answers at the address.
+    """
+    check_installed(config)
+    with _opened(config) as cluster:
+        threads = cluster.threads()
+        where = f"at {config.address}" if config.address else "on this machine"
+        logger.info("%s %s: %d worker processes for %d tasks at once", config.kind, where, len(threads), sum(threads))
+        yield cluster
+
+
+def _opened(config: TaskRunnerConfig) -> Any:
+    return _dask(config) if config.kind == "dask" else _ray(config)
+
+
+def _api_url() -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    return PREFECT_API_URL.value() or str(get_client(sync_client=True).api_url)
+
+
+@contextmanager
+def _dask(config: TaskRunnerConfig) -> Generator[Cluster]:
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # the workers' own lines
+    from prefect_dask import DaskTaskRunner
+
+    for name in ("distributed", "prefect.task_runner.dask"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what matters of it is said by this program
+    if config.address is not None:
+        runner: Any = DaskTaskRunner(address=config.address, client_kwargs={"timeout": _CONNECT_S})
+    else:
+        size = {
+            "n_workers": config.local_workers,
+            "threads_per_worker": config.threads_per_worker or _THREADS_PER_WORKER,
+        }
+        # Ctrl-C in a terminal reaches the workers too; they must stay to settle what they have begun.
+        quiet = {"dashboard_address": None, "silence_logs": logging.ERROR, "preload": "flows.cluster.preload"}
+        runner = DaskTaskRunner(cluster_kwargs=size | quiet)
+    with runner:
+        try:
+            client = runner.client
+            client.wait_for_workers(1, timeout=_FIRST_WORKER_S)
+        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+            place = config.address or "a Dask cluster on this machine"
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"task_runner: no worker of {place} could be reached: {words}. Start one (dask worker ADDRESS) or "
+                "correct task_runner.address."
+            ) from error
+        yield DaskCluster(runner, _api_url())
+
+
+@contextmanager
+def _ray(config: TaskRunnerConfig) -> Generator[Cluster]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from prefect_ray import RayTaskRunner
+
+    logging.getLogger("prefect.task_runner.ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is None:
+        setup = {"worker_process_setup_hook": "flows.cluster.preload.ignore_interrupts"}
+        options |= {"num_cpus": config.local_workers, "include_dashboard": False, "runtime_env": setup}
+    elif config.address == "auto":
+        options |= {"address": "auto"}
+    runner: Any = RayTaskRunner(address=config.address, init_kwargs=options)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        runner.__enter__()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray would end the process; the run wants to end in order
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"task_runner: no Ray cluster could be reached at {config.address}: {words}") from error
+    try:
+        yield RayCluster(runner, _api_url())
+    finally:
+        runner.__exit__(None, None, None)
+
+
+@contextmanager
+def cluster_of(config: TaskRunnerConfig) -> Generator[LazyCluster | None]:
+    """What the tasks of a run may be sent to; None where threads of this process work on them.
+
+    Raises
+    ------
+    ConfigError
+        If a package is missing.
+    """
+    if config.kind == "threads":
+        yield None
+        return
+    with LazyCluster(config) as cluster:
+        yield cluster
+
+
+class LazyCluster:
+    """A cluster that is started when the first task needs it, and kept for the next stage of the run.
+
+    Parameters
+    ----------
+    config : TaskRunnerConfig
+        Of the kind dask or ray.
+    """
+
+    def __init__(self, config: TaskRunnerConfig) -> None:
+        self.config = config
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+
+    def __enter__(self) -> Self:
+        check_installed(self.config)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
+
+    def get(self) -> Cluster:
+        """The cluster, started if it is not yet."""
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(open_cluster(self.config))
+        return self._cluster

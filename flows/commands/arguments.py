@@ -1,0 +1,170 @@
+"""The command lines: flags made from the configuration models, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from backends.errors import ConfigError, TokenKLError
+from flows.config.models import CommonConfig, ConfigT, build_config, inner_model
+from flows.config.reading import SHORT_FORMS
+
+EXIT_COMPLETE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+EXIT_DRIFT = 4  # with fail_on_drift
+EXIT_WAITING = 5  # with stage collect
+EXIT_INTERRUPTED = 130
+
+EXIT_CODES = (
+    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
+    "in the outputs); 4 drifted, with --fail-on-drift; 5 with --stage collect: jobs still run, collect again later; "
+    "2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+# What stands for a value in the help, where its type alone does not say it.
+_METAVARS = {
+    "backend": "NAME",
+    "task_runner": "{threads,dask,ray}",
+    "model1": "NAME",
+    "model2": "NAME",
+    "top_logprobs": "N|full",
+    "max_cost_usd": "USD",
+    "history": "FILE",
+}
+
+
+def make_parser(
+    prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = (), epilog: str = EXIT_CODES
+) -> argparse.ArgumentParser:
+    """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model.
+
+    The fields in ``skip`` are no flags; the help says how to set them.
+    """
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
+    )
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        flag = "--" + name.replace("_", "-")
+        text = _help(name, field)
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, metavar=_metavar(name, field), help=text)
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others. "
+        f"{_settings_without_flags(model, skip)}A backend's own options are listed when one is misspelt.",
+    )
+    return parser
+
+
+def _settings_without_flags(model: type[CommonConfig], names: Sequence[str]) -> str:
+    """How the settings that are no flags are written in a file or with ``--set``."""
+    texts: list[str] = []
+    for name in names:
+        field = model.model_fields[name]
+        inner = inner_model(field)
+        paths = [name] if inner is None else [f"{name}.{key}" for key in inner.model_fields]
+        about = _help(name, field)
+        texts.append(f"{', '.join(paths)}: {about[:1].lower()}{about[1:]} ")
+    return f"By file or --set only: {''.join(texts)}" if texts else ""
+
+
+def _help(name: str, field: Any) -> str:
+    text = (field.description or "").replace("%", "%%")
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if name == "backend":
+        default = default.name if default is not None else None
+    if default is None or isinstance(default, bool | BaseModel):
+        return text
+    return f"{text} Default: {default}."
+
+
+def _metavar(name: str, field: Any) -> str:
+    if name in _METAVARS:
+        return _METAVARS[name]
+    choices = [item for item in typing.get_args(field.annotation) if isinstance(item, str)]
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    kinds = {str(item) for item in typing.get_args(field.annotation)} | {str(field.annotation)}
+    if any("int" in kind for kind in kinds):
+        return "N"
+    return "DIR" if any("Path" in kind for kind in kinds) else "TEXT"
+
+
+def parse_config(parser: argparse.ArgumentParser, model: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+    """The configuration that flags, file and ``--set`` give.
+
+    Raises
+    ------
+    ConfigError
+        One line on what is wrong.
+    """
+    values = vars(parser.parse_args(arguments))
+    config_file = values.pop("config")
+    sets = values.pop("sets")
+    for setting, name in SHORT_FORMS.items():
+        if values.get(setting) is not None:
+            values[setting] = {name: values[setting]}
+    return build_config(model, config_file, values, sets)
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """Run a program; the user's mistakes (exit code 2) and failing disks or buckets (1) end it with one line."""
+    try:
+        return program()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("stopped. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+
+
+def result_of(state: Any) -> Any:
+    """What a flow returned; None if it failed, with the reason on standard error.
+
+    Raises
+    ------
+    ConfigError
+        If that is why it failed.
+    """
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, ConfigError):
+        raise result
+    expected = isinstance(result, TokenKLError | OSError)
+    if isinstance(result, BaseException) and not expected:
+        traceback.print_exception(result)  # a fault of this program: whoever mends it needs to see where
+    if not state.is_completed():
+        print(f"error: {result if expected else state.message}", file=sys.stderr)  # noqa: T201
+        return None
+    if result is None:
+        print(f"error: the flow ended {state.name} without a result", file=sys.stderr)  # noqa: T201
+    return result

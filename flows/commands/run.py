@@ -1,0 +1,152 @@
+"""``python -m flows.run``: flags in, exit code out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from flows.commands.arguments import (
+    EXIT_COMPLETE,
+    EXIT_DRIFT,
+    EXIT_ERROR,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_WAITING,
+    exit_code_of,
+    make_parser,
+    parse_config,
+    result_of,
+)
+from flows.config.models import RunConfig, check_capabilities, resolve_backend
+from flows.config.templates import RunValues, names_the_run, pinning_flags, resolve_folders
+from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.interrupts import InterruptedRunError
+from flows.runtime.terminal import console, print_lines, print_pairs
+from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.stages.inputs import find_inputs
+from flows.stages.report import PendingReport, RunReport, last_written
+
+_DESCRIPTION = (
+    "KL(P‖Q) per token, response and data set. Model P wrote the responses in --input-dir, with its top "
+    "log-probabilities; model Q (--model2) is asked, through a backend, what it would have said at every position. "
+    "What was bought stays in OUTPUT_DIR/scores: run the same command again to go on after an interruption."
+)
+
+# How Prefect says that no server is there when a run begins.
+_NO_ANSWER = "Failed to reach API"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    prepare_environment()
+    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "alert"))
+    config = parse_config(parser, RunConfig, arguments)
+    backend, _, _ = resolve_backend(config)
+    check_capabilities(config, backend)
+    now = resolve_folders(config, RunValues.of_a_dry_run())
+    if not names_the_run(str(config.input_dir)):
+        find_inputs(now)
+    if config.dry_run:
+        plan = plan_without_calls(now)
+        print_pairs(console(), plan_rows(plan, now))
+        check_cost(plan, config.max_cost_usd)
+        return EXIT_COMPLETE
+    # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
+    from httpx import HTTPError
+
+    from flows.run import kl_divergence
+
+    try:
+        start_own_server()
+        state = kl_divergence(config, return_state=True)
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
+            raise
+        _leave_without_server(error, now)
+    stopped = state.result(raise_on_failure=False)
+    if isinstance(stopped, InterruptedRunError):
+        command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
+        stored = f"every answer that arrived is in {stopped.config.output_dir / 'scores'}"
+        print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    if isinstance(stopped, PendingReport):
+        return _pending(stopped, config, arguments)
+    if isinstance(stopped, RunReport) and state.is_failed():
+        show(stopped)  # complete results; the state alone says that they are not as they should be
+        return EXIT_DRIFT
+    result = result_of(state)
+    if not isinstance(result, RunReport):
+        return EXIT_ERROR
+    show(result)
+    return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
+
+
+def _leave_without_server(error: Exception, config: RunConfig) -> NoReturn:
+    """The Prefect server answers no more: say what is on disk all the same, and end."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value() or "of this run"
+    gone = f"the Prefect server {url} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+    report = last_written()
+    if report is None:
+        kept = f"What was bought before is in {config.output_dir / 'scores'}"
+        todo = "Start the server, or unset PREFECT_API_URL to have one for the run; then run the same command again."
+        print(f"error: {gone}. {kept}. {todo}", file=sys.stderr)  # noqa: T201
+        code = EXIT_ERROR
+    else:
+        show(report)
+        print(f"warning: {gone}; it shows this run as running. The results above are whole.", file=sys.stderr)  # noqa: T201
+        code = EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The usual end would offer every event of the run to the server again, for seconds each.
+    os._exit(code)
+
+
+def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str]) -> int:
+    """Say what is waited for, and what comes next."""
+    lines = report.lines
+    if report.name == "Submitted":
+        assert report.config is not None, "a run that submitted has one"
+        same = [*without_flag(arguments, "--stage"), *pinning_flags(config, report.config)]
+        command = ["python", "-m", "flows.run", *same, "--stage", "collect"]
+        lines = [*lines, f"Collect with: {shlex.join(command)}"]
+    print_lines(console(), lines)
+    if report.name == "Submitted":
+        return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
+    return EXIT_COMPLETE if report.name == "Unchanged" else EXIT_WAITING
+
+
+def without_flag(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments without one flag and its value."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == flag:
+            next(rest, None)
+        elif not argument.startswith(f"{flag}="):
+            kept.append(argument)
+    return kept
+
+
+def show(report: RunReport) -> None:
+    """Print the summary table, what is missing, and where the results are."""
+    out = console()
+    print_pairs(out, report.headline)
+    lines = [f"warning: {warning}" for warning in report.warnings]
+    lines += _counts("positions not measured", report.missing)
+    lines += _counts("responses or files skipped", report.skipped)
+    lines += _counts("places in the input repaired", report.repaired)
+    print_lines(out, lines + report.paths)
+
+
+def _counts(what: str, counts: Mapping[str, int]) -> list[str]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{what}: {count:,} ({reason})" for reason, count in ranked]

@@ -1,0 +1,41 @@
+"""``python -m flows.sample``: flags in, exit code out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from flows.commands.arguments import EXIT_COMPLETE, EXIT_ERROR, exit_code_of, make_parser, parse_config, result_of
+from flows.config.models import SampleConfig, resolve_backend
+from flows.runtime.environment import prepare_environment, start_own_server
+
+_DESCRIPTION = (
+    "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with "
+    "its top log-probabilities at every position. Files that are there already are left alone."
+)
+
+_EXIT_CODES = "exit codes: 0 all responses are written; 2 a mistake in the settings or the call; 1 anything else"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    prepare_environment()
+    parser = make_parser(
+        "python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"), epilog=_EXIT_CODES
+    )
+    config = parse_config(parser, SampleConfig, arguments)
+    resolve_backend(config)
+    # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
+    from flows.sample import sample_responses
+
+    start_own_server()
+    result = result_of(sample_responses(config, return_state=True))
+    if not isinstance(result, list):
+        return EXIT_ERROR
+    for path in result:
+        print(path)  # noqa: T201
+    return EXIT_COMPLETE

@@ -1,0 +1,401 @@
+"""What a run is told: the models behind `--config` files, flags and Prefect parameters.
+
+Flags win over the file, the file over the environment, the environment over the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from backends.base import Backend, BackendOptions, SampleSettings
+from backends.errors import ConfigError
+from backends.registry import deferred_backends, load_backend, parse_options
+from backends.storage.files import Location, resolved
+from flows.cluster.runners import TaskRunnerConfig
+from flows.config.alert import AlertConfig
+from flows.config.reading import merge, parse_set, read_yaml
+from flows.config.templates import check_history_template, check_template
+from kl.statistics.position_sampling import PositionSample
+
+Estimator = Literal["censored", "floor", "lower", "bucket"]
+Stage = Literal["run", "submit", "collect"]
+
+
+class BackendChoice(BaseModel):
+    """Which backend is asked, and its own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(default="vertex_batch", min_length=1, description="Name of a registered backend.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the backend, not yet validated against it."""
+        return dict(self.model_extra or {})
+
+
+class CommonConfig(BaseModel):
+    """What every flow that calls a backend is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: BackendChoice = Field(
+        default=BackendChoice(),
+        description="Where log-probabilities come from: vertex_batch, vertex_online, local, or the name of an "
+        "installed plugin; in a file also a mapping with 'name' and the backend's options.",
+    )
+    project_id: str | None = Field(
+        default=None, min_length=1, description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT."
+    )
+    location: str | None = Field(
+        default=None, min_length=1, description="Vertex AI location. Default: GOOGLE_CLOUD_LOCATION, else us-central1."
+    )
+    bucket_name: str | None = Field(
+        default=None,
+        min_length=3,
+        max_length=222,
+        description="Bucket for batch files, 3 to 222 characters; made when absent. Default: {project_id}-kl-batch.",
+    )
+    max_concurrent: int = Field(
+        default=10,
+        ge=1,
+        le=1000,
+        description="Calls in flight (online), or groups of responses at work (batch), 1 to 1000.",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a yes or no is not allowed here")
+        return value
+
+    @field_validator("input_dir", "output_dir", "reuse_raw", "history", mode="before", check_fields=False)
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("the path is empty")
+        # A path in a YAML file or after "=" has not been through a shell.
+        return os.path.expanduser(value) if isinstance(value, str) and "://" not in value else value
+
+    @field_validator("input_dir", "output_dir", mode="after", check_fields=False)
+    @classmethod
+    def _fields_of_folder(cls, value: Any) -> Any:
+        if not isinstance(value, tuple):  # what is cleaned are folders that exist
+            check_template(str(value))
+        return value
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class PositionsConfig(BaseModel):
+    """A sample of each response's positions, for a cheaper run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fraction: float | None = Field(default=None, gt=0, le=1, description="Share of the positions, above 0, up to 1.")
+    per_response: int | None = Field(default=None, ge=1, description="Positions of each response, at least 1.")
+    seed: int = Field(default=0, ge=0, description="Seed of the sample; another seed asks for other positions.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> PositionsConfig:
+        if (self.fraction is None) == (self.per_response is None):
+            raise ValueError("set one of fraction (0.2) and per_response (8)")
+        return self
+
+    @property
+    def sample(self) -> PositionSample:
+        """The rule as `kl.statistics.position_sampling` takes it."""
+        return PositionSample(self.fraction, self.per_response, self.seed)
+
+
+class RunConfig(CommonConfig):
+    """One comparison: the responses of model P on disk against model Q."""
+
+    input_dir: Location = Field(
+        description="Folder with P's responses, one JSON file per prompt; on a disk or in a bucket (gs://BUCKET/FOLDER)."
+    )
+    output_dir: Location = Field(
+        description="Folder for results, on a disk or in a bucket; scores that were bought are kept in it. May have "
+        "fields such as {date}, as input_dir may."
+    )
+    model2: str = Field(min_length=1, description="Model Q, as its backend names it.")
+    top_logprobs: Annotated[int, Field(ge=1, le=20)] | Literal["full"] = Field(
+        default=20,
+        description="Candidates asked per position, 1 to 20; 'full' adds every token's log-probability of both models, "
+        "hence the exact KL (backends with a full vocabulary only).",
+    )
+    pattern: str = Field(default="*.json", min_length=1, description="Which files of the input folder are read (glob).")
+    max_files: int | None = Field(default=None, ge=1, description="Read at most this many files, at least 1.")
+    responses_per_job: int = Field(
+        default=1, ge=1, le=100_000, description="Responses per group: one task and one batch job, 1 to 100000."
+    )
+    estimator: Estimator = Field(
+        default="censored", description="What is reported as the estimate: censored, floor, lower or bucket."
+    )
+    positions: PositionsConfig | None = Field(
+        default=None,
+        description="Ask a sample of the positions only: a share of them, {fraction: 0.2}, or so many of each "
+        "response, {per_response: 8}. Default: all.",
+    )
+    force: bool = Field(
+        default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
+    )
+    max_cost_usd: float | None = Field(
+        default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this, at least 0."
+    )
+    preflight: bool = Field(
+        default=True, description="Prove with one tiny request that the model can be used before anything is bought."
+    )
+    keep_raw: bool = Field(
+        default=False, description="Keep the service's own rows, compressed, in OUTPUT_DIR/scores/raw."
+    )
+    reuse_raw: Location | None = Field(
+        default=None, description="Output folder of a run with keep_raw: its rows are read again, without a call."
+    )
+    history: Location | None = Field(
+        default=None,
+        description="File that gets a row for each finished run. Default: history.parquet in the part of output_dir "
+        "before its first field.",
+    )
+    alert: AlertConfig | None = Field(
+        default=None,
+        description="When the run counts as drifted, such as {kl_per_token: 0.01, compared_with: previous}. Default: "
+        "never.",
+    )
+    fail_on_drift: bool = Field(default=False, description="A run that drifted ends as failed, with exit code 4.")
+    stage: Stage = Field(
+        default="run",
+        description="run: ask, wait and measure. submit: make the batch jobs and end. collect: take in what has ended, "
+        "and measure when everything has; nothing waits in between.",
+    )
+    task_runner: TaskRunnerConfig = Field(
+        default=TaskRunnerConfig(),
+        description="What works on the tasks: threads of one process, dask or ray; or a mapping with the address or "
+        "size of a cluster, such as {kind: dask, address: 'tcp://host:8786'}. Default: threads.",
+    )
+    dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
+
+    @field_validator("top_logprobs", mode="before")
+    @classmethod
+    def _top_logprobs_range(cls, value: Any) -> Any:
+        if value == "full":
+            return value
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 20:
+            raise ValueError("must be from 1 to 20 candidates per position, or 'full'")
+        return number
+
+    @field_validator("history", mode="after")
+    @classmethod
+    def _fields_of_history(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            check_history_template(str(value))
+        return value
+
+    @model_validator(mode="after")
+    def _drift_is_defined(self) -> RunConfig:
+        if self.fail_on_drift and self.alert is None:
+            raise ValueError("fail_on_drift needs alert.kl_per_token, which says what drift is")
+        return self
+
+    @model_validator(mode="after")
+    def _separate_folders(self) -> RunConfig:
+        if resolved(self.input_dir) == resolved(self.output_dir):
+            raise ValueError(f"output_dir is the input_dir ({self.input_dir}); results would be read as responses")
+        return self
+
+    @property
+    def k(self) -> int:
+        """Candidates asked per position."""
+        return 20 if self.top_logprobs == "full" else self.top_logprobs
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """Whether every token's log-probability is asked, of both models."""
+        return self.top_logprobs == "full"
+
+
+class SampleConfig(CommonConfig):
+    """Responses that model P is to write."""
+
+    model1: str = Field(min_length=1, description="Model P, as its backend names it.")
+    output_dir: Location = Field(
+        description="Folder for the response files, one JSON file per prompt; on a disk or in a bucket. May have "
+        "fields such as {date}."
+    )
+    prompts: tuple[str, ...] = Field(min_length=1, description="The prompts, at least 1.")
+    system: str | None = Field(default=None, description="System text that P is given; kept in the response files.")
+    num_responses: int = Field(default=1, ge=1, le=10_000, description="Responses per prompt, 1 to 10000.")
+    sampling: SampleSettings = Field(default=SampleSettings(), description="How responses are sampled.")
+
+
+ConfigT = TypeVar("ConfigT", bound=CommonConfig)
+
+
+def build_config(
+    model: type[ConfigT],
+    config_file: Path | None,
+    flags: Mapping[str, Any],
+    sets: Sequence[str] = (),
+) -> ConfigT:
+    """The configuration from a YAML file, flags and ``--set`` pairs, in rising order of precedence.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the setting, the value and what is allowed.
+    """
+    values = read_yaml(config_file) if config_file else {}
+    merge(values, {name: value for name, value in flags.items() if value is not None})
+    for pair in sets:
+        merge(values, parse_set(pair))
+    return validate(model, values)
+
+
+def validate(model: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Validate settings that come as plain values.
+
+    Raises
+    ------
+    ConfigError
+        One line with every problem.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(model, item) for item in error.errors())
+        raise ConfigError("; ".join(problems) + ".") from error
+
+
+# What pydantic says of Python's types, in the words of who writes a YAML file.
+_PLAIN_WORDS = {
+    "path_type": "should be a path",
+    "tuple_type": "should be a list",
+    "model_type": "should be a mapping of settings",
+    "dict_type": "should be a mapping of settings",
+}
+
+
+def _problem(model: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    description = _description(model, location)
+    if item["type"] == "missing":
+        flag = "--" + location[0].replace("_", "-") if len(location) == 1 else f"--set {'.'.join(location)}=…"
+        return f"{'.'.join(location)} is not set ({flag}): {description}"
+    if item["type"] == "extra_forbidden":
+        known = _fields_beside(model, location)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}"
+    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+    if not location:
+        return message
+    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {description}".rstrip(". ")
+
+
+def inner_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that holds settings of its own; None for a plain one."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _fields_beside(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The settings that exist where an unknown one was written."""
+    for name in location[:-1]:
+        inner = inner_model(model.model_fields[name])
+        assert inner is not None, "only a model has settings inside"
+        model = inner
+    return list(model.model_fields)
+
+
+def _description(model: type[BaseModel], location: list[str]) -> str:
+    """What the innermost setting that a location names is for, with its bounds."""
+    text = ""
+    inner: type[BaseModel] | None = model
+    for name in location:
+        field = inner.model_fields.get(name) if inner is not None else None
+        if field is None:
+            break
+        text, inner = field.description or text, inner_model(field)
+    return text.rstrip(".")
+
+
+def resolve_backend(config: CommonConfig) -> tuple[type[Backend], BackendOptions, list[str]]:
+    """The backend's class, its validated options, and notes on settings that it has no use for.
+
+    Settings of the run that a backend knows under the same name (project, location, bucket, concurrency) become its
+    options; an option given to the backend itself must not contradict them.
+
+    Raises
+    ------
+    ConfigError
+        If the backend or an option is unknown, or an option has a value that is not allowed.
+    """
+    backend = load_backend(config.backend.name)
+    values = config.backend.options
+    notes: list[str] = []
+    for name, value in _shared_settings(config).items():
+        if name not in backend.Options.model_fields:
+            if name in config.model_fields_set and name != "max_concurrent":
+                notes.append(f"{name} = {value!r} is not used: the backend {config.backend.name} has no such setting")
+        elif name not in values:
+            values[name] = value
+        elif name in config.model_fields_set and values[name] != value:
+            raise ConfigError(f"{name} is {value!r}, but backend.{name} is {values[name]!r}; set one of them.")
+    return backend, parse_options(config.backend.name, backend, values), notes
+
+
+def _shared_settings(config: CommonConfig) -> dict[str, Any]:
+    settings = {
+        "project_id": config.project_id or os.environ.get("GOOGLE_CLOUD_PROJECT"),
+        "location": config.location or os.environ.get("GOOGLE_CLOUD_LOCATION") or "us-central1",
+        "bucket_name": config.bucket_name,
+        "max_concurrent": config.max_concurrent,
+        "keep_raw": (config.keep_raw or None) if isinstance(config, RunConfig) else None,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
+    """Refuse what the backend cannot do, before anything is asked.
+
+    Raises
+    ------
+    ConfigError
+        With what was asked and what the backend can do.
+    """
+    can = backend.capabilities
+    if config.stage != "run" and not can.deferred:
+        raise ConfigError(
+            f"stage is {config.stage!r}, but the backend {config.backend.name} has no jobs that outlive the process. "
+            f"Leave the stage out, or set a backend that has: {', '.join(deferred_backends()) or 'none is installed'}."
+        )
+    if config.full_vocabulary and not can.full_vocabulary:
+        raise ConfigError(
+            f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "
+            f"candidates per position. Set top_logprobs to {can.max_top_logprobs} or less."
+        )
+    if config.k > can.max_top_logprobs:
+        raise ConfigError(
+            f"top_logprobs is {config.k}, but the backend {config.backend.name} reports at most {can.max_top_logprobs}."
+        )

@@ -1,0 +1,1 @@
+"""The output folder: names, lock, what is written there and read back."""

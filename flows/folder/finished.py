@@ -1,0 +1,164 @@
+"""A finished run, read back from its output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import polars as pl
+
+from backends.errors import ConfigError
+from backends.storage.files import exists, is_remote, kept_copy, read_bytes
+from kl.statistics.intervals import Estimate
+from kl.statistics.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
+from kl.tables.responses import RESPONSES
+from kl.tables.schemas import TOKENS
+from kl.tables.totals import IS_INFINITE, MEASURED
+
+Rows = list[dict[str, Any]]
+
+_NEEDED = ("tokens.parquet", "responses.parquet", "summary.json", "run.json")
+_UNFINISHED = ".parts"  # put there when a run begins to measure, removed when everything is written
+_CONTEXT_TOKENS = 8  # shown before a position
+_INFINITY = pl.lit(float("inf"))
+
+
+class FinishedRun(NamedTuple):
+    """Where a run is, its summary, and its token and response tables (lazy; of a remote run, read from copies)."""
+
+    folder: Path
+    summary: Summary
+    tokens: pl.LazyFrame
+    responses: pl.LazyFrame
+
+
+def load_run(folder: Path) -> FinishedRun:
+    """A finished run from its output folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is no finished run, or its files were written by another version or do not belong together.
+    """
+    if not is_remote(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the output folder of a run.")
+    if exists(folder / _UNFINISHED):
+        raise ConfigError(f"the run in {folder} is not finished: wait for it to end, or run the same command again.")
+    missing = [name for name in _NEEDED if not _is_file(folder / name)]
+    if missing:
+        raise ConfigError(f"{folder} holds no finished run ({', '.join(missing)} not found); run flows.run to its end.")
+    summary = _load_summary(folder / "summary.json")
+    tokens = _scan(folder / "tokens.parquet", TOKENS)
+    responses = _scan(folder / "responses.parquet", RESPONSES)
+    n_rows = int(tokens.select(pl.len()).collect().item())
+    if n_rows != summary.counts.positions:
+        raise ConfigError(
+            f"the files in {folder} are not of one run: summary.json speaks of {summary.counts.positions:,} positions, "
+            f"tokens.parquet holds {n_rows:,}. Run the same command again."
+        )
+    return FinishedRun(folder, summary, tokens, responses)
+
+
+def _is_file(path: Path) -> bool:
+    return exists(path) if is_remote(path) else path.is_file()
+
+
+def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
+    # A bracket or "=" in a folder's name is neither a pattern nor a partition.
+    frame = pl.scan_parquet(kept_copy(path), glob=False, hive_partitioning=False)
+    try:
+        found = frame.collect_schema()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    wrong = [name for name, kind in schema.items() if found.get(name) != kind]
+    if wrong:
+        raise _other_version(path, f"its columns {', '.join(wrong)} are absent or of another type")
+    return frame
+
+
+def _load_summary(path: Path) -> Summary:
+    try:
+        data: Any = json.loads(read_bytes(path).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Run the same command again.") from error
+    if not isinstance(data, dict) or cast(dict[str, Any], data).get("format") != FORMAT:
+        raise _other_version(path, f"its format is not {FORMAT}")
+    cast(dict[str, Any], data).pop("drift", None)  # what the run's alert decided; not a figure of these data alone
+    try:
+        return summary_from_json(cast(dict[str, Any], data))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _other_version(path, f"{type(error).__name__}: {error}") from error
+
+
+def _other_version(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"{path} was written by another version ({why}). Run the same command again; scores are kept.")
+
+
+def summary_from_json(data: Mapping[str, Any]) -> Summary:
+    """The inverse of `Summary.to_json`.
+
+    Raises
+    ------
+    KeyError, TypeError, AttributeError
+        If a field is absent, unknown or of another kind.
+    """
+    divergences = ("kl_per_token", "kl_per_response")
+    estimates = (
+        *("reverse_kl_per_token", "reverse_kl_lower_per_token", "js_per_token", "js_lower_per_token"),
+        *("tv_lower_per_token", "same_top_p"),
+    )
+    typed: dict[str, Any] = {name: _estimate(data[name]) for name in estimates}
+    for name in divergences:
+        typed[name] = Divergence(**{key: _estimate(value) for key, value in data[name].items()})
+    typed["counts"] = Counts(**data["counts"])
+    typed["identification"] = Identification(**data["identification"])
+    typed["delta_p"] = DeltaP(_estimate(data["delta_p"]["mean"]), data["delta_p"]["rms"])
+    typed["sampled_token"] = _sampled_token(data["sampled_token"])
+    return Summary(**{**data, **typed})
+
+
+def _estimate(values: Mapping[str, Any]) -> Estimate:
+    return Estimate(**values)
+
+
+def _sampled_token(values: Mapping[str, Any]) -> SampledToken:
+    means = ("k1_per_token", "k1_per_response", "k3_per_token", "k3_per_response")
+    typed: dict[str, Any] = {name: None if values[name] is None else _estimate(values[name]) for name in means}
+    return SampledToken(**{**values, **typed})
+
+
+def worst_positions(run: FinishedRun, top: int) -> Rows:
+    """The measured positions with the largest KL, infinite ones first, each with the text ``before`` it.
+
+    ``kl_estimate`` is ``None`` where the KL is infinite (``reason`` is ``infinite``).
+    """
+    place = ["source_file", "response_idx", "position"]
+    values = ("token", "kl_estimate", "kl_lower", "kl_upper_plausible", "logprob_p", "logprob_q", "reason")
+    order = pl.when(IS_INFINITE).then(_INFINITY).otherwise("kl_estimate")
+    measured = run.tokens.filter(MEASURED).select(*place, *values, order=order)
+    ranked = measured.drop_nulls("order").sort(["order", *place], descending=[True, False, False, False])
+    worst = ranked.head(top).drop("order").collect()
+    return worst.join(_texts_before(run.tokens, worst), on=place, how="left", maintain_order="left").to_dicts()
+
+
+def _texts_before(tokens: pl.LazyFrame, places: pl.DataFrame) -> pl.DataFrame:
+    keys = ("source_file", "response_idx")
+    at = places.select(*keys, at="position").lazy()
+    pairs = tokens.select(*keys, "position", "token").join(at, on=keys, how="inner")
+    near = pairs.filter(pl.col("position").is_between(pl.col("at") - _CONTEXT_TOKENS, pl.col("at") - 1))
+    joined = near.sort("position").group_by(*keys, "at", maintain_order=True).agg(before=pl.col("token").str.join(""))
+    return joined.rename({"at": "position"}).collect()
+
+
+def worst_responses(run: FinishedRun, top: int) -> Rows:
+    """The responses with the largest mean KL per token, those with an infinite one first."""
+    chosen = (
+        *("source_file", "response_idx", "n_positions", "n_measured", "n_infinite", "kl_mean_per_token", "kl_sum"),
+        *("kl_lower_sum", "max_kl", "max_kl_position", "same_top_rate", "finish_reason"),
+    )
+    order = pl.when(pl.col("n_infinite") > 0).then(_INFINITY).otherwise("kl_mean_per_token")
+    ranked = run.responses.select(*chosen, order=order).drop_nulls("order")
+    by = ["order", "source_file", "response_idx"]
+    return ranked.sort(by, descending=[True, False, False]).head(top).drop("order").collect().to_dicts()

@@ -1,0 +1,110 @@
+"""One run at a time in an output folder, one writer at a time to a shared file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from backends.errors import ConfigError
+from backends.storage.files import is_remote
+from backends.storage.lease import Lease, LeaseHeldError
+
+_PATIENCE_S = 120.0
+
+
+class FolderInUseError(ConfigError):
+    """Another run uses the output folder."""
+
+
+@contextmanager
+def run_lock(output_dir: Path, on_lost: Callable[[], None] = lambda: None) -> Generator[Callable[[], None]]:
+    """Only one run at a time may use an output folder: two would buy the same contexts.
+
+    On a disk it is a lock of the operating system, which ends with the process. In a bucket it is a lease: that of a
+    killed run is taken over after half a minute, during which this waits. A lease can be lost, when it could not be
+    renewed for as long: then ``on_lost`` is called from another thread, to stop what is being bought.
+
+    Yields
+    ------
+    callable
+        Raises `backends.storage.lease.LeaseLostError` if the lock was lost.
+
+    Raises
+    ------
+    FolderInUseError
+        If another run holds it.
+    """
+    if is_remote(output_dir):
+        lease = Lease(output_dir / ".lock", on_lost=on_lost)
+        try:
+            lease.acquire()
+        except LeaseHeldError as error:
+            raise _in_use(output_dir, f" ({error})") from error
+        with _released(lease):
+            yield lease.check
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise _in_use(output_dir) from error
+    try:
+        yield _kept
+    finally:
+        lock.release()
+
+
+@contextmanager
+def exclusive(path: Path, patience_s: float = _PATIENCE_S) -> Generator[None]:
+    """While this is held, nobody else reads and rewrites the file ``path``; waits for its turn.
+
+    Raises
+    ------
+    ConfigError
+        If others hold it for longer than ``patience_s``.
+    """
+    beside = path.with_name(f".{path.name}.lock")
+    if is_remote(path):
+        lease = Lease(beside)
+        try:
+            lease.acquire(patience_s=patience_s)
+        except LeaseHeldError as error:
+            raise _busy(path, patience_s) from error
+        with _released(lease):
+            yield
+            lease.check()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(beside)
+    try:
+        lock.acquire(timeout=patience_s)
+    except Timeout as error:
+        raise _busy(path, patience_s) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _released(lease: Lease) -> Generator[None]:
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _kept() -> None:
+    """A lock of the operating system is not lost."""
+
+
+def _in_use(output_dir: Path, holder: str = "") -> ConfigError:
+    return FolderInUseError(f"another run is using {output_dir}{holder}; wait for it, or choose another --output-dir.")
+
+
+def _busy(path: Path, patience_s: float) -> ConfigError:
+    return ConfigError(f"{path} was in use by other runs for {patience_s:.0f} s; try again.")

@@ -1,0 +1,1 @@
+"""The process that a run lives in: environment, signals, logs, terminal, hooks of Prefect."""

@@ -1,0 +1,1 @@
+"""The stages of a run: read and plan, score, measure, write."""

@@ -1,0 +1,113 @@
+"""What a run would ask and cost, without a call."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from backends.errors import ConfigError
+from backends.vertex.prices import PRICES_AS_OF
+from flows.config.models import RunConfig, resolve_backend
+from flows.folder.finished import load_run
+from flows.stages.inputs import find_inputs
+from flows.stages.plan import Asker, Plan, make_plan
+from flows.stages.reuse import check_raw
+from flows.stages.scoring import Stores
+from kl.statistics.position_sampling import Variation, expected_width_text, variation_of_pilot
+
+Rows = list[tuple[str, str]]
+
+
+def plan_without_calls(config: RunConfig) -> Plan:
+    """The plan of a run, from files alone; the backend is built and never entered."""
+    backend, options, _ = resolve_backend(config)
+    built = backend(options, state_dir=config.output_dir / "scores")
+    asker = Asker(config, backend, options)
+    if config.reuse_raw is not None:
+        check_raw(config.reuse_raw)
+    scores = Stores.of(config.output_dir).scores
+    scores.prefetch()
+    return make_plan(find_inputs(config), asker, scores, built.in_flight())
+
+
+def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
+    """Refuse to start above the limit, or where no price is known to hold against it.
+
+    Raises
+    ------
+    ConfigError
+        With the estimate.
+    """
+    cost = plan.estimate.cost_usd
+    if max_cost_usd is None or not plan.n_to_ask:
+        return
+    if cost is None:
+        raise ConfigError(
+            f"max_cost_usd is {max_cost_usd:g}, but no price of this model is known. Set it with "
+            "--set 'backend.prices={MODEL: {input: USD, output: USD}}' (per million tokens)."
+        )
+    if cost > max_cost_usd:
+        raise ConfigError(
+            f"the estimated cost of {cost:.4f} USD is above max_cost_usd = {max_cost_usd:g}. Raise it, or measure less "
+            "(--max-files)."
+        )
+
+
+def plan_rows(plan: Plan, config: RunConfig) -> Rows:
+    """(label, text) of a dry run."""
+    work = plan.estimate
+    problems = Counter(problem.kind for problem in plan.problems if not problem.repaired)
+    _, options, notes = resolve_backend(config)
+    settings = config.model_dump(mode="json", exclude={"backend"}) | {
+        "backend": {"name": config.backend.name} | options.model_dump(mode="json")
+    }
+    rows: Rows = [
+        *_settings_rows("", settings),
+        *(("note", note) for note in notes),
+        *_reuse_rows(config),
+        ("files", f"{len(plan.files):,}"),
+        ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
+        ("positions", f"{plan.n_positions:,}, of which {plan.n_selected:,} are measured"),
+        ("distinct contexts", f"{plan.n_contexts:,}"),
+        ("on disk already", f"{plan.n_stored:,}"),
+        ("in jobs of earlier runs", f"{plan.n_in_flight:,}"),
+        ("requests", f"{plan.n_to_ask:,} in {len(plan.groups):,} groups"),
+        ("request bytes", f"{work.request_bytes:,}"),
+        ("input tokens, estimated", f"{work.input_tokens:,}"),
+        ("output tokens, estimated", f"{work.output_tokens:,}"),
+        ("cost, estimated", _cost_text(work.cost_usd)),
+        ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(config))),
+    ]
+    return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _reuse_rows(config: RunConfig) -> Rows:
+    if config.reuse_raw is None:
+        return []
+    return [("note", f"what the rows in {config.reuse_raw} answer is still counted below; it will not be asked")]
+
+
+def _pilot(config: RunConfig) -> Variation | None:
+    """How the KL varied in an earlier run in this output folder; None if there is none."""
+    try:
+        return variation_of_pilot(load_run(config.output_dir).summary.kl_per_token.estimate)
+    except ConfigError:
+        return None
+
+
+def _settings_rows(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _settings_rows(f"{path}{name}.", value)
+        else:
+            yield f"{path}{name}", json.dumps(value, ensure_ascii=False)
+
+
+def _cost_text(cost: float | None) -> str:
+    if cost is None:
+        return "no price is known for this model; set backend.prices"
+    if cost == 0:
+        return "0 USD"
+    return f"{cost:.4f} USD (list prices of {PRICES_AS_OF}, or those of the configuration)"

@@ -1,0 +1,280 @@
+"""From scores on disk to one table of tokens per input file, some files at a time.
+
+Two passes, because the estimate of a position uses what the whole data set says about the spread of log p/q: the first
+surveys, the second measures (`flows.stages.passes` joins them). Each holds one file at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from backends.base import ScoreRequest
+from backends.scores.store import ScoreStore
+from backends.storage.files import in_parallel, is_remote, publish, scratch_folder
+from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
+from flows.stages.plan import Asker, Side
+from flows.stages.scoring import Stores
+from kl.estimators.censored import SpreadEvidence, SpreadPrior
+from kl.estimators.diagnostic import AlignmentDiagnostic
+from kl.estimators.divergence import exact
+from kl.input.responses import ResponseFile, positions_inside_a_character
+from kl.output.files import write_part
+from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
+from kl.tables.responses import ResponseInfo
+from kl.tables.tokens import measure_response, response_diagnostic, response_spread
+
+logger = logging.getLogger(__name__)
+
+# Full vocabularies are compared so many positions at a time: two float32 arrays of this many rows are in memory.
+_FULL_CHUNK = 64
+# How far a value that P gives now may be from the one on record before another model must have written it.
+_SAME_MODEL_NATS = 0.01
+
+_PARTIAL = (
+    "partial-character",
+    "the text before this position ends inside a character, which no request by text can say; a backend that feeds "
+    "token ids can measure it.",
+)
+
+Answers = dict[str, Score | ScoreFailure]
+Results = list[Score | ScoreFailure | None]
+
+
+@dataclass(slots=True)
+class Measured:
+    """The parts of the token table, and what the input says beside it.
+
+    ``prior`` is the variance of log p/q to expect of a position, None where no position shows one.
+    """
+
+    files: list[InputFile]
+    prior: SpreadPrior | None
+    diagnostic: AlignmentDiagnostic
+    parts: list[Path] = field(default_factory=list[Path])
+    responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
+    samplings: set[Sampling] = field(default_factory=set[Sampling])
+    models_p: set[str] = field(default_factory=set[str])
+    versions_p: set[str] = field(default_factory=set[str])
+    versions_q: set[str] = field(default_factory=set[str])
+    other_writers: list[str] = field(default_factory=list[str])
+    repaired: dict[str, int] = field(default_factory=dict[str, int])
+
+    def add(self, other: Measured) -> None:
+        """Take in what the next files gave."""
+        self.parts += other.parts
+        self.responses += other.responses
+        self.samplings |= other.samplings
+        self.models_p |= other.models_p
+        self.versions_p |= other.versions_p
+        self.versions_q |= other.versions_q
+        self.other_writers += other.other_writers
+        for kind, count in other.repaired.items():
+            self.repaired[kind] = self.repaired.get(kind, 0) + count
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What some files say of the whole data set.
+
+    ``masses``, shape (responses, 3), has the diagnostic's sums of masses one by one, so that adding up the surveys of
+    all files rounds the same way however the files were divided; in ``counts`` they are 0.
+    """
+
+    spread: SpreadEvidence
+    counts: AlignmentDiagnostic
+    masses: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, spread: Sequence[SpreadEvidence], diagnostics: Sequence[AlignmentDiagnostic]) -> Survey:
+        """From those of the responses, in their order."""
+        masses = [(item.shared_mass_p, item.ambiguous_mass_p, item.ambiguous_mass_q) for item in diagnostics]
+        counts = replace(
+            AlignmentDiagnostic.total(diagnostics), shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0
+        )
+        return cls(SpreadEvidence.total(spread), counts, np.array(masses, dtype=np.float64).reshape(-1, 3))
+
+    @classmethod
+    def total(cls, parts: Sequence[Survey]) -> Survey:
+        """Of all files, in the order of the parts."""
+        return cls(
+            SpreadEvidence.total([part.spread for part in parts]),
+            AlignmentDiagnostic.total([part.counts for part in parts]),
+            np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
+        )
+
+    def diagnostic(self) -> AlignmentDiagnostic:
+        """The counts with the masses, added one after the other."""
+        start = np.zeros((1, 3))
+        shared, ambiguous_p, ambiguous_q = np.add.accumulate(np.concatenate([start, self.masses]))[-1].tolist()
+        return replace(self.counts, shared_mass_p=shared, ambiguous_mass_p=ambiguous_p, ambiguous_mass_q=ambiguous_q)
+
+
+def survey_files(files: Sequence[InputFile], asker: Asker, stores: Stores, on_file: Callable[[], None]) -> Survey:
+    """The first pass over some files."""
+    spread: list[SpreadEvidence] = []
+    diagnostics: list[AlignmentDiagnostic] = []
+    for file in read_ahead(files):
+        parsed = read_input(file)
+        found = _found(parsed, asker, stores, ("q",))
+        of_file: list[AlignmentDiagnostic] = []
+        for response in parsed.responses:
+            results = _results(response, asker, found)
+            spread.append(response_spread(response, results))
+            of_file.append(response_diagnostic(response, results))
+        diagnostics += _with_joint_keys(of_file)
+        on_file()
+    return Survey.of(spread, diagnostics)
+
+
+def _with_joint_keys(diagnostics: list[AlignmentDiagnostic]) -> list[AlignmentDiagnostic]:
+    """The same, the keys of all with the first: each response has its own copy, which would be held for many files."""
+    if not diagnostics:
+        return []
+    bare = [replace(item, keys_p=frozenset(), keys_q=frozenset()) for item in diagnostics]
+    joint = AlignmentDiagnostic.total(diagnostics)
+    return [replace(bare[0], keys_p=joint.keys_p, keys_q=joint.keys_q), *bare[1:]]
+
+
+def measure_part(
+    files: Sequence[InputFile],
+    start: int,
+    folder: Path,
+    prior: SpreadPrior | None,
+    asker: Asker,
+    stores: Stores,
+    on_file: Callable[[], None],
+) -> Measured:
+    """The second pass over some files, the first of which is number ``start`` of the data set.
+
+    The table of each goes to ``folder``, under the file's number; unreadable responses are noted with their reason.
+    """
+    measured = Measured([], prior, AlignmentDiagnostic())
+    with scratch_folder() as scratch:
+        made = scratch if is_remote(folder) else folder
+        for index, file in enumerate(read_ahead(files), start):
+            _measure_file(file, made / f"{index:08d}.parquet", asker, stores, measured)
+            on_file()
+        if made is not folder:
+            in_parallel(lambda part: publish(part, folder / part.name), measured.parts)
+            measured.parts = [folder / part.name for part in measured.parts]
+    return measured
+
+
+def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:
+    parsed = read_input(file)
+    for problem in parsed.problems:
+        if problem.repaired:
+            measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
+    found = _found(parsed, asker, stores, asker.sides())
+    frames = [_measure_response(response, asker, found, stores.scores, measured) for response in parsed.responses]
+    measured.responses += [
+        ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
+                     parsed.model, None, item.kind, item.message)
+        for item in parsed.unreadable
+    ]  # fmt: skip
+    defect = file_defect(parsed)
+    if defect is not None and not parsed.n_responses:
+        measured.responses.append(ResponseInfo(file.source_file, None, reason=defect.kind, error=defect.message))
+    if frames:
+        write_part(pl.concat(frames), part)
+        measured.parts.append(part)
+
+
+def _measure_response(
+    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+) -> pl.DataFrame:
+    results = _results(response, asker, found)
+    answers = [result for result in results if isinstance(result, Score)]
+    measured.samplings.add(response.sampling)
+    measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
+    if response.model is not None:
+        measured.models_p.add(response.model)
+    if response.model_version is not None:
+        measured.versions_p.add(response.model_version)
+    place = (response.source_file, response.response_idx, response.prompt.prompt_id)
+    measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
+    exact_kl = _exact_kl(response, asker, found, scores, measured) if asker.config.full_vocabulary else None
+    drawn = asker.drawn(response)
+    return measure_response(
+        response,
+        results,
+        estimator=asker.config.estimator,
+        prior=measured.prior,
+        exact_kl=exact_kl,
+        selected=None if drawn is None else drawn.selected,
+        pi=None if drawn is None else drawn.pi,
+    )
+
+
+def _found(parsed: ResponseFile, asker: Asker, stores: Stores, sides: Sequence[Side]) -> Answers:
+    """The models' answers to all contexts of a file, read once: scores, else this run's failures."""
+    if parsed.prompt is None:
+        return {}
+    requests = [asker.request(response, side) for response in parsed.responses for side in sides]
+    keys = {key for request in requests if request is not None for key in request.keys}
+    prompt_id = parsed.prompt.prompt_id
+    return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
+
+
+def _results(response: Response, asker: Asker, found: Answers) -> Results:
+    """Q's answer at every position; None where there is none."""
+    request = asker.request(response, "q")
+    assert request is not None, "Q always has a name"
+    results: Results = [None] * len(response.positions)
+    for position, key in zip(request.positions, request.keys, strict=True):
+        results[position] = found.get(key)
+    for position in set(positions_inside_a_character(response)).difference(request.positions):
+        results[position] = ScoreFailure("", *_PARTIAL)
+    return results
+
+
+def _exact_kl(
+    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+) -> NDArray[np.float64]:
+    """Exact KL per position, shape (T,): NaN where a full vocabulary is missing or P is not the model on record."""
+    values = np.full(len(response.positions), np.nan)
+    request_p, request_q = asker.request(response, "p"), asker.request(response, "q")
+    if request_p is None or request_q is None:
+        measured.other_writers.append(f"{response.name}: the file names no model that this backend has")
+        return values
+    keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
+    keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
+    if not _wrote_it(response, request_p, found):
+        measured.other_writers.append(f"{response.name}: {request_p.model} gives other values than those on record")
+        return values
+    both = [position for position in keys_q if position in keys_p]
+    prompt_id = response.prompt.prompt_id
+    for start in range(0, len(both), _FULL_CHUNK):
+        chunk = both[start : start + _FULL_CHUNK]
+        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk])
+        full_q = scores.load_full(prompt_id, [keys_q[position] for position in chunk])
+        for position in chunk:
+            row_p, row_q = full_p.get(keys_p[position]), full_q.get(keys_q[position])
+            if row_p is not None and row_q is not None and row_p.shape == row_q.shape:
+                values[position] = exact(row_p[None, :], row_q[None, :])[0]
+    return values
+
+
+def _wrote_it(response: Response, request: ScoreRequest, found: Answers) -> bool:
+    """Whether the model that the file names gives the log-probabilities on record."""
+    for position, key in zip(request.positions, request.keys, strict=True):
+        score = found.get(key)
+        if not isinstance(score, Score):
+            continue
+        now = {_token(candidate): candidate.logprob for candidate in score.top}
+        for candidate in response.positions[position].top[:3]:
+            then, again = candidate.logprob, now.get(_token(candidate))
+            if then is not None and (again is None or abs(then - again) > _SAME_MODEL_NATS):
+                return False
+    return True
+
+
+def _token(candidate: Candidate) -> int | str:
+    return candidate.token if candidate.token_id is None else candidate.token_id

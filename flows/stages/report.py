@@ -1,0 +1,90 @@
+"""How a run ended, in a form that travels between tasks and programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flows.config.models import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What was measured, what is missing and why, where the results are.
+
+    ``headline`` are (label, text) rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
+    files by kind of defect, ``repaired`` what was mended in the input.
+    """
+
+    n_positions: int
+    n_measured: int
+    missing: dict[str, int]
+    skipped: dict[str, int]
+    repaired: dict[str, int]
+    headline: list[tuple[str, str]]
+    warnings: list[str]
+    paths: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every position of every response was measured."""
+        return not self.missing and not self.skipped
+
+
+_written: list[RunReport] = []
+
+
+def note_written(report: RunReport) -> None:
+    """Keep the report of results that are on disk for the program, should the Prefect server not answer any more."""
+    _written.append(report)
+
+
+def last_written() -> RunReport | None:
+    """The report of the results that this process wrote last."""
+    return _written[-1] if _written else None
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReport:
+    """How a run ended that measured nothing.
+
+    ``n_waiting`` contexts are in jobs, or in a group that could not be looked at; ``n_not_submitted`` in none;
+    ``failures`` counts by reason those that no job was made for in spite of the try (submit only). ``config`` is that
+    of the run, with its folders filled in.
+    """
+
+    name: Literal["Submitted", "Waiting", "Skipped", "Unchanged"]
+    n_on_disk: int = 0
+    n_waiting: int = 0
+    n_not_submitted: int = 0
+    n_jobs: int = 0
+    failures: dict[str, int] = field(default_factory=dict[str, int])
+    reason: str | None = None
+    config: RunConfig | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing went wrong."""
+        return not self.failures
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person is told."""
+        if self.name == "Skipped":
+            return [f"skipped: {self.reason} Nothing was changed; collect again later."]
+        if self.name == "Unchanged":
+            return [f"unchanged: all {self.n_on_disk:,} contexts were measured by the run that ended {self.reason}."]
+        if self.name == "Submitted":
+            first = f"submitted: {self.n_waiting:,} contexts are in {self.n_jobs:,} batch jobs"
+        else:
+            first = f"waiting: {self.n_waiting:,} contexts are in batch jobs that have not answered them yet"
+        lines = [f"{first}; {self.n_on_disk:,} are on disk. Nothing was measured."]
+        if self.n_not_submitted:
+            lines.append(
+                f"{self.n_not_submitted:,} contexts are in no batch job: --stage submit, or a run without --stage, "
+                "buys them."
+            )
+        return lines + [
+            f"{count:,} contexts could not be submitted ({reason}): submit again"
+            for reason, count in sorted(self.failures.items())
+        ]

@@ -1,0 +1,238 @@
+"""`history.parquet`: one row for each finished run, appended safely by runs that end at the same time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from backends.errors import ConfigError
+from backends.storage.files import read_bytes, write_bytes_atomic
+from flows.folder.lock import exclusive
+
+VERSION = 1
+_TIME = pl.Datetime("us", "UTC")
+_DIVERGENCES = ("kl_per_token", "kl_per_response")
+# A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
+_VERSIONS = ("model1_versions", "model2_versions")
+_SHARE_TOLERANCE = 0.05
+
+# null = not known. A column is only ever added, with a higher VERSION: older rows then hold null there.
+HISTORY = pl.Schema(
+    {
+        "history_version": pl.Int32,
+        "run_id": pl.String,  # of the flow run; its retry replaces the row
+        "flow_run_name": pl.String,
+        "deployment": pl.String,
+        "started_at": _TIME,
+        "finished_at": _TIME,
+        "scheduled_for": _TIME,
+        "output_dir": pl.String,  # fields filled in
+        "model1": pl.String,  # P; several names are joined with ", "
+        "model2": pl.String,  # Q
+        "model1_versions": pl.List(pl.String),
+        "model2_versions": pl.List(pl.String),
+        "estimator": pl.String,
+        "top_logprobs": pl.Int64,
+        "positions_sampled": pl.Boolean,
+        "prompts": pl.Int64,  # the clusters of the intervals
+        "responses": pl.Int64,
+        "positions": pl.Int64,
+        "measured": pl.Int64,
+        "missing": pl.Int64,  # asked and not measured
+        # Nats; the interval is that of summary.json (95 %).
+        **{
+            f"{name}{suffix}": pl.Float64
+            for name in _DIVERGENCES
+            for suffix in ("", "_low", "_high", "_certified_lower", "_plausible_upper")
+        },
+        "reverse_kl_per_token": pl.Float64,
+        "js_per_token": pl.Float64,
+        "same_top_rate": pl.Float64,
+        "contexts": pl.Int64,  # distinct ones
+        "contexts_on_disk": pl.Int64,
+        "contexts_asked": pl.Int64,
+        "input_tokens": pl.Int64,  # by the service's own counts, in this run
+        "output_tokens": pl.Int64,
+        "cost_usd": pl.Float64,  # null if no price is known
+        "drift": pl.String,  # drift, no drift, undecided; null without an alert
+        "drift_difference": pl.Float64,  # nats per token, less the reference if there is one
+        "drift_low": pl.Float64,
+        "drift_high": pl.Float64,
+        "drift_level": pl.Float64,
+        "drift_threshold": pl.Float64,
+        "drift_reference": pl.String,  # folder of the run compared with
+        "events": pl.List(pl.String),  # names of the events that the run emitted
+        "exit_status": pl.Int32,
+        "responses_sha256": pl.String,  # of responses.parquet, by which a later run knows that it is still this one
+    }
+)
+
+Row = dict[str, Any]
+
+
+def read_history(path: Path) -> pl.DataFrame:
+    """All rows, those of the runs that ended last at the end; no rows if there is no file yet.
+
+    Columns of a later version are kept, those that an earlier version lacks are null.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no history. It is left as it is.
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return pl.DataFrame(schema=HISTORY)
+    except OSError as error:
+        raise ConfigError(f"the history {path} cannot be read: {error.strerror or error}.") from error
+    try:
+        frame = pl.read_parquet(io.BytesIO(data))
+        if "run_id" not in frame.columns:
+            raise ValueError("it has no column run_id")
+        known = [pl.col(name).cast(HISTORY[name]) for name in frame.columns if name in HISTORY]
+        return _joined(pl.DataFrame(schema=HISTORY), frame.with_columns(known))
+    except (pl.exceptions.PolarsError, ValueError, OSError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} is no history of runs ({words}). Nothing was written to it; move it away, or set history to "
+            "another file."
+        ) from error
+
+
+def _joined(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
+    return pl.concat([first, second], how="diagonal")
+
+
+def check_history(path: Path) -> pl.DataFrame:
+    """Prove that a run will be able to add its row, before it buys anything; returns the rows that there are.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no history, or its folder cannot be written to.
+    """
+    try:
+        with exclusive(path):
+            return read_history(path)
+    except OSError as error:
+        raise ConfigError(f"the history {path} cannot be written: {error.strerror or error}.") from error
+
+
+def record_row(path: Path, row: Row) -> pl.DataFrame:
+    """Add a run's row, or replace it if the run has one; nothing of other runs is lost, whoever writes at once.
+
+    Returns
+    -------
+    pl.DataFrame
+        The rows that were there before, in order.
+
+    Raises
+    ------
+    ConfigError
+        As `read_history`, or if others hold the file for too long.
+    OSError
+        If it cannot be written.
+    """
+    added = pl.DataFrame([row], schema=HISTORY)
+    with exclusive(path):
+        before = read_history(path)
+        others = before.filter(pl.col("run_id").ne_missing(pl.lit(row["run_id"])))
+        buffer = io.BytesIO()
+        _joined(others, added).write_parquet(buffer)
+        write_bytes_atomic(path, buffer.getvalue())
+    return before
+
+
+def row_of(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
+    """A finished run's figures, from its ``summary.json`` and ``run.json``, without who ran it and without drift."""
+    counts, config = summary["counts"], run["config"]
+    divergences = {
+        f"{name}{suffix}": value for name in _DIVERGENCES for suffix, value in _divergence_values(summary[name]).items()
+    }
+    proven = run.get("preflight_version")
+    return divergences | {
+        "history_version": VERSION,
+        "started_at": _time(run["started_at"]),
+        "finished_at": _time(run["finished_at"]),
+        "output_dir": config["output_dir"],
+        "model1": ", ".join(run["model1"]) or None,
+        "model2": run["model2"],
+        "model1_versions": run["model1_versions"],
+        "model2_versions": sorted({*run["model2_versions"], *([proven] if proven else [])}),
+        "estimator": summary["estimator"],
+        "top_logprobs": summary["top_logprobs"],
+        "positions_sampled": config["positions"] is not None,
+        **{name: counts[name] for name in ("prompts", "responses", "positions", "measured", "missing")},
+        "reverse_kl_per_token": summary["reverse_kl_per_token"]["value"],
+        "js_per_token": summary["js_per_token"]["value"],
+        "same_top_rate": summary["same_top_p"]["value"],
+        **{name: run[name] for name in ("contexts", "contexts_on_disk", "contexts_asked")},
+        **_spent(run["spent"]),
+    }
+
+
+def _divergence_values(divergence: Mapping[str, Any]) -> dict[str, float | None]:
+    estimate = divergence["estimate"]
+    return {
+        "": estimate["value"],
+        "_low": estimate["ci_low"],
+        "_high": estimate["ci_high"],
+        "_certified_lower": divergence["lower"]["value"],
+        "_plausible_upper": divergence["plausible_upper"]["value"],
+    }
+
+
+def _spent(spent: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    costs = [counts["cost_usd"] for counts in spent.values()]
+    return {
+        "input_tokens": sum(counts["input_tokens"] for counts in spent.values()),
+        "output_tokens": sum(counts["output_tokens"] for counts in spent.values()),
+        "cost_usd": None if None in costs else float(sum(costs)),
+    }
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def previous_run(before: pl.DataFrame, row: Row, *, other_folders_only: bool) -> Row | None:
+    """The last run to compare one with: the same models, estimator and length of lists, and about as complete.
+
+    Parameters
+    ----------
+    before : pl.DataFrame
+        From `record_row`.
+    other_folders_only : bool
+        Runs in the same output folder are the same measurement, gone on with; true where a folder is of one day.
+    """
+    share = pl.col("measured") / (pl.col("measured") + pl.col("missing"))
+    asked = row["measured"] + row["missing"]
+    alike = [pl.col(name).eq_missing(pl.lit(row[name])) for name in ("model1", "model2", "estimator", "top_logprobs")]
+    found = _others(before, row).filter(
+        *alike,
+        pl.col("kl_per_token").is_not_null(),
+        share >= row["measured"] / asked - _SHARE_TOLERANCE if asked else pl.lit(True),
+        pl.col("output_dir") != row["output_dir"] if other_folders_only else pl.lit(True),
+    )
+    return found.row(-1, named=True) if found.height else None
+
+
+def previous_versions(before: pl.DataFrame, row: Row) -> Row | None:
+    """The last run of the same two models, for what versions they had."""
+    alike = [pl.col(name).eq_missing(pl.lit(row[name])) for name in ("model1", "model2")]
+    found = _others(before, row).filter(*alike)
+    if not found.height:
+        return None
+    # A run without an answer, or without a version in its input, says nothing of a change.
+    last = {name: found.filter(pl.col(name).list.len() > 0)[name].to_list()[-1:] for name in _VERSIONS}
+    return found.row(-1, named=True) | {name: values[0] for name, values in last.items() if values}
+
+
+def _others(before: pl.DataFrame, row: Row) -> pl.DataFrame:
+    return before.filter(pl.col("run_id").ne_missing(pl.lit(row["run_id"])))

@@ -1,0 +1,1 @@
+"""Two lists of candidates in, bounds and estimates of their divergence out."""

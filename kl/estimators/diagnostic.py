@@ -1,0 +1,184 @@
+"""Do the lists of P and Q speak of the same tokens? A verdict over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from kl.estimators.align import Aligned
+from kl.estimators.token_keys import MAX_ID_MISMATCH, Key
+
+WARN_OVERLAP = 0.5
+REFUSE_OVERLAP = 0.2
+WARN_TOP_ABSENT = 0.05
+WARN_AMBIGUOUS_MASS = 0.01
+
+
+class Verdict(NamedTuple):
+    """``ok``, ``warn`` or ``refuse``, with one line per reason."""
+
+    level: Literal["ok", "warn", "refuse"]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentDiagnostic:
+    """Counts over aligned positions. Add two of them to join their positions; `AlignmentDiagnostic()` has none.
+
+    Attributes
+    ----------
+    n_positions : int
+    n_shared, n_listed : int
+        Tokens that both sides list, and tokens of the shorter list of each position.
+    shared_mass_p, ambiguous_mass_p, ambiguous_mass_q : float
+        Sums over positions: P's mass on shared tokens, mass on keys that several tokens have.
+    n_top_absent : int
+        Positions whose most probable token under P is not listed by Q.
+    n_pairs, n_mismatches : int
+        Tokens of one text that both sides list with an id, and those of them whose ids differ.
+    n_by_key : tuple of three int
+        Positions matched by id, by bytes, by text.
+    keys_p, keys_q : frozenset
+        Every key listed by a side; bounded by the vocabulary.
+    """
+
+    n_positions: int = 0
+    n_shared: int = 0
+    n_listed: int = 0
+    shared_mass_p: float = 0.0
+    ambiguous_mass_p: float = 0.0
+    ambiguous_mass_q: float = 0.0
+    n_top_absent: int = 0
+    n_pairs: int = 0
+    n_mismatches: int = 0
+    n_by_key: tuple[int, int, int] = (0, 0, 0)
+    keys_p: frozenset[Key] = frozenset()
+    keys_q: frozenset[Key] = frozenset()
+
+    def __add__(self, other: AlignmentDiagnostic) -> AlignmentDiagnostic:
+        return AlignmentDiagnostic.total((self, other))
+
+    @classmethod
+    def total(cls, parts: Iterable[AlignmentDiagnostic]) -> AlignmentDiagnostic:
+        """The sum of many, with each set of keys built once."""
+        known = tuple(parts)
+        by_id, by_bytes, by_text = (sum(part.n_by_key[kind] for part in known) for kind in range(3))
+        return cls(
+            n_positions=sum(part.n_positions for part in known),
+            n_shared=sum(part.n_shared for part in known),
+            n_listed=sum(part.n_listed for part in known),
+            shared_mass_p=sum(part.shared_mass_p for part in known),
+            ambiguous_mass_p=sum(part.ambiguous_mass_p for part in known),
+            ambiguous_mass_q=sum(part.ambiguous_mass_q for part in known),
+            n_top_absent=sum(part.n_top_absent for part in known),
+            n_pairs=sum(part.n_pairs for part in known),
+            n_mismatches=sum(part.n_mismatches for part in known),
+            n_by_key=(by_id, by_bytes, by_text),
+            keys_p=frozenset[Key]().union(*(part.keys_p for part in known)),
+            keys_q=frozenset[Key]().union(*(part.keys_q for part in known)),
+        )
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the listed tokens that both sides list; ``None`` without positions, as all shares here."""
+        return _share(self.n_shared, self.n_listed)
+
+    @property
+    def mean_shared_mass_p(self) -> float | None:
+        """P's mean mass on shared tokens."""
+        return _share(self.shared_mass_p, self.n_positions)
+
+    @property
+    def top_absent(self) -> float | None:
+        """Share of positions whose most probable token under P is not listed by Q."""
+        return _share(self.n_top_absent, self.n_positions)
+
+    @property
+    def id_mismatch(self) -> float | None:
+        """Share of equal texts whose ids differ."""
+        return _share(self.n_mismatches, self.n_pairs)
+
+    @property
+    def ambiguous_mass(self) -> float | None:
+        """Mean mass, of the worse side, that cannot be matched."""
+        return _share(max(self.ambiguous_mass_p, self.ambiguous_mass_q), self.n_positions)
+
+    @property
+    def unseen_q(self) -> float | None:
+        """Share of Q's distinct tokens that P never lists; high also where the data set is small."""
+        return _share(len(self.keys_q - self.keys_p), len(self.keys_q))
+
+    def verdict(self) -> Verdict:
+        """Whether per-token divergences of these positions mean something.
+
+        Next-token distributions of different tokenizers are not comparable beyond the first token.
+        """
+        refusals, warnings = self._refusals(), self._warnings()
+        if refusals:
+            return Verdict("refuse", refusals + warnings)
+        return Verdict("warn", warnings) if warnings else Verdict("ok", ())
+
+    def _refusals(self) -> tuple[str, ...]:
+        if self.overlap is None or self.overlap >= REFUSE_OVERLAP:
+            return ()
+        return (
+            f"only {self.overlap:.1%} of the listed tokens are listed by both models "
+            f"(refused below {REFUSE_OVERLAP:.0%}): "
+            "they have different tokenizers, or Q was asked about other contexts. Check model 2 and the prompts.",
+        )
+
+    def _warnings(self) -> tuple[str, ...]:
+        found: list[str] = []
+        if self.overlap is not None and REFUSE_OVERLAP <= self.overlap < WARN_OVERLAP:
+            found.append(
+                f"{self.overlap:.1%} of the listed tokens are listed by both models (warned below {WARN_OVERLAP:.0%}): "
+                "read the bounds beside the estimates."
+            )
+        if self.top_absent is not None and self.top_absent > WARN_TOP_ABSENT:
+            found.append(
+                f"P's most probable token is not listed by Q at {self.top_absent:.1%} of the positions "
+                f"(warned above {WARN_TOP_ABSENT:.0%})."
+            )
+        if self.id_mismatch is not None and self.id_mismatch > MAX_ID_MISMATCH:
+            found.append(
+                f"{self.id_mismatch:.1%} of the tokens of equal text have different ids: the models have different "
+                "tokenizers. Their tokens were matched by bytes or text; compare only if the overlap is high."
+            )
+        if self.ambiguous_mass is not None and self.ambiguous_mass > WARN_AMBIGUOUS_MASS:
+            found.append(
+                f"{self.ambiguous_mass:.1%} of the probability is on tokens that their text does not identify "
+                f"(warned above {WARN_AMBIGUOUS_MASS:.0%}); the bounds stay valid and get wider. Record token ids."
+            )
+        return tuple(found)
+
+
+def diagnose(aligned: Aligned) -> AlignmentDiagnostic:
+    """The counts of aligned positions."""
+    shared = aligned.index_q >= 0
+    n_positions = len(aligned.logp)
+    top_absent = ~shared[:, 0] & ~aligned.top_open
+    return AlignmentDiagnostic(
+        n_positions=n_positions,
+        n_shared=int(aligned.overlap.sum()),
+        n_listed=int(np.minimum(aligned.n_listed_p, aligned.n_listed_q).sum()),
+        shared_mass_p=float(np.exp(aligned.logp, out=np.zeros(shared.shape), where=shared).sum()),
+        ambiguous_mass_p=float(aligned.open_p.sum()),
+        ambiguous_mass_q=float(aligned.open_q.sum()),
+        n_top_absent=int(np.count_nonzero(top_absent)),
+        n_pairs=aligned.choice.n_pairs,
+        n_mismatches=aligned.choice.n_mismatches,
+        n_by_key=(
+            n_positions * (aligned.choice.key == "id"),
+            n_positions * (aligned.choice.key == "bytes"),
+            n_positions * (aligned.choice.key == "text"),
+        ),
+        keys_p=aligned.keys_p,
+        keys_q=aligned.keys_q,
+    )
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

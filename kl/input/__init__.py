@@ -1,0 +1,1 @@
+"""P's responses: reading, checking, repairing and writing their files."""

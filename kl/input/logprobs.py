@@ -1,0 +1,241 @@
+"""Reads and checks the log-probabilities of one response.
+
+What is wrong is noted by position. A repair is made only where it is certain; a defect makes the whole response
+unusable, because every later position depends on the tokens before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import cast
+
+from kl.input.problems import Notes, as_list, encodable, is_encodable, number, show
+from kl.records import Candidate, Position
+
+UNKNOWN_LOGPROB = -1000.0  # at or below: OpenAI's -9999.0 for "not known", Vertex AI's -2**100 for a masked token
+FLOAT_NOISE = 1e-5  # a logprob above 0 by at most this is a rounding error of a float32 log-softmax
+MASS_TOLERANCE = 1e-3  # listed mass above 1 by more than this is no rounding error
+SAMPLED_TOLERANCE = 1e-3  # nats, between a token's own logprob and its entry in the list
+_ID_END = 2**63
+
+
+def read_positions(content: list[object], notes: Notes) -> list[Position] | None:
+    """The positions of a response, in order; None where any of them has a defect, all of which are noted."""
+    positions = [_read_position(raw, index, notes) for index, raw in enumerate(content)]
+    whole = [position for position in positions if position is not None]
+    if notes.first_defect is not None or len(whole) < len(positions):
+        return None
+    return _without_appended(whole, notes)
+
+
+def _read_position(raw: object, index: int, notes: Notes) -> Position | None:
+    entry = notes.as_object(raw, "bad-position", "the entry", index)
+    if entry is None:
+        return None
+    sampled = _read_sampled(entry, index, notes)
+    top = _read_top(entry.get("top_logprobs"), index, notes)
+    if sampled is None or top is None:
+        return None
+    top, was_sorted = _sorted(top, index, notes)
+    sampled = _agreed(sampled, top, index, notes)
+    if not was_sorted and len(top) > 1 and is_same_token(sampled, top[-1]):
+        # Some servers write the sampled token first, however improbable, and then the most probable ones.
+        top = _drop_last(top, index, notes)
+    return Position(sampled, tuple(top))
+
+
+def _read_sampled(entry: dict[str, object], position: int, notes: Notes) -> Candidate | None:
+    is_null = "logprob" in entry and entry["logprob"] is None
+    sampled = _read_candidate(entry, "the sampled token", position, notes, unknown=is_null)
+    if sampled is None or (sampled.logprob is not None and sampled.logprob > UNKNOWN_LOGPROB):
+        return sampled
+    shown = f"the sampled token's logprob is {show(entry['logprob'])}"
+    if sampled.logprob is not None and math.isinf(sampled.logprob):
+        return notes.defect("infinite-logprob", shown, position)
+    notes.repair("unknown-logprob", f"{shown}, not reported; taken from its list, or as not known", position)
+    return sampled._replace(logprob=None)
+
+
+def _read_candidate(
+    raw: dict[str, object], name: str, position: int, notes: Notes, *, unknown: bool = False
+) -> Candidate | None:
+    token = raw.get("token")
+    if not isinstance(token, str):
+        shown = show(token) if "token" in raw else "missing"
+        return notes.defect("bad-token", f"the `token` of {name} is {shown}", position)
+    logprob = None if unknown else _read_logprob(raw, name, position, notes)
+    if logprob is None and not unknown:
+        return None
+    token_id = raw.get("token_id")
+    if token_id is not None and not (type(token_id) is int and 0 <= token_id < _ID_END):
+        return notes.defect("bad-token-id", f"the `token_id` of {name} is {show(token_id)}", position)
+    token_bytes = raw.get("bytes")
+    if token_bytes is None:
+        return Candidate(token, logprob, token_id)
+    items = as_list(token_bytes)
+    if items is None or not all(type(item) is int and 0 <= item < 256 for item in items):
+        return notes.defect("bad-bytes", f"the `bytes` of {name} are {show(token_bytes)}, not of 0 to 255", position)
+    return Candidate(token, logprob, token_id, bytes(cast("list[int]", items)))
+
+
+def _read_logprob(raw: dict[str, object], name: str, position: int, notes: Notes) -> float | None:
+    value = raw.get("logprob")
+    read = number(value)
+    if read is not None and read <= 0:
+        return read
+    if read is None:
+        kind = "bad-logprob" if "logprob" in raw else "missing-logprob"
+        return notes.defect(
+            kind, f"the `logprob` of {name} is {show(value) if 'logprob' in raw else 'missing'}", position
+        )
+    what = f"the `logprob` of {name} is {show(value)}"
+    if math.isnan(read):
+        return notes.defect("nan-logprob", what, position)
+    if math.isinf(read):
+        return notes.defect("infinite-logprob", what, position)
+    if read > FLOAT_NOISE:
+        return notes.defect("positive-logprob", what, position)
+    notes.repair("positive-logprob", f"{what}, above 0 by rounding; taken as 0", position)
+    return 0.0
+
+
+def _read_top(raw: object, position: int, notes: Notes) -> list[Candidate] | None:
+    """The list of one position as it stands there, less masked and duplicate entries."""
+    items = as_list(raw)
+    if raw is not None and items is None:
+        return notes.defect("bad-top-logprobs", f"`top_logprobs` is {show(raw)}", position)
+    if not items:
+        return notes.defect(
+            "no-top-logprobs", f"`top_logprobs` is {show(raw)}" if raw == [] else "no `top_logprobs`", position
+        )
+    listed: list[Candidate] = []
+    for rank, item in enumerate(items):
+        name = f"entry {rank} of top_logprobs"
+        entry = notes.as_object(item, "bad-candidate", name, position)
+        candidate = None if entry is None else _read_candidate(entry, name, position, notes)
+        if candidate is not None:
+            listed.append(candidate)
+    if len(listed) < len(items):
+        return None
+    distinct = _without_duplicates(listed, position, notes)
+    return None if distinct is None else _checked_mass(_without_masked(distinct, position, notes), position, notes)
+
+
+def _without_duplicates(listed: list[Candidate], position: int, notes: Notes) -> list[Candidate] | None:
+    """One entry per token id. Without ids, equal texts may be different tokens: all are kept."""
+    by_id: dict[int, Candidate] = {}
+    distinct: list[Candidate] = []
+    for candidate in listed:
+        first = candidate if candidate.token_id is None else by_id.setdefault(candidate.token_id, candidate)
+        if first is candidate:
+            distinct.append(candidate)
+        elif first == candidate:
+            notes.repair("duplicate-candidate", f"token id {candidate.token_id} is listed twice; kept once", position)
+        else:
+            both = f"{show(first.token)} {first.logprob!r} and {show(candidate.token)} {candidate.logprob!r}"
+            return notes.defect("repeated-token-id", f"token id {candidate.token_id} is listed as {both}", position)
+    return distinct
+
+
+def _without_masked(listed: list[Candidate], position: int, notes: Notes) -> list[Candidate]:
+    kept: list[Candidate] = []
+    for candidate in listed:
+        if _value(candidate) <= UNKNOWN_LOGPROB:
+            shown = f"{show(candidate.token)} is listed with logprob {candidate.logprob!r}"
+            notes.repair("masked-candidate", f"{shown}, a mark for a masked token; taken out of the list", position)
+            continue
+        if not is_encodable(candidate.token):
+            shown = f"the listed token {show(candidate.token)} holds half a character"
+            notes.repair("lone-surrogate", f"{shown}; that is taken as U+FFFD", position)
+            candidate = candidate._replace(token=encodable(candidate.token))
+        kept.append(candidate)
+    return kept
+
+
+def _checked_mass(listed: list[Candidate], position: int, notes: Notes) -> list[Candidate] | None:
+    if not listed:
+        return notes.defect(
+            "no-top-logprobs", "`top_logprobs` holds no probabilities, only marks for masked tokens", position
+        )
+    mass = math.fsum(math.exp(_value(candidate)) for candidate in listed)
+    if mass > 1 + MASS_TOLERANCE:
+        return notes.defect("mass-above-one", f"the listed probabilities add up to {mass:.6g}", position)
+    return listed
+
+
+def _sorted(top: list[Candidate], position: int, notes: Notes) -> tuple[list[Candidate], bool]:
+    if all(_value(left) >= _value(right) for left, right in pairwise(top)):
+        return top, True
+    notes.repair("unsorted-list", "`top_logprobs` does not fall; sorted", position)
+    return sorted(top, key=_value, reverse=True), False
+
+
+def _agreed(sampled: Candidate, top: list[Candidate], position: int, notes: Notes) -> Candidate:
+    """The sampled token, after a check against the list that it came from.
+
+    A token that has one value of its own and another in its list, or that is more probable than the least of a list in
+    which it is missing, means that tokens and lists do not belong together; no number of theirs can then be trusted.
+    """
+    entries = [candidate for candidate in top if is_same_token(sampled, candidate)]
+    if sampled.logprob is None:
+        return sampled._replace(logprob=entries[0].logprob) if len(entries) == 1 else sampled
+    own, least = sampled.logprob, top[-1].logprob
+    if entries and all(abs(_value(entry) - own) > SAMPLED_TOLERANCE for entry in entries):
+        what = f"the sampled token {show(sampled.token)} has logprob {own!r}, its list {entries[0].logprob!r}"
+        notes.defect("sampled-disagrees", what, position)
+    elif not entries and own > _value(top[-1]) + SAMPLED_TOLERANCE and _would_be_found(sampled, top):
+        what = f"the sampled token {show(sampled.token)} has logprob {own!r} but is not in its list down to {least!r}"
+        notes.defect("sampled-above-list", what, position)
+    return sampled
+
+
+def is_same_token(one: Candidate, other: Candidate) -> bool:
+    """Whether two entries are one token for certain: by id, else by bytes, else by a text that is whole."""
+    if one.token_id is not None and other.token_id is not None:
+        return one.token_id == other.token_id
+    if one.token_bytes is not None and other.token_bytes is not None:
+        return one.token_bytes == other.token_bytes
+    return one.token == other.token and _is_whole(one.token)
+
+
+def _is_whole(token: str) -> bool:
+    # "" and U+FFFD are how different parts of characters, and tokens that are not shown, look alike.
+    return bool(token) and "\ufffd" not in token and is_encodable(token)
+
+
+def _would_be_found(sampled: Candidate, top: list[Candidate]) -> bool:
+    by_id = sampled.token_id is not None and all(candidate.token_id is not None for candidate in top)
+    return by_id or _is_whole(sampled.token)
+
+
+def _without_appended(positions: list[Position], notes: Notes) -> list[Position]:
+    """Take the sampled token out of lists in which it was appended to the k most probable ones.
+
+    Such a list is one longer than the others and ends with the sampled token. Left in, it would pass for the least of
+    the k best, and every bound on what is not listed would be too tight.
+    """
+    ends_sampled = [is_same_token(position.sampled, position.top[-1]) for position in positions]
+    usual = Counter(len(p.top) for p, last in zip(positions, ends_sampled, strict=True) if not last).most_common(1)
+    if not usual:
+        return positions
+    k = usual[0][0]
+    return [
+        Position(position.sampled, tuple(_drop_last(list(position.top), index, notes)))
+        if last and len(position.top) == k + 1
+        else position
+        for index, (position, last) in enumerate(zip(positions, ends_sampled, strict=True))
+    ]
+
+
+def _drop_last(top: list[Candidate], position: int, notes: Notes) -> list[Candidate]:
+    token = show(top[-1].token)
+    what = f"the sampled token {token} ends the list, seemingly added to the most probable ones; taken out of the list"
+    notes.repair("sampled-appended", what, position)
+    return top[:-1]
+
+
+def _value(candidate: Candidate) -> float:
+    # Every listed candidate has a number: _read_logprob refuses all else.
+    return cast("float", candidate.logprob)

@@ -1,0 +1,285 @@
+"""Reads files of P's responses.
+
+Nothing that is wrong with a file or a response raises or stops the others: it is an `InputProblem`, and the response is
+among the ``unreadable`` ones with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from kl.input.logprobs import read_positions
+from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, encodable, is_encodable, show
+from kl.input.prompts import read_prompt, read_sampling
+from kl.input.texts import positions_inside_a_character, settle_text
+from kl.records import Position, Prompt, Response, Sampling
+
+__all__ = [
+    "InputProblem",
+    "ResponseFile",
+    "UnreadableResponse",
+    "check_pattern",
+    "list_files",
+    "parse_responses",
+    "positions_inside_a_character",
+    "read_responses",
+]
+
+_LONG_INT = 400  # digits; beyond the range of a float, and int() refuses 4,300
+
+
+class UnreadableResponse(NamedTuple):
+    """A response that was skipped, with what its place in the output needs.
+
+    ``text`` is None where there is none; half surrogate pairs in it are written as U+FFFD.
+    """
+
+    response_idx: int
+    text: str | None
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFile:
+    """What one file holds.
+
+    ``responses`` are the usable ones, ``unreadable`` the others, each with its index in the file; together they are
+    ``n_responses``. ``prompt`` and ``model`` are None where they are not known.
+    """
+
+    source_file: str
+    prompt: Prompt | None
+    model: str | None
+    n_responses: int
+    responses: tuple[Response, ...]
+    unreadable: tuple[UnreadableResponse, ...]
+    problems: tuple[InputProblem, ...]
+
+
+class _FileFacts(NamedTuple):
+    """What a response takes from its file."""
+
+    source_file: str
+    prompt: Prompt
+    model: str | None
+    model_version: str | None
+    sampling: Sampling
+
+
+def list_files(input_dir: Path, pattern: str, max_files: int | None) -> list[Path]:
+    """The files below ``input_dir`` that match ``pattern`` (``**/*.json`` is recursive), sorted by path.
+
+    Raises
+    ------
+    NotADirectoryError
+        If ``input_dir`` is no directory.
+    ValueError
+        If the pattern is empty, absolute or leads out of the directory, or ``max_files`` is negative.
+    """
+    if not input_dir.is_dir():
+        raise NotADirectoryError(f"the input directory {str(input_dir)!r} does not exist or is no directory.")
+    check_pattern(pattern)
+    if max_files is not None and max_files < 0:
+        raise ValueError(f"max_files={max_files} must be at least 0.")
+    try:
+        found = {path for path in input_dir.glob(pattern) if _is_file(path)}
+    except ValueError as error:
+        raise ValueError(f"pattern {pattern!r} cannot be used: {error}. Try '*.json' or '**/*.json'.") from error
+    return sorted(found, key=lambda path: path.relative_to(input_dir).as_posix())[:max_files]
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a pattern of files that leads out of the input directory.
+
+    Raises
+    ------
+    ValueError
+        With the pattern.
+    """
+    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise ValueError(
+            f"pattern {pattern!r} must be relative to the input directory, such as '*.json' or '**/*.json'."
+        )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True  # a broken link or a locked folder: reading it says what is wrong
+
+
+def read_responses(path: Path, source_file: str) -> ResponseFile:
+    """Read one file; ``source_file`` is what it is called in outputs (its path below the input directory).
+
+    Never raises for what a file holds, or for one that cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        notes = Notes(source_file)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        notes.defect("unreadable-file", f"the file cannot be read: {reason}")
+        return _nothing(notes)
+    return parse_responses(data, source_file)
+
+
+def parse_responses(data: bytes, source_file: str) -> ResponseFile:
+    """As `read_responses`, from the bytes of a file (for one that is not on a local disk)."""
+    notes = Notes(source_file)
+    parsed = _load_json(data, notes)
+    document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
+    if document is None:
+        return _nothing(notes)
+    prompt = read_prompt(document, notes)
+    items = _read_list(document, notes)
+    model = _read_name(document, "model", None, notes)
+    version = _read_name(document, "model_version", None, notes)
+    sampling = read_sampling(document, Sampling(), notes)
+    if prompt is None or notes.first_defect:
+        return _nothing(notes, prompt, model, items)
+    facts = _FileFacts(source_file, prompt, model, version, sampling)
+    responses: list[Response] = []
+    unreadable: list[UnreadableResponse] = []
+    problems = [*notes.problems()]
+    for index, item in enumerate(items):
+        noted = Notes(source_file, index)
+        response = _read_response(item, facts, noted)
+        if response is not None:
+            responses.append(response)
+        else:
+            unreadable.append(_unreadable(index, item, noted))
+        problems += noted.problems()
+    return ResponseFile(source_file, prompt, model, len(items), tuple(responses), tuple(unreadable), tuple(problems))
+
+
+def _nothing(
+    notes: Notes, prompt: Prompt | None = None, model: str | None = None, items: list[object] | None = None
+) -> ResponseFile:
+    """A file without a usable response; each keeps its place, with the file's defect as its reason."""
+    places = tuple(_unreadable(index, item, notes) for index, item in enumerate(items or []))
+    return ResponseFile(notes.source_file, prompt, model, len(places), (), places, notes.problems())
+
+
+def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
+    defect = notes.first_defect
+    assert defect is not None, "a response is skipped for a noted defect only"
+    text = cast("dict[str, object]", item).get("text") if type(item) is dict else None
+    return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
+
+
+def _load_json(data: bytes, notes: Notes) -> object:
+    encoding = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        return notes.defect("not-utf8", f"the file is written in {encoding.upper()}")
+    try:
+        return json.loads(data.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_int)
+    except UnicodeDecodeError as error:
+        return notes.defect("not-utf8", f"byte {error.start} of the file (0x{data[error.start]:02x}) is not UTF-8")
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        return notes.defect(
+            "not-json", "the file is empty" if not data.strip() else f"not JSON: {error.msg} at {where}"
+        )
+    except RecursionError:
+        return notes.defect("nested-too-deeply", "lists or objects of the file are nested too deeply to be read")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    marked = RepeatedKeys(plain)
+    seen: set[str] = set()
+    marked.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+    return marked
+
+
+def _int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONG_INT else float(digits)
+
+
+def _read_list(document: dict[str, object], notes: Notes) -> list[object]:
+    raw = document.get("responses")
+    items = as_list(raw)
+    if raw is not None and items is None:
+        notes.defect("bad-responses", f"`responses` is {show(raw)}")
+    elif not items:
+        notes.defect("no-responses", f"`responses` is {show(raw) if 'responses' in document else 'missing'}")
+    return items or []
+
+
+def _read_name(raw: dict[str, object], key: str, inherited: str | None, notes: Notes) -> str | None:
+    """A label that no number depends on: one that is no text is noted and left out."""
+    value = raw.get(key)
+    if value is None:
+        return inherited
+    if isinstance(value, str) and is_encodable(value):
+        return value
+    return notes.repair(f"bad-{key.replace('_', '-')}", f"`{key}` is {show(value)}, not a text; taken as not stated")
+
+
+def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | None:
+    raw = notes.as_object(item, "bad-response", "the response")
+    if raw is None:
+        return None
+    model = _read_name(raw, "model", facts.model, notes)
+    finish_reason = _read_name(raw, "finish_reason", None, notes)
+    version = _read_name(raw, "model_version", facts.model_version, notes)
+    sampling = read_sampling(raw, facts.sampling, notes)
+    text = _read_text(raw, notes)
+    content = None if text is None else _read_content(raw, text, notes)
+    positions = None if content is None else read_positions(content, notes)
+    if text is None or positions is None or notes.first_defect:
+        return None
+    tokens = settle_text(text, [position.sampled for position in positions], notes)
+    if tokens is None:
+        return None
+    kept = tuple(_with_token(position, token) for position, token in zip(positions[: len(tokens)], tokens, strict=True))
+    index = notes.response_idx
+    assert index is not None, "the notes of a response carry its index"
+    place, whole = (facts.source_file, index), "".join(tokens)
+    return Response(*place, facts.prompt, model, whole, kept, finish_reason, sampling, version)
+
+
+def _with_token(position: Position, token: str) -> Position:
+    sampled = position.sampled
+    return position if sampled.token == token else Position(sampled._replace(token=token), position.top)
+
+
+def _read_text(raw: dict[str, object], notes: Notes) -> str | None:
+    text = raw.get("text")
+    if text is None:
+        return notes.defect("no-text", f"`text` is {'null' if 'text' in raw else 'missing'}")
+    if not isinstance(text, str):
+        return notes.defect("bad-text", f"`text` is {show(text)}")
+    if not is_encodable(text):
+        at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+        return notes.defect("lone-surrogate", f"character {at} of `text` is {show(text[at])}")
+    return text
+
+
+def _read_content(raw: dict[str, object], text: str, notes: Notes) -> list[object] | None:
+    logprobs = raw.get("logprobs")
+    if logprobs is None:
+        return notes.defect("no-logprobs", f"`logprobs` is {'null' if 'logprobs' in raw else 'missing'}")
+    holder = notes.as_object(logprobs, "bad-logprobs", "`logprobs`")
+    if holder is None:
+        return None
+    content = holder.get("content")
+    items = as_list(content)
+    if content is not None and items is None:
+        return notes.defect("bad-logprobs", f"`logprobs.content` is {show(content)}")
+    if not items and not text:
+        return notes.defect("empty-response", "the response has neither text nor tokens")
+    if not items:
+        return notes.defect(
+            "no-logprobs", f"`logprobs.content` is {show(content) if 'content' in holder else 'missing'}"
+        )
+    return items

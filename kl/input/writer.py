@@ -1,0 +1,62 @@
+"""Writes files of P's responses, in the form that `kl.input.responses` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kl.records import Candidate, Position, Prompt, Response
+
+
+def response_document(
+    prompt: Prompt, model: str, sampling: Mapping[str, Any], responses: Sequence[Response]
+) -> dict[str, Any]:
+    """The content of one response file, as JSON types.
+
+    The bytes of tokens are written where a text alone does not say them: a token that holds a part of a character.
+
+    Parameters
+    ----------
+    sampling : mapping
+        How the responses were drawn (temperature, top_p, seed, …); kept beside them.
+    """
+    plain = len(prompt.turns) == 1 and prompt.turns[0].role == "user"
+    document: dict[str, Any] = {
+        "prompt": prompt.turns[0].content
+        if plain
+        else [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+    }
+    if prompt.system is not None:
+        document["system"] = prompt.system
+    return document | {"model": model, "sampling": dict(sampling), "responses": [_response(item) for item in responses]}
+
+
+def _response(response: Response) -> dict[str, Any]:
+    split = any(_is_split(position.sampled) for position in response.positions)
+    version = {} if response.model_version is None else {"model_version": response.model_version}
+    return {
+        "model": response.model,
+        **version,
+        "text": response.text,
+        "finish_reason": response.finish_reason,
+        "logprobs": {"content": [_position(position, split) for position in response.positions]},
+    }
+
+
+def _position(position: Position, with_bytes: bool) -> dict[str, Any]:
+    return _candidate(position.sampled, with_bytes) | {
+        "top_logprobs": [_candidate(candidate, _is_split(candidate)) for candidate in position.top]
+    }
+
+
+def _candidate(candidate: Candidate, with_bytes: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"token": candidate.token, "logprob": candidate.logprob}
+    if candidate.token_id is not None:
+        entry["token_id"] = candidate.token_id
+    if with_bytes and candidate.token_bytes is not None:
+        entry["bytes"] = list(candidate.token_bytes)
+    return entry
+
+
+def _is_split(candidate: Candidate) -> bool:
+    return candidate.token_bytes is not None and candidate.token.encode("utf-8") != candidate.token_bytes

@@ -1,0 +1,152 @@
+"""The rows of the terminal table and of the report's head: a label and a text, honest about what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from kl.statistics.intervals import CONFIDENCE, Estimate
+from kl.statistics.summary import Counts, Divergence, Summary
+
+Rows = list[tuple[str, str]]
+
+
+def headline(summary: Summary) -> Rows:
+    """(label, text) of the numbers to read first, in that order."""
+    return [
+        ("KL(P‖Q) per token", _divergence_text(summary.kl_per_token)),
+        ("KL(P‖Q) per response", _divergence_text(summary.kl_per_response)),
+        *_estimator_rows(summary),
+        *_token_rows(summary),
+        ("Reverse KL(Q‖P) per token", _estimate_text(summary.reverse_kl_per_token)),
+        ("Jensen-Shannon per token", _estimate_text(summary.js_per_token)),
+        ("Same top p", _percent_text(summary.same_top_p, "the top tokens")),
+        *_delta_rows(summary),
+        *_sampled_token_rows(summary),
+        *_amount_rows(summary),
+    ]
+
+
+def _divergence_text(divergence: Divergence) -> str:
+    text = _estimate_text(divergence.estimate)
+    if divergence.estimate.value is None and divergence.lower.value is None:
+        return text
+    lower, upper = divergence.lower.value, divergence.plausible_upper.value
+    low = "not known" if lower is None else _number(lower)
+    high = "not identified" if upper is None else _number(upper)
+    return f"{text}; truncation: lower {low}, plausible upper {high}"
+
+
+def _estimate_text(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return f"not known: {estimate.no_interval}"
+    show = _formatter(estimate.se)
+    partly = f"; {estimate.n_unknown:,} positions without an estimate are left out" if estimate.n_unknown else ""
+    return f"{show(estimate.value)} nats ({_interval_text(estimate, 1.0)}){partly}"
+
+
+def _interval_text(estimate: Estimate, scale: float) -> str:
+    if estimate.ci_low is None or estimate.ci_high is None:
+        return f"no interval: {estimate.no_interval}"
+    show = _formatter(None if estimate.se is None else scale * estimate.se)
+    low, high = show(scale * estimate.ci_low), show(scale * estimate.ci_high)
+    return f"{100 * CONFIDENCE:.0f} % CI {low} to {high}, {estimate.n_clusters:,} prompts"
+
+
+def _percent_text(estimate: Estimate, unit: str) -> str:
+    if estimate.value is None:
+        return f"not known: {estimate.no_interval}"
+    show = _formatter(None if estimate.se is None else 100 * estimate.se)
+    partly = f"; {unit} of {estimate.n_unknown:,} positions are not known" if estimate.n_unknown else ""
+    return f"{show(100 * estimate.value)} % ({_interval_text(estimate, 100.0)}){partly}"
+
+
+def _formatter(se: float | None) -> Callable[[float], str]:
+    """How numbers with this standard error are written: with two digits of it, else four significant digits."""
+    if not se:
+        return _number
+    return partial(_fixed, max(0, 1 - math.floor(math.log10(se))))
+
+
+def _fixed(decimals: int, value: float) -> str:
+    return f"{value:,.{decimals}f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _estimator_rows(summary: Summary) -> Rows:
+    rows = [
+        ("  exact (full vocabulary)", summary.kl_per_token.exact.value),
+        ("  floor, for comparison", summary.kl_per_token.floor.value),
+        ("  bucket, for comparison", summary.kl_per_token.bucket.value),
+    ]
+    known = [(label, f"{_number(value)} nats per token") for label, value in rows if value is not None]
+    share = summary.identification
+    if share.value is None:
+        return known
+    partly = f", over {share.n_positions:,} positions; {share.n_unidentified:,} are without an upper limit"
+    text = f"{share.value:.1%} of the plausible upper limit is certain{partly if share.n_unidentified else ''}"
+    return [*known, ("Identified", text)]
+
+
+def _token_rows(summary: Summary) -> Rows:
+    rows = [(name, summary.token_kl[name]) for name in ("Median KLD", "99.0% KLD", "99.9% KLD", "Maximum KLD")]
+    shown = [(name, f"{_number(value)} nats") for name, value in rows if value is not None]
+    share = summary.kl_share_of_top_1_percent
+    return shown if share is None else [*shown, ("Top 1 % of positions", f"{share:.1%} of the KL")]
+
+
+def _delta_rows(summary: Summary) -> Rows:
+    mean, rms = summary.delta_p.mean, summary.delta_p.rms
+    if mean.value is None or rms is None:
+        return [("RMS Δp", "not known: no position with a known Δp")]
+    share = mean.n / (mean.n + mean.n_unknown)
+    partly = f" (over the {share:.1%} of positions where Q lists the sampled token)" if mean.n_unknown else ""
+    return [("Mean Δp", f"{100 * mean.value:.3f} %{partly}"), ("RMS Δp", f"{100 * rms:.3f} %{partly}")]
+
+
+def _sampled_token_rows(summary: Summary) -> Rows:
+    sampled = summary.sampled_token
+    if sampled.k1_per_token is None:
+        return [("k1, k3", f"not computed: {sampled.not_computed}")]
+    bound = ""
+    if sampled.k1_is_lower_bound and sampled.censored_share is not None:
+        bound = f"; a lower bound: {sampled.censored_share:.1%} of the sampled tokens are outside Q's list"
+    rows = [("k1 per token (sampled tokens only)", _estimate_text(sampled.k1_per_token) + bound)]
+    if sampled.k3_per_token is not None and sampled.k3_per_token.value is not None:
+        rows.append(("k3 per token (sampled tokens only)", _estimate_text(sampled.k3_per_token)))
+    return rows
+
+
+def _amount_rows(summary: Summary) -> Rows:
+    counts, rows = summary.counts, list[tuple[str, str]]()
+    rows.append(("Positions measured", _positions_text(counts)))
+    rows.append(("Responses", _responses_text(counts)))
+    if counts.files_unreadable:
+        rows.append(("Files", f"{counts.files:,}, {counts.files_unreadable:,} of them unreadable"))
+    if summary.prompts_for_10_percent is not None and summary.prompts_for_5_percent is not None:
+        few, many = summary.prompts_for_10_percent, summary.prompts_for_5_percent
+        rows.append(("Prompts needed", f"about {few:,} like these for ±10 %, {many:,} for ±5 %"))
+    return rows
+
+
+def _positions_text(counts: Counts) -> str:
+    sampled = f", a sample of {counts.positions:,}" if counts.selected < counts.positions else ""
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.missing_by_reason.items())
+    missing = f"; {counts.missing:,} missing: {reasons}" if counts.missing else ""
+    bounds = ", ".join(f"{reason} {n:,}" for reason, n in counts.bounds_only_by_reason.items())
+    only = f"; {counts.bounds_only:,} with bounds only: {bounds}" if counts.bounds_only else ""
+    return f"{counts.measured:,} of {counts.selected:,}{sampled}{missing}{only}"
+
+
+def _responses_text(counts: Counts) -> str:
+    parts = [f"{counts.responses:,} ({counts.prompts:,} prompts): {counts.responses_complete:,} complete"]
+    if counts.responses_partial:
+        parts.append(f"{counts.responses_partial:,} in part")
+    if counts.responses_not_scored:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.responses_not_scored_by_reason.items())
+        parts.append(f"{counts.responses_not_scored:,} not scored ({reasons})")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""From tokens to the data set: means, intervals, breakdowns, differences of two runs."""

@@ -1,0 +1,144 @@
+"""Scores on disk: what goes in comes out, whole or not at all."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from backends.errors import ConfigError
+from backends.scores.store import ScoreStore
+from kl.records import Candidate, Score, ScoreFailure
+
+TOP = (Candidate("", -0.1, 0), Candidate("<ctrl63>", -2.5, 9, b"\xf0\x9f"), Candidate("🙂", -3.0, None))
+
+
+def score(key: str, **fields) -> Score:
+    return Score(key, TOP, Candidate("a", -5.0, 3), "v-1", "MAX_TOKENS", 12, 1, 2, **fields)
+
+
+def test_scores_come_back_as_they_went_in(tmp_path) -> None:
+    store = ScoreStore(tmp_path / "scores")
+    store.append("p", "m", [score("k1"), Score("k2", TOP)])
+    assert store.load("p", ["k1", "k2", "k3"]) == {"k1": score("k1"), "k2": Score("k2", TOP)}
+    assert store.known_keys("p") == {"k1", "k2"}
+    assert store.known_keys("other") == set()
+
+
+def test_a_final_failure_is_kept_and_one_that_may_pass_is_not(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    blocked = ScoreFailure("k1", "blocked", "SAFETY", final=True)
+    store.append("p", "m", [blocked, ScoreFailure("k2", "row-error", "503")])
+    assert store.load("p", ["k1", "k2"]) == {"k1": blocked}
+
+
+def test_the_record_of_a_run_keeps_every_failure(tmp_path) -> None:
+    store = ScoreStore(tmp_path, every_failure=True)
+    store.append("p", "m", [ScoreFailure("k2", "row-error", "503")])
+    assert store.load("p", ["k2"])["k2"].reason == "row-error"
+
+
+def test_full_vocabularies_come_back_to_the_bit(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    full = np.random.default_rng(1).normal(size=50).astype(np.float32)
+    store.append("p", "m", [score("k1", full_logprobs=full), score("k2")])
+    store.append("p", "m", [score("k3", full_logprobs=full + 1)])
+    found = store.load_full("p", ["k1", "k2", "k3"])
+    assert found.keys() == {"k1", "k3"}
+    assert np.array_equal(found["k1"], full)
+    assert found["k1"].dtype == np.float32
+
+
+def test_all_parts_are_one_plain_table(tmp_path) -> None:
+    store = ScoreStore(tmp_path / "scores")
+    store.append("p", "m", [score("k1")])
+    store.append("q", "m", [score("k2")])
+    table = pl.read_parquet(tmp_path / "scores" / "*" / "*.parquet")
+    assert sorted(table["key"]) == ["k1", "k2"]
+
+
+def test_compacting_keeps_every_score_once(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    for key in ("b", "a", "c", "e"):
+        store.append("p", "m", [score(key)])
+    store.append("p", "m", [score("a"), score("d")])
+    store.compact("p")
+    assert len(list(tmp_path.glob("p/*.parquet"))) == 1
+    assert store.load("p", "abcde") == {key: score(key) for key in "abcde"}
+    store.compact("p")
+    assert store.known_keys("p") == set("abcde")
+
+
+def test_a_part_that_was_cut_short_is_named(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    store.append("p", "m", [score("k1")])
+    (part,) = tmp_path.glob("p/*.parquet")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=part.name):
+        store.known_keys("p")
+
+
+def test_temporary_files_of_a_killed_run_are_no_scores(tmp_path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".0123.parquet.17-1.tmp").write_bytes(b"half")
+    assert ScoreStore(tmp_path).known_keys("p") == set()
+
+
+def test_what_a_killed_run_left_in_a_journal_is_taken_in(tmp_path) -> None:
+    journal = ScoreStore(tmp_path).journal("a")
+    journal.add("p", "m", score("k1"))
+    journal.add("q", "m", ScoreFailure("k2", "blocked", "SAFETY", final=True))
+    journal.add("q", "m", ScoreFailure("k3", "row-error", "503"))
+    (path,) = tmp_path.glob("journals/*.jsonl")
+    with path.open("ab") as file:
+        file.write(b'{"prompt_id": "p", "key": "cut')
+
+    store = ScoreStore(tmp_path)
+    assert store.known_keys("p") == set()
+    assert store.recover() == 2
+    assert store.load("p", ["k1"]) == {"k1": score("k1")}
+    assert store.known_keys("q") == {"k2"}
+    assert list(tmp_path.glob("journals/*.jsonl")) == []
+    assert store.recover() == 0
+
+
+def test_a_journal_that_became_a_part_is_gone(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    journal = store.journal("a")
+    journal.add("p", "m", score("k1"))
+    store.append("p", "m", [score("k1")])
+    journal.clear()
+    assert store.recover() == 0
+    journal.add("p", "m", score("k2"))
+    assert store.recover() == 1
+    assert store.known_keys("p") == {"k1", "k2"}
+
+
+def test_a_journal_that_a_kill_or_a_failing_disk_left_behind_is_taken_in(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    journal = store.journal("a")
+    for key in ("k1", "k2"):
+        journal.add("p", "m", score(key))
+    journal.add("q", "m", ScoreFailure("k3", "blocked", "SAFETY", final=True))
+    journal.add("q", "m", ScoreFailure("k4", "row-error", "503"))
+    path = tmp_path / "journals" / "a.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\x00" * 40 + b"\n[1]\n{}\n" + b"".join(lines[1:]) + lines[0][:50])
+    again = ScoreStore(tmp_path)
+    assert again.recover() == 3
+    assert again.load("p", ["k1", "k2"]) == {"k1": score("k1"), "k2": score("k2")}
+    assert again.known_keys("q") == {"k3"}
+    assert again.recover() == 0
+
+
+def test_a_kill_while_parts_are_merged_loses_nothing_and_doubles_nothing(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    for key in ("b", "a", "c", "e"):
+        store.append("p", "m", [score(key)])
+    pieces = {path: path.read_bytes() for path in (tmp_path / "p").glob("*.parquet")}
+    store.compact("p")
+    for path, content in list(pieces.items())[1:]:  # killed when one piece was removed
+        path.write_bytes(content)
+    (tmp_path / "p" / ".half.parquet.1-2.tmp").write_bytes(b"half")
+    again = ScoreStore(tmp_path)
+    assert again.known_keys("p") == {"a", "b", "c", "e"}
+    again.compact("p")
+    assert pl.read_parquet(tmp_path / "p" / "*.parquet")["key"].to_list() == ["a", "b", "c", "e"]

@@ -1,0 +1,148 @@
+"""Output rows and the requests that they answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.base import ScoreRequest
+from backends.vertex import wire as gemini
+from backends.vertex.jobs.rows import OutputReader, RowSet, read_row, split_rows
+from kl.records import Prompt, Score, ScoreFailure, Turn
+
+TEXT = "Größe «x»\u2028🙂 end"
+Line = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def request(text: str = TEXT, question: str = "Question?", model: str = "gemini-2.5-flash") -> ScoreRequest:
+    """Every prefix of a text, one character at a time; equal questions and prefixes have equal keys."""
+    ends = tuple(range(len(text)))
+    keys = tuple(hashlib.sha256(f"{question}|{text[:end]}|{model}".encode()).hexdigest() for end in ends)
+    prompt = Prompt((Turn("user", question),), system="Be brief")
+    return ScoreRequest("name", model, prompt, text, ends, None, tuple(range(len(text))), keys, 20)
+
+
+def answer(number: int) -> dict[str, Any]:
+    candidates = [{"token": str(number), "logProbability": -0.5, "tokenId": number}]
+    return {
+        "candidates": [
+            {"finishReason": "MAX_TOKENS", "logprobsResult": {"topCandidates": [{"candidates": candidates}]}}
+        ]
+    }
+
+
+def output(rows: RowSet, change: Line) -> list[dict[str, Any]]:
+    """One answered line for each row; the token names the row."""
+    lines = [json.loads(line) for line in rows]
+    return [change({**line, "status": "", "response": answer(index)}) for index, line in enumerate(lines)]
+
+
+def read(rows: RowSet, lines: list[Any], folder: Path) -> list[Score | ScoreFailure]:
+    path = folder / "predictions.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return list(OutputReader(rows).read(path))
+
+
+def without_key(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "key"}
+
+
+CHANGES: dict[str, Line] = {
+    "as sent": lambda row: row,
+    "no key": without_key,
+    "a key of another kind": lambda row: row | {"key": 17},
+    "a key that was changed": lambda row: row | {"key": row["key"].upper() + "-0"},
+    "a list for a key": lambda row: row | {"key": [row["key"]]},
+    "custom_id": lambda row: without_key(row) | {"custom_id": row["key"]},
+    "an empty key beside custom_id": lambda row: row | {"key": "", "custom_id": row["key"]},
+    "the line as instance": lambda row: {
+        "instance": {"key": row["key"], "request": row["request"]}, "status": "", "response": row["response"]
+    },
+    "the request in its envelope": lambda row: without_key(row) | {"request": {"request": row["request"]}},
+    "the key in the echo": lambda row: without_key(row) | {"request": {"key": row["key"], "request": row["request"]}},
+    "an echo with nulls, in another order": lambda row: without_key(row)
+    | {"request": dict(reversed((row["request"] | {"tools": None, "labels": {}}).items()))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_row_finds_its_context_in_any_order(change: Line, tmp_path: Path) -> None:
+    rows = RowSet([request(), request(question="Another?")])
+    results = read(rows, list(reversed(output(rows, change))), tmp_path)
+    assert {result.key: result.top[0].token for result in results if isinstance(result, Score)} == {
+        key: str(index) for index, key in enumerate(rows.keys)
+    }
+
+
+def test_foreign_doubled_and_unreadable_lines_answer_nothing(tmp_path: Path) -> None:
+    rows = RowSet([request(text="abc")])
+    other = output(RowSet([request(text="xyz", question="Other?")]), without_key)
+    own = output(rows, lambda row: row)
+    lines = ['{"key": "cut', "\n", "[1, 2]\n", "null\n", *other, own[0], own[0], {"key": own[1]["key"]}, own[1]]
+    results = read(rows, lines, tmp_path)
+    assert [type(result) for result in results] == [Score, ScoreFailure, Score]
+    assert [result.key for result in results] == [rows.keys[0], rows.keys[1], rows.keys[1]]
+
+
+SHAPES: list[Any] = [
+    None, {}, "text", [], [1], 3, True, {"candidates": "x"}, {"candidates": ["x"]}, {"candidates": {}},
+    {"candidates": [None]}, {"promptFeedback": "x"}, {"candidates": [{"logprobsResult": "x"}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": "x"}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": ["x"]}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": ["x"]}]}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": [{"token": "a"}]}]}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["", None])
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, status: Any) -> None:
+    result = read_row("key", {"status": status, "response": shape})
+    assert isinstance(result, ScoreFailure)
+    assert not result.final
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ('Bad Request: {"error":{"code":400,"message":"no","status":"FAILED_PRECONDITION"}}', "row-error"),
+        ({"code": 8, "message": "RESOURCE_EXHAUSTED"}, "row-error"),
+        ("429 RESOURCE_EXHAUSTED: the daily limit of logprobs requests", "daily-quota"),
+        ("429 Quota exceeded for metric LogprobsRequestsPerDayPerProject", "daily-quota"),
+    ],
+)
+def test_a_row_error_says_what_the_service_said(status: Any, reason: str) -> None:
+    result = read_row("key", {"status": status, "response": None})
+    assert isinstance(result, ScoreFailure)
+    assert (result.reason, result.final) == (reason, False)
+
+
+def test_equal_contexts_are_one_row_and_models_do_not_share_a_file() -> None:
+    rows = RowSet([request(), request(), request(model="gemini-2.5-flash-lite")])
+    assert len(rows.keys) == 2 * len(TEXT)
+    parts = list(split_rows(rows, 1000, 10**9))
+    assert [part.model for part in parts] == ["gemini-2.5-flash", "gemini-2.5-flash-lite"]
+    assert sum((part.keys for part in parts), ()) == rows.keys
+
+
+@pytest.mark.parametrize(("max_rows", "max_bytes"), [(3, 10**9), (1000, 900), (1, 1)])
+def test_files_stay_within_both_limits(max_rows: int, max_bytes: int) -> None:
+    rows = RowSet([request(), request(question="Another, somewhat longer question?")])
+    parts = list(split_rows(rows, max_rows, max_bytes))
+    assert sum((part.keys for part in parts), ()) == rows.keys
+    assert all(len(part.keys) <= max_rows for part in parts)
+    assert all(len(part.keys) == 1 or sum(map(len, part)) <= max_bytes for part in parts)
+
+
+def test_lengths_are_known_without_making_the_lines() -> None:
+    asked = replace(
+        request(), positions=(0, 3, 9), keys=request().keys[:1] + request().keys[3:4] + request().keys[9:10]
+    )
+    rows = gemini.BatchRows(asked)
+    assert [len(line) for line in rows] == list(rows.sizes())

@@ -1,0 +1,230 @@
+"""Online calls against the local Vertex AI: one limit over everything, faults repeated, refusals named."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.errors import ConfigError, ModelNotUsableError
+from backends.vertex.online import VertexOnlineBackend, VertexOnlineOptions
+from kl.input.responses import read_responses
+from kl.records import Response, Score, ScoreFailure
+from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
+from tests.vertex_world.models import MODELS
+
+
+def options(**settings: Any) -> VertexOnlineOptions:
+    return VertexOnlineOptions(**({"project_id": "stand-in-project", "retry_deadline_s": 60} | settings))
+
+
+@pytest.fixture
+def score() -> Callable[..., Results]:
+    def run(responses: list[Response], **settings: Any) -> Results:
+        chosen = options(**settings)
+        requests = distinct([request_for(response, VertexOnlineBackend, chosen) for response in responses])
+        return score_all(VertexOnlineBackend(chosen), [[request] for request in requests])
+
+    return run
+
+
+def reasons(results: Results) -> set[str]:
+    return {result.reason for result in results.values() if isinstance(result, ScoreFailure)}
+
+
+def preflight(model: str, **settings: Any) -> str | None:
+    async def work() -> str | None:
+        async with VertexOnlineBackend(options(**settings)) as backend:
+            return await backend.preflight(model)
+
+    return asyncio.run(work())
+
+
+def test_every_context_is_one_call_and_the_limit_holds_over_all_responses(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.latency_s = 0.02
+    results = score(responses(), max_concurrent=7)
+    assert all(isinstance(result, Score) for result in results.values())
+    assert len(in_vertex_world.online_calls) == len(results)
+    assert in_vertex_world.max_online_in_flight == 7
+    assert in_vertex_world.rejected == []
+
+
+@pytest.mark.parametrize("fault", ["429", "429+retry-after", "500", "503", "reset", "lost", "lost-503"])
+def test_faults_are_repeated_until_all_is_measured(fault, in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http = {"online": {fault: 0.2}, "token": {"503": 0.5}}
+    in_vertex_world.faults.retry_after_s = 0.05
+    results = score(responses(prompts=2, n=1))
+    assert all(isinstance(result, Score) for result in results.values())
+
+
+def test_retry_after_is_waited_for(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"online": ["429+retry-after"]}
+    in_vertex_world.faults.retry_after_s = 1.5
+    asked = responses(prompts=1, n=1, max_tokens=1)
+
+    async def timed() -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with VertexOnlineBackend(options()) as backend:
+            found = [result async for result in backend.score([request_for(asked[0], VertexOnlineBackend, options())])]
+        assert all(isinstance(result, Score) for result in found)
+        return loop.time() - began
+
+    assert asyncio.run(timed()) >= 1.5
+
+
+def test_a_fault_that_does_not_pass_ends_with_the_deadline(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http = {"online": {"503": 1.0}}
+    results = score(responses(prompts=1, n=1, max_tokens=3), retry_deadline_s=0.5)
+    assert reasons(results) == {"deadline"}
+
+
+def test_blocked_and_refused_contexts_have_the_services_reason(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.blocked_rate = 0.15
+    in_vertex_world.faults.failing_rate = 0.15
+    results = score(responses())
+    assert reasons(results) == {"blocked", "refused"}
+    assert sum(isinstance(result, Score) for result in results.values()) > len(results) / 2
+    for result in results.values():
+        if isinstance(result, ScoreFailure):
+            assert result.final == (result.reason == "blocked")
+
+
+def test_the_daily_quota_ends_the_day_at_once(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.logprobs_daily_quota = 5
+    results = score(responses(), max_concurrent=1)
+    assert reasons(results) == {"daily-quota"}
+    assert sum(isinstance(result, Score) for result in results.values()) == 5
+    assert len(in_vertex_world.online_calls) <= 7
+    assert "run again tomorrow" in next(r.message for r in results.values() if isinstance(r, ScoreFailure))
+
+
+def test_throttling_lowers_the_calls_in_flight_and_they_come_back(in_vertex_world, responses) -> None:
+    in_vertex_world.faults.http = {"online": {"429": 0.45}}
+    asked = distinct([request_for(response, VertexOnlineBackend, options()) for response in responses()])
+    chosen = options(max_concurrent=16)
+
+    async def work() -> tuple[int, int]:
+        async with VertexOnlineBackend(chosen) as backend:
+            async for _ in backend.score(asked):
+                pass
+            low = backend.calls_allowed
+            in_vertex_world.faults.http = {}
+            for _ in range(6):
+                async for _ in backend.score(asked):
+                    pass
+            return low, backend.calls_allowed
+
+    low, high = asyncio.run(work())
+    assert low <= 8
+    assert high > low
+
+
+UNUSABLE = [
+    ("gemini-3.5-flash", "gives no log-probabilities"),
+    ("gemini-3.6-flash", "does not continue a model turn"),
+    ("gemini-9-nano", "was not found"),
+    ("gemini-2.5-pro", "always thinks"),
+    ("gemini-2.0-flash", "was not found"),
+]
+
+
+@pytest.mark.parametrize(("model", "expected"), UNUSABLE, ids=[model for model, _ in UNUSABLE])
+def test_a_model_that_cannot_be_used_is_named_with_those_that_can(model, expected, in_vertex_world) -> None:
+    with pytest.raises(ModelNotUsableError, match=rf"{model}.*{expected}.*gemini-2.5-flash|{expected}") as caught:
+        preflight(model, location="global")
+    assert model in str(caught.value)
+    assert "gemini-2.5-flash" in str(caught.value)
+    assert not in_vertex_world.rows_bought
+
+
+def test_a_usable_model_says_its_version(in_vertex_world) -> None:
+    assert preflight("gemini-2.5-flash") == "gemini-2.5-flash"
+    assert in_vertex_world.rejected == []
+
+
+def test_an_api_key_alone_selects_the_developer_api(make_vertex_world, monkeypatch, tmp_path: Path) -> None:
+    world = make_vertex_world(models={Q: replace(MODELS[Q], developer_logprobs=True)})
+    (path,) = world.write_responses(tmp_path, P, ["Hello"], n=1, max_tokens=4, seed=1)
+    for name in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GEMINI_API_KEY", world.api_key)
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", world.url)
+    chosen = options(project_id=None)
+    request = request_for(read_responses(path, path.name).responses[0], VertexOnlineBackend, chosen)
+    results = score_all(VertexOnlineBackend(chosen), [[request]])
+    assert {type(result) for result in results.values()} == {Score}
+    assert all(line.path.endswith(f"/models/{Q}:generateContent") for line in world.requests)
+    assert not any("/projects/" in line.path for line in world.requests)
+
+
+def test_without_project_and_key_it_says_what_to_set(monkeypatch) -> None:
+    for name in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="set --project-id or GOOGLE_CLOUD_PROJECT"):
+        VertexOnlineBackend(options(project_id=None))
+
+
+def test_rows_can_be_kept(in_vertex_world, responses, tmp_path: Path) -> None:
+    from backends.scores.raw_log import read_raw
+
+    asked = responses(prompts=1, n=1, max_tokens=4)
+    chosen = options(keep_raw=True)
+    results = score_all(VertexOnlineBackend(chosen, tmp_path), [[request_for(asked[0], VertexOnlineBackend, chosen)]])
+    again = {key: VertexOnlineBackend.parse_raw(key, row) for key, row in read_raw(tmp_path / "raw")}
+    assert again == results
+
+
+def test_a_token_that_is_refused_early_is_renewed_and_nothing_is_lost(in_vertex_world, responses) -> None:
+    asked = distinct([request_for(response, VertexOnlineBackend, options()) for response in responses()])
+
+    async def work() -> list[Score | ScoreFailure]:
+        found: list[Score | ScoreFailure] = []
+        async with VertexOnlineBackend(options(max_concurrent=8)) as backend:
+            for request in asked:
+                in_vertex_world.expire_tokens()
+                found += [result async for result in backend.score([request])]
+        return found
+
+    assert {type(result) for result in asyncio.run(work())} == {Score}
+    assert in_vertex_world.token_requests <= 2 * len(asked) + 2
+
+
+def test_a_token_that_is_refused_for_good_is_a_refusal(make_vertex_world, monkeypatch, responses) -> None:
+    asked = responses(prompts=1, n=1, max_tokens=3)
+    other = make_vertex_world(project="other-project")
+    for name in ("GOOGLE_VERTEX_BASE_URL",):
+        monkeypatch.setenv(name, other.environment()[name])
+    request = request_for(asked[0], VertexOnlineBackend, options())
+    results = score_all(VertexOnlineBackend(options()), [[request]])
+    assert reasons(results) == {"refused"}
+    assert "401" in next(iter(results.values())).message
+
+
+def test_more_calls_in_flight_than_an_http_client_usually_allows(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.latency_s = 1.0
+    results = score(responses(prompts=15, n=1), max_concurrent=150)
+    assert all(isinstance(result, Score) for result in results.values())
+    assert 100 < in_vertex_world.max_online_in_flight <= 150
+
+
+def test_a_first_call_that_is_throttled_everywhere_is_repeated_soon(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"online": ["429"] * 20}
+    began = time.monotonic()
+    results = score(responses(prompts=4, n=1), max_concurrent=20)
+    assert all(isinstance(result, Score) for result in results.values())
+    assert time.monotonic() - began < 3
+
+
+def test_one_empty_answer_does_not_make_a_model_unusable(in_vertex_world) -> None:
+    in_vertex_world.faults.no_logprobs_rate = 1.0
+    with pytest.raises(ModelNotUsableError, match="cannot be scored"):
+        preflight("gemini-2.5-flash")
+    in_vertex_world.faults.no_logprobs_rate = 0.6
+    in_vertex_world.faults.seed = 1
+    assert preflight("gemini-2.5-flash") == "gemini-2.5-flash"

@@ -1,0 +1,96 @@
+"""What Prefect's user interface is given: short, safe to show, and never worth a run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from flows.config.models import RunConfig, validate
+from flows.progress import ProgressReporter
+from flows.stages.report import RunReport
+from flows.watch.artifacts import artifact_key, console_link, markdown_of, progress_artifact, show_report
+from tests.programs import free_port
+
+
+def config_of(**values: object) -> RunConfig:
+    return validate(RunConfig, {"backend": "local", "input_dir": "in", "output_dir": "out", "model2": "q"} | values)
+
+
+def report_of(**values: object) -> RunReport:
+    report = {
+        "n_positions": 10, "n_measured": 8, "missing": {"blocked": 2}, "skipped": {}, "repaired": {},
+        "headline": [("KL(P‖Q) per token", "0.5 nats")], "warnings": [], "paths": ["out/summary.json"],
+    }  # fmt: skip
+    return RunReport(**{**report, **values})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("smollm2-135m@int4", "smollm2-135m-int4-summary"),
+        ("Publishers/Google/Gemini_2.5", "publishers-google-gemini-2-5-summary"),
+        ("模型", "summary"),
+        ("x" * 500, "x" * 192 + "-summary"),
+    ],
+)
+def test_a_key_has_the_letters_that_prefect_allows(model: str, key: str) -> None:
+    assert artifact_key(config_of(model2=model), "summary") == key
+
+
+@pytest.mark.parametrize(
+    ("address", "link"),
+    [
+        ("gs://b/results/2026-11-23", "https://console.cloud.google.com/storage/browser/b/results/2026-11-23"),
+        ("gs://b/a b#c?d", "https://console.cloud.google.com/storage/browser/b/a%20b%23c%3Fd"),
+        ("results/nightly", None),
+        ("s3://b/c", None),
+    ],
+)
+def test_a_bucket_has_a_link_for_the_browser(address: str, link: str | None) -> None:
+    assert console_link(address) == link
+
+
+def test_the_page_says_what_was_found_what_is_missing_and_where() -> None:
+    page = markdown_of(report_of(warnings=["no interval: 2 prompts"]), config_of())
+    assert "8 of 10 positions measured" in page
+    assert "| KL(P‖Q) per token | 0.5 nats |" in page
+    assert "## Warnings\n- no interval: 2 prompts" in page
+    assert "## Positions not measured\n- 2: blocked" in page
+    assert "## Results\n- out/summary.json" in page
+    assert "skipped" not in page
+
+
+def test_text_from_outside_stays_text_and_short() -> None:
+    hostile = "a|b\n<script>alert(1)</script> [x](http://evil) `c`"
+    page = markdown_of(report_of(warnings=[hostile] + ["w" * 5000] * 1000), config_of(model2="<b>|q"))
+    assert r"a\|b \<script\>alert(1)\</script\> \[x\](http://evil) \`c\`" in page
+    assert page.startswith("# KL(P‖Q), Q = \\<b\\>\\|q\n")
+    assert "… and 981 more" in page
+    assert len(page) < 10_000
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")
+def test_a_server_that_is_away_costs_an_error_in_the_log_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    with (
+        temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}),
+        caplog.at_level(logging.ERROR, "flows.watch.artifacts"),
+    ):
+        with ProgressReporter("contexts scored", 5) as progress, progress_artifact(config_of(), progress):
+            progress.advance(5)
+        show_report(report_of(), config_of(), {})
+    shown = [record.getMessage() for record in caplog.records if record.name == "flows.watch.artifacts"]
+    assert shown == [
+        "the progress is not shown in Prefect; the run goes on",
+        "the artifact q-summary is not shown in Prefect; the run goes on",
+    ]
+
+
+def test_without_a_server_nothing_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), caplog.at_level(logging.DEBUG):
+        with ProgressReporter("contexts scored", 5) as progress, progress_artifact(config_of(), progress):
+            progress.advance(5)
+        show_report(report_of(), config_of(), {})
+    assert [record.getMessage() for record in caplog.records] == ["contexts scored: 5 of 5"]

@@ -1,0 +1,265 @@
+"""The certified bounds against whole distributions, a slow reference and a general optimiser."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kl.estimators.align import align
+from kl.estimators.bounds import bucket, cells, lower_bounds, lower_completion, upper_floor, upper_range, upper_ratio
+from kl.records import Candidate
+from tests.kl.estimators import slow_bounds
+from tests.kl.pairs import candidates, gaussian_pair, top_lists, true_divergences
+
+NAMES = ("kl", "reverse_kl", "js", "tv")
+
+
+@st.composite
+def pairs(draw):
+    """Whole distributions and lists of unequal length: peaked or flat, near or far, float32 or float64."""
+    vocabulary = draw(st.integers(2, 40))
+    logp, logq = gaussian_pair(
+        draw(st.integers(0, 2**32 - 1)),
+        20,
+        vocabulary,
+        draw(st.sampled_from([0.0, 0.05, 0.5, 2.0, 8.0])),
+        zipf=draw(st.sampled_from([0.0, 1.0, 3.0])),
+        spread=draw(st.sampled_from([0.1, 1.5, 6.0])),
+    )
+    if draw(st.booleans()):
+        logp, logq = logp.astype(np.float32).astype(float), logq.astype(np.float32).astype(float)
+    return logp, logq, draw(st.integers(1, vocabulary)), draw(st.integers(1, vocabulary))
+
+
+@given(pairs())
+@settings(max_examples=150, deadline=None)
+def test_bucket_is_below_lower_and_lower_is_below_the_true_value(case):
+    logp, logq, k_p, k_q = case
+    cell = cells(align(top_lists(logp, k_p), top_lists(logq, k_q)))
+    for name, low, grouped, true in zip(
+        NAMES, lower_bounds(cell), bucket(cell), true_divergences(logp, logq), strict=True
+    ):
+        assert (low <= true + 1e-6).all(), name
+        assert (grouped <= low + 1e-9).all(), name
+        assert (low >= 0).all(), name
+
+
+@given(pairs())
+@settings(max_examples=50, deadline=None)
+def test_bounds_are_the_true_values_when_nothing_is_hidden(case):
+    logp, logq, _, _ = case
+    vocabulary = logp.shape[1]
+    cell = cells(align(top_lists(logp, vocabulary), top_lists(logq, vocabulary)), slack=1e-9)
+    for low, true in zip(lower_bounds(cell), true_divergences(logp, logq), strict=True):
+        # Rests differ by the rounding of the source, at most 1e-6 in float32.
+        rounding = np.maximum(np.abs(1 - np.exp(logp).sum(axis=1)), np.abs(1 - np.exp(logq).sum(axis=1)))
+        assert (np.abs(low - true) <= 5e-8 + 20 * rounding).all()
+
+
+@given(pairs())
+@settings(max_examples=40, deadline=None)
+def test_lower_bounds_equal_a_bisection_over_the_one_unknown_ratio(case):
+    logp, logq, k_p, k_q = case
+    lists_p, lists_q = top_lists(logp, k_p), top_lists(logq, k_q)
+    low = lower_bounds(cells(align(lists_p, lists_q), slack=1e-9))
+    for t in range(5):
+        slow = slow_bounds.lower(
+            {c.token: np.exp(c.logprob) for c in lists_p[t]}, {c.token: np.exp(c.logprob) for c in lists_q[t]}, 1e-9
+        )
+        # Masses that are 1 up to rounding can make a sum of -1e-8; the bounds end at 0.
+        assert [values[t] for values in low] == pytest.approx([max(value, 0) for value in slow], rel=1e-8, abs=1e-8)
+
+
+def completions(logp, logq, k_p, k_q):
+    """The smallest divergences over all whole distributions with these lists, by a general optimiser."""
+    p, q = np.exp(logp), np.exp(logq)
+    hidden_p, hidden_q = np.argsort(-p)[k_p:], np.argsort(-q)[k_q:]
+    cap_p, cap_q = np.sort(p)[-k_p], np.sort(q)[-k_q]
+    n_p, n_q = len(hidden_p), len(hidden_q)
+
+    def filled(free):
+        whole_p, whole_q = p.copy(), q.copy()
+        whole_p[hidden_p], whole_q[hidden_q] = free[:n_p], free[n_p:]
+        return np.maximum(whole_p, 1e-15), np.maximum(whole_q, 1e-15)
+
+    def kl_of(free):
+        whole_p, whole_q = filled(free)
+        return float((whole_p * np.log(whole_p / whole_q)).sum())
+
+    def reverse_of(free):
+        whole_p, whole_q = filled(free)
+        return float((whole_q * np.log(whole_q / whole_p)).sum())
+
+    def js_of(free):
+        whole_p, whole_q = filled(free)
+        middle = np.log((whole_p + whole_q) / 2)
+        return float((whole_p * (np.log(whole_p) - middle) + whole_q * (np.log(whole_q) - middle)).sum() / 2)
+
+    true = np.concatenate([p[hidden_p], q[hidden_q]])
+    even = np.concatenate([np.full(n_p, p[hidden_p].sum() / n_p), np.full(n_q, q[hidden_q].sum() / n_q)])
+    equations = [
+        ([1.0] * n_p + [0.0] * n_q, p[hidden_p].sum()),
+        ([0.0] * n_p + [1.0] * n_q, q[hidden_q].sum()),
+    ]
+    upper = np.concatenate([np.full(n_p, cap_p), np.full(n_q, cap_q)])
+    return [
+        slow_bounds.optimise(terms, (true, even, (true + even) / 2), np.full(n_p + n_q, 1e-14), upper, equations)
+        for terms in (kl_of, reverse_of, js_of)
+    ]
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.5, 4.0], ids=["near", "apart", "far"])
+@pytest.mark.parametrize("k", [(1, 1), (2, 3), (4, 2), (3, 3)], ids=lambda k: f"k{k[0]}-{k[1]}")
+def test_no_completion_of_the_lists_is_below_the_lower_bound_and_one_reaches_it(noise, k):
+    for seed in range(4):
+        logp, logq = gaussian_pair(seed, 1, 7 + seed, noise, zipf=0.7)
+        low = lower_bounds(cells(align(top_lists(logp, k[0]), top_lists(logq, k[1])), slack=1e-9))
+        found = completions(logp[0], logq[0], *k)
+        for name, bound, smallest in zip(NAMES, low, found, strict=False):
+            assert -1e-6 <= smallest - bound[0] <= 1e-4, (name, seed)
+
+
+CORNERS = {
+    "Q's caps fill its rest": (candidates(a=np.log(0.6), b=np.log(0.2)), candidates(c=np.log(0.5), a=np.log(0.3))),
+    "disjoint": (candidates(a=np.log(0.5), b=np.log(0.3)), candidates(c=np.log(0.5), d=np.log(0.3))),
+    "disjoint and both rests short": (
+        candidates(a=np.log(0.6), b=np.log(0.399)),
+        candidates(c=np.log(0.7), d=np.log(0.299)),
+    ),
+    "one token each": (candidates(a=np.log(0.9)), candidates(b=np.log(0.8))),
+    "certain and elsewhere": (candidates(a=0.0), candidates(b=0.0)),
+    "certain and listed": (candidates(a=0.0), candidates(a=np.log(0.5), b=np.log(0.4))),
+    "unequal lengths": (candidates(a=np.log(0.7)), candidates(a=np.log(0.4), b=np.log(0.3), c=np.log(0.2))),
+    "below the smallest float": (candidates(a=-1e-9, b=-900.0), candidates(b=-0.01, c=-800.0)),
+}
+
+
+@pytest.mark.parametrize("lists", CORNERS.values(), ids=CORNERS.keys())
+def test_corners_are_finite_and_swap(lists):
+    top_p, top_q = lists
+    there, back = (lower_bounds(cells(align([one], [other]))) for one, other in ((top_p, top_q), (top_q, top_p)))
+    assert all(np.isfinite(values).all() and (values >= 0).all() for values in there)
+    assert there.kl == pytest.approx(back.reverse_kl, rel=1e-9, abs=1e-9)
+    assert there.reverse_kl == pytest.approx(back.kl, rel=1e-9, abs=1e-9)
+    assert there.js == pytest.approx(back.js, abs=1e-9)
+    assert there.tv == pytest.approx(back.tv, abs=1e-9)
+
+
+@pytest.mark.parametrize("lists", [CORNERS[name] for name in list(CORNERS)[:-1]], ids=list(CORNERS)[:-1])
+def test_corners_equal_the_slow_reference(lists):
+    top_p, top_q = lists
+    slow = slow_bounds.lower(
+        {c.token: np.exp(c.logprob) for c in top_p}, {c.token: np.exp(c.logprob) for c in top_q}, 1e-6
+    )
+    low = lower_bounds(cells(align([top_p], [top_q])))
+    assert [values[0] for values in low] == pytest.approx(slow, rel=1e-7, abs=1e-8)
+
+
+def test_a_mass_above_one_by_rounding_is_a_rest_of_zero():
+    top_p = candidates(a=np.log(0.7 + 1e-6), b=np.log(0.3))
+    top_q = candidates(a=np.log(0.6), c=np.log(0.4 + 1e-6))
+    cell = cells(align([top_p], [top_q]))
+    assert cell.rest_p[0] == 0.0
+    assert cell.rest_q[0] == 0.0
+    # b has at most the slack left under Q: 0.3 log(0.3 / 1e-6) = 3.78, and a adds 0.7 log(0.7 / 0.6) = 0.108.
+    assert lower_bounds(cell).kl[0] == pytest.approx(3.8911, abs=1e-3)
+
+
+def test_a_slack_of_zero_is_refused():
+    with pytest.raises(ValueError, match="slack"):
+        cells(align([candidates(a=-0.1)], [candidates(a=-0.1)]), slack=0.0)
+
+
+def colliding(logs, k, n_texts):
+    """Lists by text without ids, in which the tokens i and i + n_texts have one text."""
+    order = np.argsort(-logs, axis=1, kind="stable")[:, :k]
+    return [
+        tuple(Candidate(f"t{i % n_texts}", float(row[i])) for i in ids) for ids, row in zip(order, logs, strict=True)
+    ]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 1.0, 4.0]))
+@settings(max_examples=100, deadline=None)
+def test_bounds_hold_when_a_list_repeats_a_text(seed, k_p, k_q, noise):
+    logp, logq = gaussian_pair(seed, 20, 14, noise, zipf=0.8)
+    # Only a text that is listed twice betrays itself; one that each side lists once is taken to be one token.
+    lists_p, lists_q = colliding(logp, k_p, 13), colliding(logq, k_q, 13)
+    seen = [
+        {c.token for c in (*top_p, *top_q) if c.token == "t0"} for top_p, top_q in zip(lists_p, lists_q, strict=True)
+    ]
+    twice = [
+        any([c.token for c in top].count("t0") == 2 for top in pair) or not seen[t]
+        for t, pair in enumerate(zip(lists_p, lists_q, strict=True))
+    ]
+    low = lower_bounds(cells(align(lists_p, lists_q)))
+    for values, true in zip(low, true_divergences(logp, logq), strict=True):
+        assert (values[twice] <= true[twice] + 1e-6).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.1, 1.0, 4.0]))
+@settings(max_examples=100, deadline=None)
+def test_bounds_hold_when_tokens_cannot_be_told_apart(seed, k_p, k_q, noise):
+    logp, logq = gaussian_pair(seed, 20, 12, noise, zipf=0.8)
+    unclear = [
+        [
+            tuple(c._replace(token="\ufffd", token_id=None) if c.token_id in (0, 1, 5) else c for c in top)
+            for top in side
+        ]
+        for side in (top_lists(logp, k_p), top_lists(logq, k_q))
+    ]
+    low = lower_bounds(cells(align(*unclear)))
+    for values, true in zip(low, true_divergences(logp, logq), strict=True):
+        assert (values <= true + 1e-6).all()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_open_mass_stays_outside_at_the_smallest_completion(seed):
+    rng = np.random.default_rng(seed)
+    p, q = rng.dirichlet(np.full(6, 0.7)), rng.dirichlet(np.full(6, 0.7))
+    # P lists 0, 1 and an unclear token; Q lists 0, 2 and, in half of the cases, an unclear one.
+    top_p = [Candidate("s", np.log(p[0])), Candidate("a", np.log(p[1])), Candidate("\ufffd", np.log(p[3]))]
+    top_q = [Candidate("s", np.log(q[0])), Candidate("b", np.log(q[2]))]
+    top_q += [Candidate("\ufffd", np.log(q[4]))] if seed % 2 else []
+    cell = cells(align([sorted(top_p, key=lambda c: -c.logprob)], [sorted(top_q, key=lambda c: -c.logprob)]), 1e-9)
+    total_p, total_q = cell.total_p[0], cell.total_q[0]
+    a, b = cell.a.sum(), cell.b.sum()
+
+    def value(free):
+        x, y, out_p, out_q = np.maximum(free, 1e-15)
+        return float(cell.head[0] + a * np.log(a / y) + x * np.log(x / b) + out_p * np.log(out_p / out_q))
+
+    lowers = np.array([1e-14, 1e-14, max(cell.open_p[0], 1e-14), max(cell.open_q[0], 1e-14)])
+    uppers = np.array([min(cell.cap_p[0], total_p), min(cell.cap_q[0], total_q), total_p, total_q])
+    starts = [
+        np.array([x, y, total_p - x, total_q - y])
+        for x in (0.05 * (total_p - cell.open_p[0]), 0.5 * (total_p - cell.open_p[0]))
+        for y in (0.05 * (total_q - cell.open_q[0]), 0.5 * (total_q - cell.open_q[0]))
+    ]
+    equations = [([1.0, 0.0, 1.0, 0.0], total_p), ([0.0, 1.0, 0.0, 1.0], total_q)]
+    found = slow_bounds.optimise(value, starts, lowers, uppers, equations)
+    best = lower_completion(cell)
+    assert best.out_p[0] >= cell.open_p[0] - 1e-12
+    assert best.out_q[0] >= cell.open_q[0] - 1e-12
+    assert -1e-6 <= found - lower_bounds(cell).kl[0] <= 1e-4
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 1.0, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_upper_bounds_hold_under_their_assumption(seed, k_p, k_q, noise):
+    logp, logq = gaussian_pair(seed, 10, 15, noise, zipf=0.8)
+    cell = cells(align(top_lists(logp, k_p), top_lists(logq, k_q)))
+    low, true = lower_bounds(cell).kl, true_divergences(logp, logq)[0]
+    for t, ratio in enumerate(logp - logq):
+        listed_p, listed_q = np.argsort(-logp[t])[:k_p], np.argsort(-logq[t])[:k_q]
+        hidden = np.setdiff1d(np.arange(15), np.intersect1d(listed_p, listed_q))
+        by_floor = upper_floor(cell, float(np.exp(logq[t].min())))[t]
+        assert upper_range(cell, float(np.ptp(ratio[hidden])))[t] >= true[t] - 1e-9
+        assert upper_ratio(cell, float(ratio[hidden].max()))[t] >= true[t] - 1e-9
+        assert by_floor >= true[t] - 1e-9
+        assert low[t] <= by_floor + 1e-9
+
+
+@pytest.mark.parametrize("smallest", [0.0, -0.1, 1.5, float("nan")])
+def test_a_floor_that_is_no_probability_is_refused(smallest):
+    with pytest.raises(ValueError, match="smallest_q"):
+        upper_floor(cells(align([candidates(a=-0.1)], [candidates(a=-0.1)])), smallest)

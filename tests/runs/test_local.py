@@ -1,0 +1,172 @@
+"""The whole job on a real model in this process: what anybody can try."""
+
+import json
+import shutil
+import time
+import urllib.request
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests import ROOT
+from tests.programs import Run
+
+EXAMPLE = ROOT / "examples" / "responses"
+
+
+def run_example(run_program: Run, output: Path, *arguments: str) -> pl.DataFrame:
+    done = run_program("flows.run", "--config", ROOT / "examples/quickstart.yaml", "--output-dir", output, *arguments)
+    assert done.code == 0, done.err
+    return pl.read_parquet(output / "tokens.parquet")
+
+
+@pytest.fixture(scope="module")
+def three_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("responses")
+    for path in sorted(EXAMPLE.glob("*.json"))[:3]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_the_quickstart_measures_everything_and_a_second_run_asks_nothing(run_program: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    tokens = run_example(run_program, output)
+    assert 0.1 < tokens["kl_exact"].mean() < 1.5
+    assert tokens["error"].null_count() == tokens.height
+    assert (tokens["kl_lower"] <= tokens["kl_exact"] + 1e-6).all()
+    first = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
+    parts = sorted(output.glob("scores/*/*.parquet"))
+
+    again = run_program("flows.run", "--config", ROOT / "examples/quickstart.yaml", "--output-dir", output)
+    assert again.code == 0
+    assert "0 to ask" in again.err
+    assert sorted(output.glob("scores/*/*.parquet")) == parts
+    second = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} <= {"run.json", "history.parquet"}
+
+
+def test_each_task_run_is_named_after_its_response(
+    run_program: Run, prefect_api: str, tmp_path: Path, three_files: Path
+) -> None:
+    run_example(run_program, tmp_path / "out", "--input-dir", str(three_files))
+    expected = {f"{path.name}#0" for path in three_files.glob("*.json")}
+    until = time.monotonic() + 60  # the server records task runs a little after they ended
+    while not expected <= (names := _task_run_names(prefect_api)):
+        assert time.monotonic() < until, names
+        time.sleep(0.5)
+
+
+def _task_run_names(api: str) -> set[str]:
+    request = urllib.request.Request(
+        f"{api}/task_runs/filter", json.dumps({"limit": 200}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return {item["name"] for item in json.loads(answer.read())}
+
+
+def test_the_results_have_the_form_that_the_contract_says(run_program: Run, tmp_path: Path, three_files: Path) -> None:
+    output = tmp_path / "out"
+    tokens = run_example(run_program, output, "--input-dir", str(three_files))
+    for source in three_files.glob("*.json"):
+        given = json.loads(source.read_text())
+        result = json.loads((output / f"{source.stem}_kl.json").read_text())
+        assert result["prompt"] == given["prompt"]
+        assert (result["model1"], result["model2"]) == ("smollm2-135m", "smollm2-135m@int4")
+        assert result["num_responses"] == len(result["responses"]) == 1
+        response = result["responses"][0]
+        content = given["responses"][0]["logprobs"]["content"]
+        assert response["text"] == given["responses"][0]["text"]
+        assert response["num_tokens"] == len(content) == len(response["kl_per_token"]) == len(response["token_details"])
+        assert response["statistics"].keys() >= {"mean_kl", "median_kl", "std_kl", "min_kl", "max_kl", "total_kl"}
+        rows = tokens.filter(pl.col("source_file") == source.name)
+        assert response["kl_per_token"] == rows["kl_estimate"].to_list()
+        assert [detail["token"] for detail in response["token_details"]] == [item["token"] for item in content]
+        assert [detail["position"] for detail in response["token_details"]] == list(range(len(content)))
+        assert response["statistics"]["total_kl"] == pytest.approx(sum(response["kl_per_token"]))
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["counts"]["measured"] == tokens.height
+    run = json.loads((output / "run.json").read_text())
+    assert run["config"]["model2"] == "smollm2-135m@int4"
+    assert run["contexts_asked"] == run["contexts_scored_now"] == 2 * tokens.height
+    assert not (output / ".parts").exists()
+
+
+def test_a_model_against_itself_differs_nowhere(run_program: Run, tmp_path: Path, three_files: Path) -> None:
+    tokens = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files), "--model2", "smollm2-135m")
+    assert tokens["kl_exact"].max() == 0
+    assert tokens["kl_lower"].max() == 0
+    assert tokens["kl_estimate"].max() == 0
+
+
+def test_another_system_text_is_another_model(run_program: Run, tmp_path: Path, three_files: Path) -> None:
+    arguments = (
+        "--input-dir",
+        str(three_files),
+        "--model2",
+        "smollm2-135m",
+        "--set",
+        "backend.system=You are a pirate.",
+    )
+    tokens = run_example(run_program, tmp_path / "out", *arguments)
+    assert tokens["kl_exact"].mean() > 0.01
+
+
+def test_a_run_with_the_top_twenty_only_has_no_exact_value(run_program: Run, tmp_path: Path, three_files: Path) -> None:
+    tokens = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files), "--top-logprobs", "20")
+    assert tokens["kl_exact"].null_count() == tokens.height
+    assert tokens["kl_lower"].null_count() == 0
+
+
+def test_responses_of_another_model_get_no_exact_value_and_a_warning(run_program: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    document = json.loads((EXAMPLE / "000_why-is-the-sky-blue.json").read_text())
+    document["model"] = document["responses"][0]["model"] = "smollm2-135m@int8"
+    (folder / "a.json").write_text(json.dumps(document))
+    output = tmp_path / "out"
+    done = run_program(
+        "flows.run", "--config", ROOT / "examples/quickstart.yaml", "--input-dir", folder, "--output-dir", output
+    )
+    assert done.code == 0, done.err
+    assert "smollm2-135m@int8 gives other values than those on record" in done.out
+    assert pl.read_parquet(output / "tokens.parquet")["kl_exact"].null_count() == 6
+
+
+def test_a_full_sample_is_the_unsampled_run_and_a_part_of_it_asks_a_part(run_program: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(sorted(EXAMPLE.glob("*.json"))[2], folder)
+    plain = run_example(run_program, tmp_path / "all", "--input-dir", str(folder))
+    run_example(run_program, tmp_path / "full", "--input-dir", str(folder), "--set", "positions.fraction=1.0")
+    for name in ("tokens.parquet", "summary.json"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
+    part = run_example(run_program, tmp_path / "part", "--input-dir", str(folder), "--set", "positions.per_response=5")
+    assert part["selected"].sum() == 5
+    assert part["pi"].unique().to_list() == [5 / plain.height]
+    assert part.filter("selected")["kl_exact"].to_list() == plain.filter(part["selected"])["kl_exact"].to_list()
+    run = json.loads((tmp_path / "part" / "run.json").read_text())
+    assert run["contexts_asked"] == 10
+
+
+def test_models_without_common_tokens_are_refused_unless_forced(run_program: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    document = json.loads((EXAMPLE / "003_list-three-uses-of-copper.json").read_text())
+    for position in document["responses"][0]["logprobs"]["content"]:
+        position.pop("token_id")
+        for index, item in enumerate(position["top_logprobs"]):
+            if item["token"] != position["token"]:
+                item["token"] = f"other piece {index}"
+            item.pop("token_id")
+    (folder / "a.json").write_text(json.dumps(document))
+    arguments = ("--backend", "local", "--model2", "smollm2-135m@int8", "--input-dir", folder)
+    done = run_program("flows.run", *arguments, "--output-dir", tmp_path / "out")
+    assert done.code == 2, done.err
+    assert "error: the models cannot be compared token by token" in done.err
+    assert "different tokenizers" in done.err
+    forced = run_program("flows.run", *arguments, "--output-dir", tmp_path / "out", "--force")
+    assert forced.code in (0, 3), forced.err
+    assert "0 to ask" in forced.err
+    assert "different tokenizers" in forced.out

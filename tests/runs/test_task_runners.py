@@ -1,0 +1,295 @@
+"""Runs on real clusters: the results of threads, byte for byte, and nothing bought twice when a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from distributed import Client
+
+from tests import ROOT
+from tests.process_worker import ProcessWorker
+from tests.programs import Done, clean_environment
+from tests.vertex_world.fixtures import make_vertex_world
+from tests.vertex_world.world import VertexWorld
+
+__all__ = ["make_vertex_world"]
+
+P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
+PROMPTS = [f"What do you know about the number {number}?" for number in range(70)]  # three parts to measure
+BATCH = ("--set", "backend.poll_interval_s=0.2", "--responses-per-job", "7")
+N_JOBS = 10
+INCOMPLETE = 3  # two of the responses are empty
+
+
+class DaskProcesses:
+    """A scheduler and workers, each a process of its own, as an administrator starts them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self._folder = folder
+        self._environment = environment
+        self._started: list[subprocess.Popen[bytes]] = []
+        file = folder / "scheduler.json"
+        self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file)
+        wait_for(file.exists)
+        self.address = json.loads(file.read_text())["address"]
+
+    def worker(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
+        """One worker process with two threads."""
+        flags = ("--no-nanny", "--nthreads", "2", "--local-directory", self._folder)
+        return self._start("worker", self.address, *flags, *arguments, cwd=cwd)
+
+    def _start(self, program: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "dask", program, "--no-dashboard", *map(str, arguments)]
+        log = (self._folder / f"{program}-{len(self._started)}.log").open("wb")
+        environment = self._environment | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=log)
+        log.close()
+        self._started.append(process)
+        return process
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
+
+    def stop(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def make_dask(tmp_path: Path) -> Iterator[Callable[[VertexWorld], DaskProcesses]]:
+    started: list[DaskProcesses] = []
+
+    def make(world: VertexWorld) -> DaskProcesses:
+        folder = tmp_path / f"dask-{len(started)}"
+        folder.mkdir()
+        cluster = DaskProcesses(folder, clean_environment(tmp_path / "worker-home", **world.environment()))
+        started.append(cluster)
+        return cluster
+
+    yield make
+    for cluster in started:
+        cluster.stop()
+
+
+@pytest.fixture
+def start(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A run in its own process group; what is left of it is killed after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(world: VertexWorld, *arguments: object, own_server: bool = False) -> subprocess.Popen[str]:
+        server = {} if own_server else {"PREFECT_API_URL": prefect_api}
+        environment = clean_environment(tmp_path / "home", **server, **world.environment())
+        command = [sys.executable, "-m", "flows.run", *map(str, arguments)]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 90) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> Done:
+    out, err = process.communicate(timeout=timeout_s)
+    return Done(process.returncode, out, err)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Every result file but the record of the run, which has its times."""
+    paths = [folder / name for name in ("tokens.parquet", "responses.parquet", "summary.json")]
+    return {path.name: path.read_bytes() for path in [*paths, *sorted(folder.glob("*_kl.json"))]}
+
+
+def repeated(world: VertexWorld) -> int:
+    """Rows and calls that were answered again, without the tiny request that proves the model usable."""
+    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
+    counts = world.rows_bought
+    return sum(counts.values()) - len(counts) - max(probes - 1, 0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Responses, and what a run in threads makes of them."""
+
+    inputs: Path
+    results: dict[str, bytes]
+    spent: object
+
+
+@pytest.fixture(scope="module")
+def reference(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("threads")
+    with VertexWorld() as world:
+        world.write_responses(folder / "in", P, PROMPTS, n=1, max_tokens=4, seed=2)
+        environment = clean_environment(folder / "home", PREFECT_API_URL=prefect_api, **world.environment())
+        command = [sys.executable, "-m", "flows.run", *flags(folder / "in", folder / "out"), *BATCH]
+        done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, timeout=200)
+    assert done.returncode == INCOMPLETE
+    record = json.loads((folder / "out" / "run.json").read_text())
+    return Reference(folder / "in", results(folder / "out"), record["spent"])
+
+
+def flags(inputs: Path, output: Path) -> tuple[object, ...]:
+    return ("--input-dir", inputs, "--output-dir", output, "--model2", Q)
+
+
+def on_dask(cluster: DaskProcesses) -> tuple[str, ...]:
+    return ("--task-runner", "dask", "--set", f"task_runner.address={cluster.address}")
+
+
+def test_a_deployed_batch_run_outlives_a_worker_and_buys_no_row_twice(
+    reference: Reference, make_vertex_world, make_dask, process_worker: ProcessWorker, tmp_path: Path
+) -> None:
+    world = make_vertex_world(job_seconds=3.0)
+    cluster = make_dask(world)
+    doomed, _ = cluster.worker(), cluster.worker()
+    config = {
+        "input_dir": str(reference.inputs),
+        "output_dir": str(tmp_path / "out"),
+        "model2": Q,
+        "responses_per_job": 7,
+        "backend": {"name": "vertex_batch", "poll_interval_s": 0.2},
+        "task_runner": {"kind": "dask", "address": cluster.address},
+    }
+    run_id = process_worker.start(process_worker.deploy("on-dask", config, world.environment()))
+    wait_for(lambda: len(world.jobs) >= 4)
+    doomed.kill()
+    run = process_worker.wait(run_id, timeout_s=200)
+    log = process_worker.logs(run_id)
+    assert run.state is not None
+    assert run.state.is_completed(), log + cluster.log()
+    assert repeated(world) == 0
+    assert len(world.jobs) == N_JOBS
+    assert results(tmp_path / "out") == reference.results
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    names = {job.to_json()["name"] for job in world.jobs}
+    assert {job["name"] for job in record["backend_report"]["jobs"]} == names
+    assert record["spent"] == reference.spent
+    made = [line for line in log.splitlines() if line.startswith("batch job") and line.endswith("PENDING")]
+    assert len(made) == len(set(made)), "lines of the workers, each once"
+    assert len(made) >= N_JOBS - 2, "but for the last second of the one that was killed"
+    assert "was begun by a worker that is gone" in log
+
+
+def test_an_online_run_outlives_a_worker_and_repeats_the_calls_in_flight(
+    reference: Reference, make_vertex_world, make_dask, start, tmp_path: Path
+) -> None:
+    world = make_vertex_world()
+    world.faults.latency_s = 0.2
+    cluster = make_dask(world)
+    doomed, _ = cluster.worker(), cluster.worker()
+    online = ("--backend", "vertex_online", "--max-concurrent", "8", "--responses-per-job", "7")
+    run = start(world, *flags(reference.inputs, tmp_path / "out"), *online, *on_dask(cluster))
+    wait_for(lambda: len(world.online_calls) >= 40 or run.poll() is not None)
+    doomed.kill()
+    done = finish(run)
+    assert done.code == INCOMPLETE, done.err + cluster.log()
+    assert repeated(world) <= 4, "each of the two workers had half of the calls in flight"
+    assert world.max_online_in_flight <= 8
+    assert results(tmp_path / "out") == reference.results
+    with Client(cluster.address, set_as_default=False) as client:
+        (threads,) = client.run(eval, "[thread.name for thread in __import__('threading').enumerate()]").values()
+    assert not {"backend-loop", "backend-call", "run-watch"} & set(threads), "the worker that is left holds nothing"
+
+
+@pytest.mark.skipif(not os.environ.get("TOKENKL_TEST_RAY"), reason="set TOKENKL_TEST_RAY=1; it takes a minute or two")
+def test_a_run_on_ray_outlives_a_worker(reference: Reference, make_vertex_world, start, tmp_path: Path) -> None:
+    world = make_vertex_world()
+    world.faults.latency_s = 0.2
+    online = ("--backend", "vertex_online", "--max-concurrent", "8", "--responses-per-job", "7")
+    size = ("--task-runner", "ray", "--set", "task_runner.workers=2")
+    run = start(world, *flags(reference.inputs, tmp_path / "out"), *online, *size)
+    wait_for(lambda: len(world.online_calls) >= 40 or run.poll() is not None)
+    os.kill(next(ray_workers(run.pid)), signal.SIGKILL)
+    done = finish(run)
+    assert done.code == INCOMPLETE, done.err
+    assert repeated(world) <= 4, "each of the two workers had half of the calls in flight"
+    assert world.max_online_in_flight <= 8
+    assert results(tmp_path / "out") == reference.results
+
+
+def ray_workers(session: int) -> Iterator[int]:
+    """The processes of a run that work on a task."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (
+                process.joinpath("cmdline").read_bytes().startswith(b"ray::score")
+                and os.getsid(int(process.name)) == session
+            ):
+                yield int(process.name)
+
+
+def test_workers_of_a_run_that_was_killed_stop_before_the_next_run_asks(
+    reference: Reference, make_vertex_world, make_dask, start, tmp_path: Path
+) -> None:
+    world = make_vertex_world()
+    world.faults.latency_s = 0.5
+    cluster = make_dask(world)
+    cluster.worker()
+    online = ("--backend", "vertex_online", "--max-concurrent", "4", "--responses-per-job", "35")
+    arguments = (*flags(reference.inputs, tmp_path / "out"), *online)
+    run = start(world, *arguments, *on_dask(cluster))
+    wait_for(lambda: len(world.online_calls) >= 12 or run.poll() is not None)
+    os.kill(run.pid, signal.SIGKILL)
+    world.faults.latency_s = 0.0
+    done = finish(start(world, *arguments))
+    assert done.code == INCOMPLETE, done.err + cluster.log()
+    assert repeated(world) <= 4, "the calls in flight when the workers stopped"
+    assert results(tmp_path / "out") == reference.results
+    assert not (tmp_path / "out" / ".pulse.json").exists()
+
+
+def test_ctrl_c_reaches_the_workers(reference: Reference, make_vertex_world, start, tmp_path: Path) -> None:
+    """A terminal sends it to the whole process group: to the workers of this machine, and to the temporary server."""
+    world = make_vertex_world(job_seconds=600.0)
+    size = ("--task-runner", "dask", "--set", "task_runner.workers=2", "--set", "task_runner.threads_per_worker=2")
+    arguments = (*flags(reference.inputs, tmp_path / "out"), *BATCH, *size, "--set", "backend.on_cancel=cancel")
+    run = start(world, *arguments, own_server=True)
+    wait_for(lambda: len(world.jobs) >= 4 or run.poll() is not None)
+    os.killpg(run.pid, signal.SIGINT)
+    done = finish(run)  # long before a job ends by itself
+    assert done.code == 130, done.err
+    assert "Traceback" not in done.out + done.err
+    assert "batch jobs were cancelled" in done.err
+    assert "Go on with: python -m flows.run --input-dir" in done.err
+    assert {job.state for job in world.jobs} <= {"JOB_STATE_CANCELLED", "JOB_STATE_CANCELLING"}
+
+
+def test_workers_that_do_not_see_the_folders_are_refused_before_anything_is_bought(
+    reference: Reference, make_vertex_world, make_dask, start, tmp_path: Path
+) -> None:
+    world = make_vertex_world()
+    cluster = make_dask(world)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    cluster.worker(cwd=elsewhere)
+    # The working directory by a name that means another folder to every process, as a disk of one's own does.
+    out = Path("/proc/self/cwd") / os.path.relpath(tmp_path, ROOT) / "out"
+    done = finish(start(world, *flags(reference.inputs, out), *on_dask(cluster)))
+    assert done.code == 2, done.err + cluster.log()
+    assert "does not see the run's output folder" in done.err.strip().splitlines()[-1], done.err
+    assert "Traceback" not in done.err
+    assert (world.jobs, world.rows_bought) == ([], {})
