@@ -96,8 +96,12 @@ def test_the_results_have_the_form_that_the_contract_says(run_program: Run, tmp_
 def test_a_model_against_itself_differs_nowhere(run_program: Run, tmp_path: Path, three_files: Path) -> None:
     tokens = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files), "--model2", "smollm2-135m")
     assert tokens["kl_exact"].max() == 0
-    assert tokens["kl_lower"].max() == 0
-    assert tokens["kl_estimate"].max() == 0
+    # The examples were sampled on another processor, whose float32 sums may differ from this one's. A KL is of second
+    # order in the deviations, so that it lies far below the largest of them.
+    noise = max((tokens["logprob_p"] - tokens["logprob_q"]).abs().max(), 1e-9)
+    assert noise < 1e-3
+    assert tokens["kl_lower"].max() <= noise
+    assert tokens["kl_estimate"].max() <= noise
 
 
 def test_another_system_text_is_another_model(run_program: Run, tmp_path: Path, three_files: Path) -> None:
