@@ -11,8 +11,8 @@ A backend is built once per process from its validated `Options`, used from one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -88,6 +88,11 @@ class ScoreRequest:
         """(position, key, prefix text) of each position asked."""
         for position, key in zip(self.positions, self.keys, strict=True):
             yield position, key, self.text[: self.prefix_ends[position]]
+
+    def only(self, wanted: Container[str]) -> ScoreRequest:
+        """The same request for those of its contexts whose key is wanted."""
+        left = [pair for pair in zip(self.positions, self.keys, strict=True) if pair[1] in wanted]
+        return replace(self, positions=tuple(position for position, _ in left), keys=tuple(key for _, key in left))
 
 
 class SampleSettings(BaseModel):
