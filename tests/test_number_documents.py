@@ -8,7 +8,7 @@ import re
 import pytest
 
 from kl.estimators.divergence import ESTIMATORS
-from kl.output.files import DETAIL_NAMES
+from kl.output.kl_json import DETAIL_NAMES
 from kl.statistics.summary import Divergence, Summary
 from kl.tables.responses import RESPONSES
 from kl.tables.schemas import TOKENS

@@ -11,7 +11,7 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.storage.files import PARALLEL, in_order, is_remote, publish, remove, scratch_folder, write_bytes_atomic
-from kl.output.files import write_json_atomic
+from kl.output.atomic import write_json_atomic
 
 
 def prepare_output(folder: Path, *, inside: str | None = None) -> None:

@@ -20,16 +20,9 @@ from flows.folder.output import made_locally, publish_from
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from flows.stages.measuring import Measured
 from flows.stages.report import RunReport
-from kl.output.files import (
-    ResponseText,
-    result_paths,
-    write_kl_json,
-    write_responses,
-    write_run_info,
-    write_summary,
-    write_tokens,
-)
+from kl.output.files import result_paths, write_responses, write_run_info, write_summary, write_tokens
 from kl.output.headline import headline
+from kl.output.kl_json import ResponseText, write_kl_json
 from kl.statistics.summary import RunFacts, Summary, summarise_dataset
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
-
+from kl.output.digits import rounded
 from kl.statistics.intervals import CONFIDENCE, Estimate
 from kl.statistics.summary import Counts, Divergence, Summary
 
@@ -33,48 +30,32 @@ def _divergence_text(divergence: Divergence) -> str:
     if divergence.estimate.value is None and divergence.lower.value is None:
         return text
     lower, upper = divergence.lower.value, divergence.plausible_upper.value
-    low = "not known" if lower is None else _number(lower)
-    high = "not identified" if upper is None else _number(upper)
+    low = "not known" if lower is None else rounded(lower)
+    high = "not identified" if upper is None else rounded(upper)
     return f"{text}; truncation: lower {low}, plausible upper {high}"
 
 
 def _estimate_text(estimate: Estimate) -> str:
     if estimate.value is None:
         return f"not known: {estimate.no_interval}"
-    show = _formatter(estimate.se)
     partly = f"; {estimate.n_unknown:,} positions without an estimate are left out" if estimate.n_unknown else ""
-    return f"{show(estimate.value)} nats ({_interval_text(estimate, 1.0)}){partly}"
+    return f"{rounded(estimate.value, estimate.se)} nats ({_interval_text(estimate, 1.0)}){partly}"
 
 
 def _interval_text(estimate: Estimate, scale: float) -> str:
     if estimate.ci_low is None or estimate.ci_high is None:
         return f"no interval: {estimate.no_interval}"
-    show = _formatter(None if estimate.se is None else scale * estimate.se)
-    low, high = show(scale * estimate.ci_low), show(scale * estimate.ci_high)
+    se = None if estimate.se is None else scale * estimate.se
+    low, high = rounded(scale * estimate.ci_low, se), rounded(scale * estimate.ci_high, se)
     return f"{100 * CONFIDENCE:.0f} % CI {low} to {high}, {estimate.n_clusters:,} prompts"
 
 
 def _percent_text(estimate: Estimate, unit: str) -> str:
     if estimate.value is None:
         return f"not known: {estimate.no_interval}"
-    show = _formatter(None if estimate.se is None else 100 * estimate.se)
+    text = rounded(100 * estimate.value, None if estimate.se is None else 100 * estimate.se)
     partly = f"; {unit} of {estimate.n_unknown:,} positions are not known" if estimate.n_unknown else ""
-    return f"{show(100 * estimate.value)} % ({_interval_text(estimate, 100.0)}){partly}"
-
-
-def _formatter(se: float | None) -> Callable[[float], str]:
-    """How numbers with this standard error are written: with two digits of it, else four significant digits."""
-    if not se:
-        return _number
-    return partial(_fixed, max(0, 1 - math.floor(math.log10(se))))
-
-
-def _fixed(decimals: int, value: float) -> str:
-    return f"{value:,.{decimals}f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{text} % ({_interval_text(estimate, 100.0)}){partly}"
 
 
 def _estimator_rows(summary: Summary) -> Rows:
@@ -83,7 +64,7 @@ def _estimator_rows(summary: Summary) -> Rows:
         ("  floor, for comparison", summary.kl_per_token.floor.value),
         ("  bucket, for comparison", summary.kl_per_token.bucket.value),
     ]
-    known = [(label, f"{_number(value)} nats per token") for label, value in rows if value is not None]
+    known = [(label, f"{rounded(value)} nats per token") for label, value in rows if value is not None]
     share = summary.identification
     if share.value is None:
         return known
@@ -94,7 +75,7 @@ def _estimator_rows(summary: Summary) -> Rows:
 
 def _token_rows(summary: Summary) -> Rows:
     rows = [(name, summary.token_kl[name]) for name in ("Median KLD", "99.0% KLD", "99.9% KLD", "Maximum KLD")]
-    shown = [(name, f"{_number(value)} nats") for name, value in rows if value is not None]
+    shown = [(name, f"{rounded(value)} nats") for name, value in rows if value is not None]
     share = summary.kl_share_of_top_1_percent
     return shown if share is None else [*shown, ("Top 1 % of positions", f"{share:.1%} of the KL")]
 

@@ -14,17 +14,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from kl.output.files import (
-    ResponseText,
-    kl_payload,
-    result_paths,
-    write_json_atomic,
-    write_kl_json,
-    write_part,
-    write_responses,
-    write_run_info,
-    write_tokens,
-)
+from kl.output.atomic import write_json_atomic
+from kl.output.files import result_paths, write_part, write_responses, write_run_info, write_tokens
+from kl.output.kl_json import ResponseText, kl_payload, write_kl_json
 from kl.records import Prompt, Turn
 from kl.tables.responses import summarise_responses
 from kl.tables.schemas import TOKENS
