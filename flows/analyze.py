@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location
+from backends.storage import as_location
 from flows.commands.arguments import EXIT_COMPLETE, exit_code_of
 from flows.commands.tables import history_cells, load_history
 from flows.folder.finished import FinishedRun, Rows, load_run, worst_positions, worst_responses

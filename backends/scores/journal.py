@@ -13,9 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from backends.scores.chunk_log import ChunkLog
 from backends.scores.rows import row_of
-from backends.storage.chunk_log import ChunkLog
-from backends.storage.files import is_remote, local_copies
+from backends.storage import is_remote, local_copies
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)

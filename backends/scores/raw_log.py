@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from backends.storage.chunk_log import ChunkLog
-from backends.storage.files import files_in, is_remote, local_copies
+from backends.scores.chunk_log import ChunkLog
+from backends.storage import files_in, is_remote, local_copies
 
 _GZIP = 16 + zlib.MAX_WBITS
 _SUFFIX = ".jsonl.gz"

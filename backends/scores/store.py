@@ -32,9 +32,16 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.scores.journal import SUFFIX, ScoreJournal, recorded
 from backends.scores.rows import SCORES, result_of, row_of
-from backends.storage.copies import COPIES
-from backends.storage.files import StoredFile, files_in, in_parallel, is_remote, remove, write_bytes_atomic
-from backends.storage.listing import RemoteListing
+from backends.storage import (
+    COPIES,
+    RemoteListing,
+    StoredFile,
+    files_in,
+    in_parallel,
+    is_remote,
+    remove,
+    write_bytes_atomic,
+)
 from kl.records import Score, ScoreFailure
 
 __all__ = ["SCORES", "ScoreJournal", "ScoreStore"]

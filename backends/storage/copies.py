@@ -1,9 +1,10 @@
-"""Copies of remote files on the local disk, for this process: what is read several times is fetched once."""
+"""Copies of remote files on the local disk, for this process; what is read several times is fetched once."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,10 +13,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backends.errors import TokenKLError
-from backends.storage.files import PARALLEL, StoredFile, download, in_order, is_remote
+from backends.storage.files import StoredFile, download
+from backends.storage.locations import is_remote
+from backends.storage.parallel import PARALLEL, in_order
 
 # Where a container has no disk its scratch folder is memory.
 _MAX_BYTES = 500_000_000
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+_kept_lock = threading.Lock()
+
+
+@contextmanager
+def scratch_folder() -> Generator[Path]:
+    """A local folder for files on their way, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="tokenkl-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def local_copies(paths: Iterable[Path]) -> Generator[tuple[Path, Path]]:
+    """Each path with a file to read on a local disk, in order; remote ones are fetched some ahead, kept until the next.
+
+    Raises
+    ------
+    OSError
+        When it comes to a file that is not there.
+    """
+    paths = list(paths)
+    if not any(is_remote(path) for path in paths):
+        yield from zip(paths, paths, strict=True)
+        return
+    with scratch_folder() as scratch, ThreadPoolExecutor(PARALLEL) as pool:
+
+        def fetch(index: int, path: Path) -> Path:
+            if not is_remote(path):
+                return path
+            copy = scratch / f"{index}{path.suffix}"
+            download(path, copy)
+            return copy
+
+        for path, copy in in_order(pool, fetch, paths):
+            yield path, copy
+            if copy is not path:
+                copy.unlink()
+
+
+def kept_copy(path: Path) -> Path:
+    """A file to read on a local disk until this process ends: itself, or a download."""
+    if not is_remote(path):
+        return path
+    with _kept_lock:
+        if not _kept:
+            _kept.append(tempfile.TemporaryDirectory(prefix="tokenkl-", ignore_cleanup_errors=True))
+        copy = Path(_kept[0].name) / f"{uuid.uuid4().hex}{path.suffix}"
+    download(path, copy)
+    return copy
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location
+from backends.storage import as_location
 from flows.config.templates import HISTORY_FILE
 from flows.watch.history import read_history
 

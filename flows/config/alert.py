@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
-from backends.storage.files import Location, as_location
+from backends.storage import Location, as_location
 from flows.config.templates import check_template
 
 _WRITE = "write previous, or {baseline: FOLDER} with the output folder of an earlier run, or leave it out"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
-from backends.storage.files import PARALLEL, in_order, is_remote, publish, remove, scratch_folder, write_bytes_atomic
+from backends.storage import PARALLEL, in_order, is_remote, publish, remove, scratch_folder, write_bytes_atomic
 from kl.output.atomic import write_json_atomic
 
 

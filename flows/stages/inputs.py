@@ -10,8 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from backends.errors import ConfigError
-from backends.storage.copies import COPIES
-from backends.storage.files import StoredFile, is_remote, is_within, list_remote, scratch_folder
+from backends.storage import COPIES, StoredFile, is_remote, is_within, list_remote, scratch_folder
 from flows.config.models import RunConfig
 from kl.input.responses import InputProblem, ResponseFile, check_pattern, list_files, read_responses
 

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.storage.files import read_bytes, write_bytes_atomic
+from backends.storage import read_bytes, write_bytes_atomic
 from flows.folder.lock import exclusive
 
 VERSION = 1

@@ -17,8 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from backends.errors import ConfigError
-from backends.storage.files import is_remote, remove
-from backends.storage.lease import Lease, LeaseHeldError
+from backends.storage import Lease, LeaseHeldError, is_remote, remove
 
 _PATIENCE_S = 900.0
 # In a bucket it takes seconds to see a sign of life; one that was seen is good for so long.

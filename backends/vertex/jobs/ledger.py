@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from backends.errors import ConfigError
-from backends.storage.files import is_remote, list_remote, local_copies, write_bytes_atomic
+from backends.storage import is_remote, list_remote, local_copies, write_bytes_atomic
 from backends.vertex.jobs.claims import Claims
 
 _PREFIX, _SUFFIX = "tokenkl-", ".json"

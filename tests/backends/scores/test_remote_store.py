@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from backends.errors import ConfigError
+from backends.scores.chunk_log import ChunkLog
 from backends.scores.raw_log import RawLog, read_raw
 from backends.scores.store import ScoreStore
-from backends.storage.chunk_log import ChunkLog
-from backends.storage.files import as_location, files_in, list_remote, read_bytes
+from backends.storage import as_location, files_in, list_remote, read_bytes
 from backends.vertex.jobs.ledger import JobLedger
 from kl.records import Candidate, Score, ScoreFailure
 from tests.vertex_world.world import VertexWorld

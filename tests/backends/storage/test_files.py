@@ -14,8 +14,8 @@ import pytest
 from pydantic import BaseModel
 
 from backends.errors import ConfigError
-from backends.storage.copies import LocalCopies
-from backends.storage.files import (
+from backends.storage import (
+    LocalCopies,
     Location,
     as_location,
     create,
@@ -76,7 +76,7 @@ def test_an_address_that_cannot_be_used_is_refused_in_a_line(address: str, messa
 
 @pytest.mark.parametrize("package", ["gcsfs", "upath"])
 def test_without_the_packages_the_extra_is_named(package: str) -> None:
-    code = f"import sys; sys.modules[{package!r}] = None; from backends.storage.files import as_location; as_location('gs://b/x')"
+    code = f"import sys; sys.modules[{package!r}] = None; from backends.storage import as_location; as_location('gs://b/x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]

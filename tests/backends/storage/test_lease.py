@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location, list_remote, read_bytes, remove_folder, write_bytes_atomic
-from backends.storage.lease import Lease, LeaseHeldError, LeaseLostError
+from backends.storage import (
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    as_location,
+    list_remote,
+    read_bytes,
+    remove_folder,
+    write_bytes_atomic,
+)
 from tests.vertex_world.world import VertexWorld
 
 LEASE_S = 2.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location, remove_folder, write_bytes_atomic
+from backends.storage import as_location, remove_folder, write_bytes_atomic
 from flows.config.models import RunConfig, validate
 from flows.stages.inputs import file_defect, find_inputs, read_ahead, read_input
 

@@ -13,7 +13,7 @@ import pytest
 from google.cloud import storage
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location
+from backends.storage import as_location
 from backends.vertex.jobs.ledger import JobEntry, JobLedger
 from tests import ROOT
 from tests.vertex_world.world import VertexWorld

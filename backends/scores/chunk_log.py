@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage.files import in_parallel, remove, write_bytes_atomic
+from backends.storage import in_parallel, remove, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
 
