@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 
 Role = Literal["user", "model"]
 
+UNKNOWN_LOGPROB = -1000.0  # at or below: OpenAI's -9999.0 for "not known", Vertex AI's -2**100 for a masked token
+
+# What models write to end a turn: ChatML, Llama 2/Mistral, Gemma (2), GPT, Llama 3 (3), Phi, harmony, DeepSeek.
+END_TOKENS = frozenset(
+    "<|im_end|> </s> <end_of_turn> <eos> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|end|> <|return|> "
+    "<\uff5cend\u2581of\u2581sentence\uff5c>".split()
+)
+
 
 class Turn(NamedTuple):
     """One turn of a conversation."""

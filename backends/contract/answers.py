@@ -27,8 +27,7 @@ from backends.contract.subject import (
     shown,
 )
 from backends.scores.store import ScoreStore
-from kl.estimators.token_keys import UNKNOWN_LOGPROB
-from kl.records import Candidate, Prompt, Response, Score, ScoreFailure
+from kl.records import UNKNOWN_LOGPROB, Candidate, Prompt, Response, Score, ScoreFailure
 
 _LARGEST_LOGPROB = 1e-5  # of a certain token, in float32 arithmetic
 _MASS_ROUNDING = 1e-3

@@ -10,20 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from kl.records import Candidate
+from kl.records import END_TOKENS, UNKNOWN_LOGPROB, Candidate
 
 AlignKey = Literal["id", "bytes", "text"]
 Key = int | bytes | str
 Candidates = Sequence[Candidate]
 KeyFunction = Callable[[Candidate], Key | None]
 
-UNKNOWN_LOGPROB = -1000.0  # at or below: a service's way to say "not a probability" (-9999, -2**100)
 MAX_ID_MISMATCH = 0.01  # share of equal texts with different ids above which the tokenizers differ
-END_TOKENS = frozenset(
-    ("<|im_end|>", "</s>", "<eos>", "<end_of_turn>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
-)
 _END_KEY = "\x00end"  # no token text starts with NUL and goes on
 _PIECES = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
+_END_KEYS = END_TOKENS | {token.translate(_PIECES) for token in END_TOKENS}  # as the text keys of either kind have them
 
 
 class Listed(NamedTuple):
@@ -163,8 +160,8 @@ def _piece_key(candidate: Candidate) -> Key | None:
 
 def end_roles(keys_p: list[Key | None], keys_q: list[Key | None]) -> frozenset[Key]:
     """The end tokens of both lists, if each names its own: they mean the same, that the response is over."""
-    ends_p = END_TOKENS.intersection(key for key in keys_p if isinstance(key, str))
-    ends_q = END_TOKENS.intersection(key for key in keys_q if isinstance(key, str))
+    ends_p = _END_KEYS.intersection(key for key in keys_p if isinstance(key, str))
+    ends_q = _END_KEYS.intersection(key for key in keys_q if isinstance(key, str))
     return frozenset[Key](ends_p | ends_q) if ends_p and ends_q and not ends_p & ends_q else frozenset[Key]()
 
 

@@ -12,9 +12,8 @@ from itertools import pairwise
 from typing import cast
 
 from kl.input.problems import Notes, as_list, encodable, is_encodable, number, show
-from kl.records import Candidate, Position
+from kl.records import UNKNOWN_LOGPROB, Candidate, Position
 
-UNKNOWN_LOGPROB = -1000.0  # at or below: OpenAI's -9999.0 for "not known", Vertex AI's -2**100 for a masked token
 FLOAT_NOISE = 1e-5  # a logprob above 0 by at most this is a rounding error of a float32 log-softmax
 MASS_TOLERANCE = 1e-3  # listed mass above 1 by more than this is no rounding error
 SAMPLED_TOLERANCE = 1e-3  # nats, between a token's own logprob and its entry in the list

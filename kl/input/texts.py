@@ -10,13 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kl.input.problems import Notes, is_encodable, show
-from kl.records import Candidate, Response
+from kl.records import END_TOKENS, Candidate, Response
 
-# What models write to end a turn: ChatML, Llama 2/Mistral, Gemma (2), GPT, Llama 3 (3), Phi, harmony, DeepSeek.
-END_TOKENS = frozenset(
-    "<|im_end|> </s> <end_of_turn> <eos> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|> <|end|> <|return|> "
-    "<\uff5cend\u2581of\u2581sentence\uff5c>".split()
-)
 _REPLACEMENT = "\ufffd"
 _CONTEXT = 20  # characters shown of each side where two texts part
 

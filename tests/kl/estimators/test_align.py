@@ -7,7 +7,7 @@ import pytest
 
 from kl.estimators.align import align
 from kl.estimators.token_keys import KeyChoice, choose_key, listed, shows_pieces
-from kl.records import Candidate
+from kl.records import END_TOKENS, Candidate
 from tests.kl.pairs import candidates, gaussian_pair, top_lists
 
 
@@ -120,6 +120,12 @@ class TestEndTokens:
     def test_each_sides_own_end_token_is_one_key(self):
         aligned = align([candidates(**{"<|im_end|>": -0.5, "a": -1.0})], [candidates(**{"</s>": -0.7, "a": -0.9})])
         assert pairs_of(aligned) == [(-0.5, -0.7), (-1.0, -0.9)]
+
+    @pytest.mark.parametrize("end", sorted(END_TOKENS - {"</s>"}))
+    def test_every_end_token_has_this_role_in_text_and_as_a_raw_piece(self, end):
+        q = [candidates(**{"</s>": -0.7, "a": -0.9})]
+        assert pairs_of(align([candidates(**{end: -0.5, "a": -1.0})], q)) == [(-0.5, -0.7), (-1.0, -0.9)]
+        assert pairs_of(align([candidates(**{end: -0.5, "▁the": -1.0})], q)) == [(-0.5, -0.7)]
 
     def test_the_same_end_token_is_matched_by_itself(self):
         p = [candidates(**{"<eos>": -0.5, "<end_of_turn>": -2.0})]

@@ -12,7 +12,7 @@ import pytest
 from kl.input.problems import KEPT_PER_KIND, WHAT_TO_DO
 from kl.input.responses import ResponseFile, parse_responses, positions_inside_a_character
 from kl.input.writer import response_document
-from kl.records import Candidate, Prompt, Response, Sampling, Turn
+from kl.records import END_TOKENS, Candidate, Prompt, Response, Sampling, Turn
 
 SECRET = "the secret of the prompt"
 
@@ -326,6 +326,15 @@ def test_ordinary_input_is_read_as_it_stands(mutate: Callable[[dict[str, Any]], 
         listed = [(c.token, c.logprob, c.token_id) for c in position.top]
         assert listed == [(c["token"], c["logprob"], c.get("token_id")) for c in written["top_logprobs"]]
     assert_prefixes_are_of_the_text(response)
+
+
+@pytest.mark.parametrize("end", sorted(END_TOKENS))
+def test_every_token_that_ends_a_turn_is_left_out_after_the_text(end: str) -> None:
+    document = good_document()
+    set_tokens("ab", "a", "b", end)(document)
+    file = read(document)
+    assert [position.sampled.token for position in file.responses[0].positions] == ["a", "b"]
+    assert kinds(file) == [(0, 2, "end-token", True)]
 
 
 def test_prepended_improbable_token_does_not_pass_for_the_least_of_the_best() -> None:
