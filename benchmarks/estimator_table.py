@@ -30,7 +30,7 @@ from backends.base import BackendOptions, SampleSettings, ScoreRequest
 from backends.local.backend import LocalBackend
 from kl.estimators.align import align
 from kl.estimators.censored import SpreadEvidence, pooled_prior
-from kl.estimators.divergence import Measured, exact, measure
+from kl.estimators.divergence import ListMeasures, exact_kl, measure
 from kl.records import Candidate, Prompt, Response, Score, Turn
 from kl.statistics.intervals import Estimate, ratio_estimate
 from kl.statistics.position_sampling import variation_of_pilot
@@ -97,7 +97,7 @@ class Pairs:
     exact: FloatArray
     prompt: NDArray[np.int64]
 
-    def at(self, k: int) -> Measured:
+    def at(self, k: int) -> ListMeasures:
         """What the estimators say when either side reports ``k`` tokens."""
         aligned = align([top[:k] for top in self.top_p], [top[:k] for top in self.top_q])
         return measure(aligned, pooled_prior(SpreadEvidence.of(aligned)))
@@ -177,15 +177,15 @@ async def _scored(backend: LocalBackend, model: CandidateQ, response: Response, 
 
 async def _pairs(candidate: CandidateQ, responses: Sequence[Response], by_p: Sequence[Scored], k: int) -> Pairs:
     top_q: Lists = []
-    exact_kl: list[FloatArray] = []
+    exact: list[FloatArray] = []
     async with LocalBackend(BackendOptions()) as backend:
         for response, p in zip(responses, by_p, strict=True):
             q = await _scored(backend, candidate, response, k)
             top_q += q.top
-            exact_kl.append(exact(p.full, q.full))
+            exact.append(exact_kl(p.full, q.full))
     top_p = [top for p in by_p for top in p.top]
-    prompt = np.repeat(np.arange(len(by_p)), [len(values) for values in exact_kl])
-    return Pairs(candidate.label, top_p, top_q, np.concatenate(exact_kl), prompt)
+    prompt = np.repeat(np.arange(len(by_p)), [len(values) for values in exact])
+    return Pairs(candidate.label, top_p, top_q, np.concatenate(exact), prompt)
 
 
 async def _scores(backend: LocalBackend, response: Response, model: str, prompt: Prompt, k: int) -> list[Score]:
@@ -227,7 +227,7 @@ def accuracy_rows(pairs: Pairs, sizes: Sequence[int]) -> Iterator[str]:
         yield f"| {pairs.label}, {pairs.exact.mean():.3g} | {k} | {' | '.join(cells)} | {_coverage(measured, pairs)} |"
 
 
-def _coverage(measured: Measured, pairs: Pairs) -> str:
+def _coverage(measured: ListMeasures, pairs: Pairs) -> str:
     certified = np.mean(measured.lower.kl <= pairs.exact + LOWER_TOLERANCE)
     limited = ~np.isnan(measured.upper_plausible)
     covered = np.mean(pairs.exact[limited] <= measured.upper_plausible[limited] + LOWER_TOLERANCE)

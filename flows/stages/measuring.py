@@ -23,7 +23,7 @@ from flows.stages.plan import Asker, Side
 from flows.stages.scoring import Stores
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic
-from kl.estimators.divergence import exact
+from kl.estimators.divergence import exact_kl
 from kl.input.responses import ResponseFile, positions_inside_a_character
 from kl.output.files import write_part
 from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
@@ -258,7 +258,7 @@ def _exact_kl(
         for position in chunk:
             row_p, row_q = full_p.get(keys_p[position]), full_q.get(keys_q[position])
             if row_p is not None and row_q is not None and row_p.shape == row_q.shape:
-                values[position] = exact(row_p[None, :], row_q[None, :])[0]
+                values[position] = exact_kl(row_p[None, :], row_q[None, :])[0]
     return values
 
 

@@ -11,7 +11,7 @@ import polars as pl
 
 from flows.config.alert import AlertConfig
 from flows.watch.reference import Reference
-from kl.statistics.drift import Change, Decision, Direction, change
+from kl.statistics.drift import Change, Direction, DriftDecision, change
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Verdict:
     warnings: list[str] = field(default_factory=list[str])
 
     @property
-    def decision(self) -> Decision:
+    def decision(self) -> DriftDecision:
         """Drift, no drift or undecided."""
         return "undecided" if self.change is None else self.change.decide(self.alert.kl_per_token)
 

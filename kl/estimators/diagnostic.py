@@ -17,7 +17,7 @@ WARN_TOP_ABSENT = 0.05
 WARN_AMBIGUOUS_MASS = 0.01
 
 
-class Verdict(NamedTuple):
+class AlignmentVerdict(NamedTuple):
     """``ok``, ``warn`` or ``refuse``, with one line per reason."""
 
     level: Literal["ok", "warn", "refuse"]
@@ -111,15 +111,15 @@ class AlignmentDiagnostic:
         """Share of Q's distinct tokens that P never lists; high also where the data set is small."""
         return _share(len(self.keys_q - self.keys_p), len(self.keys_q))
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> AlignmentVerdict:
         """Whether per-token divergences of these positions mean something.
 
         Next-token distributions of different tokenizers are not comparable beyond the first token.
         """
         refusals, warnings = self._refusals(), self._warnings()
         if refusals:
-            return Verdict("refuse", refusals + warnings)
-        return Verdict("warn", warnings) if warnings else Verdict("ok", ())
+            return AlignmentVerdict("refuse", refusals + warnings)
+        return AlignmentVerdict("warn", warnings) if warnings else AlignmentVerdict("ok", ())
 
     def _refusals(self) -> tuple[str, ...]:
         if self.overlap is None or self.overlap >= REFUSE_OVERLAP:

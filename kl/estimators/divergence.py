@@ -48,7 +48,7 @@ _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(25)  # quadrature under a s
 _WEIGHTS: FloatArray = _MASSES / _MASSES.sum()
 
 
-class Estimate(NamedTuple):
+class PointEstimates(NamedTuple):
     """Point estimates in nats, shape (T,); NaN where the lists do not determine one."""
 
     kl: FloatArray
@@ -71,7 +71,7 @@ def _imputed(known: FloatArray, log_ratio: FloatArray, cap: FloatArray, rest: Fl
     return np.where(known > 0, np.maximum(scaled, SMALLEST), 0.0)
 
 
-def _model_estimate(cell: Cells, model: tobit.LogRatioModel) -> Estimate:
+def _model_estimate(cell: Cells, model: tobit.LogRatioModel) -> PointEstimates:
     completion = _completion(cell, model)
     x, y, out_p, out_q = completion
     log_cap_p, log_cap_q = np.log(cell.cap_p), np.log(cell.cap_q)
@@ -81,7 +81,7 @@ def _model_estimate(cell: Cells, model: tobit.LogRatioModel) -> Estimate:
     kl = cell.head + rel_entr(cell.a, y).sum(axis=1) + rel_entr(x, cell.b).sum(axis=1) + rel_entr(out_p, out_q)
     reverse = cell.reverse_head + rel_entr(y, cell.a).sum(axis=1) + rel_entr(cell.b, x).sum(axis=1)
     js = listed_js(cell, completion) + _outside_js(out_p, out_q, 2.0 * shape_p, 2.0 * shape_q)
-    return Estimate(kl + tail_p, reverse + rel_entr(out_q, out_p) + tail_q, js)
+    return PointEstimates(kl + tail_p, reverse + rel_entr(out_q, out_p) + tail_q, js)
 
 
 def _outside_js(out_p: FloatArray, out_q: FloatArray, variance_p: FloatArray, variance_q: FloatArray) -> FloatArray:
@@ -95,7 +95,7 @@ def _outside_js(out_p: FloatArray, out_q: FloatArray, variance_p: FloatArray, va
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ListMeasures:
     """Everything the two lists say about T positions; nats, float64, shape (T,). NaN: not determined by the lists.
 
     ``floor`` is as its formula gives it and can be negative; every other divergence is at least 0.
@@ -104,13 +104,13 @@ class Measured:
 
     lower: Divergences
     bucket: Divergences
-    floor: Estimate
-    censored: Estimate
+    floor: PointEstimates
+    censored: PointEstimates
     upper_plausible: FloatArray
     logratio_sd: FloatArray
     cell: Cells
 
-    def estimate(self, estimator: str) -> Estimate:
+    def estimate(self, estimator: str) -> PointEstimates:
         """The estimates of one of `ESTIMATORS`, at least 0.
 
         Raises
@@ -124,15 +124,15 @@ class Measured:
             case "floor":
                 chosen = self.floor
             case "lower":
-                chosen = Estimate(*self.lower[:3])
+                chosen = PointEstimates(*self.lower[:3])
             case "bucket":
-                chosen = Estimate(*self.bucket[:3])
+                chosen = PointEstimates(*self.bucket[:3])
             case _:
                 raise ValueError(f"unknown estimator {estimator!r}. Known: {', '.join(ESTIMATORS)}.")
-        return Estimate(*(np.maximum(values, 0.0) for values in chosen))
+        return PointEstimates(*(np.maximum(values, 0.0) for values in chosen))
 
 
-def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = REST_SLACK) -> Measured:
+def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = REST_SLACK) -> ListMeasures:
     """All estimates and bounds of T aligned positions, each position for itself.
 
     Parameters
@@ -152,7 +152,7 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = RE
     has_model = spread_known if prior is None else long_enough
     estimate = _at_least(low, _model_estimate(cell, model), complete, has_model)
     limit = np.maximum(upper_subgauss(cell, model.variance, PLAUSIBLE_FACTOR), estimate.kl)
-    return Measured(
+    return ListMeasures(
         lower=low,
         bucket=grouped,
         floor=floor(aligned),
@@ -163,15 +163,15 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = RE
     )
 
 
-def _at_least(low: Divergences, model: Estimate, complete: BoolArray, has_model: BoolArray) -> Estimate:
+def _at_least(low: Divergences, model: PointEstimates, complete: BoolArray, has_model: BoolArray) -> PointEstimates:
     def chosen(bound: FloatArray, value: FloatArray) -> FloatArray:
         return np.where(complete, bound, np.where(has_model, np.maximum(value, bound), np.nan))
 
     js = np.minimum(chosen(low.js, model.js), np.log(2.0))
-    return Estimate(chosen(low.kl, model.kl), chosen(low.reverse_kl, model.reverse_kl), js)
+    return PointEstimates(chosen(low.kl, model.kl), chosen(low.reverse_kl, model.reverse_kl), js)
 
 
-def floor(aligned: Aligned) -> Estimate:
+def floor(aligned: Aligned) -> PointEstimates:
     """Both lists renormalised to 1, a missing token taken at the smallest listed probability, summed over the union.
 
     The sums are not of distributions, so that KL can come out negative. Nats, shape (T,); NaN where no token of a side
@@ -189,7 +189,7 @@ def floor(aligned: Aligned) -> Estimate:
         rel_entr(q_at_p, p).sum(axis=1) + rel_entr(only_q, p_floor).sum(axis=1),
         js_terms(p, q_at_p).sum(axis=1) + js_terms(p_floor, only_q).sum(axis=1),
     )
-    return Estimate(*(np.where(known, value, np.nan) for value in sums))
+    return PointEstimates(*(np.where(known, value, np.nan) for value in sums))
 
 
 def _renormalised(logs: FloatArray) -> FloatArray:
@@ -205,7 +205,7 @@ def _smallest(probs: FloatArray) -> FloatArray:
     return np.where(np.isfinite(smallest), smallest, 0.0)
 
 
-class SampledToken(NamedTuple):
+class SampledTokenEstimates(NamedTuple):
     """Of the token that P sampled, shape (T,); NaN where unknown.
 
     ``k1 = log p/q`` and ``k3 = q/p - 1 + k1`` have KL(P‖Q) as their mean over P's samples at temperature 1.
@@ -223,7 +223,7 @@ class SampledToken(NamedTuple):
     delta_p: FloatArray
 
 
-def sampled_token(aligned: Aligned) -> SampledToken:
+def sampled_token(aligned: Aligned) -> SampledTokenEstimates:
     """Compare P and Q on the sampled token."""
     logp, logq = aligned.logp_sampled, aligned.logq_sampled
     both = ~np.isnan(logp) & ~np.isnan(logq)
@@ -231,10 +231,10 @@ def sampled_token(aligned: Aligned) -> SampledToken:
     k1 = np.where(both, logp - logq, np.where(censored, logp - aligned.log_cap_q, np.nan))
     finite = both & (k1 > -_LARGEST_LOG)
     k3 = np.where(finite, np.expm1(-np.where(finite, k1, 0.0)) + k1, np.nan)
-    return SampledToken(k1, censored, k3, np.where(both, np.exp(logq) - np.exp(logp), np.nan))
+    return SampledTokenEstimates(k1, censored, k3, np.where(both, np.exp(logq) - np.exp(logp), np.nan))
 
 
-def exact(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArray:
+def exact_kl(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArray:
     """Exact KL(P‖Q) of full vocabularies, in nats, float64, shape (T,).
 
     Parameters

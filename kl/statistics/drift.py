@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from kl.statistics.intervals import MIN_CLUSTERS, FloatArray
 
 BoolArray = NDArray[np.bool_]
-Decision = Literal["drift", "no drift", "undecided"]
+DriftDecision = Literal["drift", "no drift", "undecided"]
 Direction = Literal["up", "down", "none"]
 
 # What is read of a response table.
@@ -48,7 +48,7 @@ class Change:
     n_only_reference: int
     no_interval: str | None
 
-    def decide(self, threshold: float) -> Decision:
+    def decide(self, threshold: float) -> DriftDecision:
         """``drift`` if the whole interval lies above ``threshold`` nats, ``undecided`` without an interval."""
         if self.low is None:
             return "undecided"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose
-from kl.estimators.divergence import ESTIMATORS, MIN_LISTED, Measured, measure, sampled_token
+from kl.estimators.divergence import ESTIMATORS, MIN_LISTED, ListMeasures, measure, sampled_token
 from kl.estimators.entropy import entropies
 from kl.estimators.token_keys import Candidates, KeyChoice, Listed, is_known, listed
 from kl.records import Position, Response, Score, ScoreFailure
@@ -88,7 +88,7 @@ def measure_response(
     prior : SpreadPrior, optional
         `kl.estimators.censored.pooled_prior` of the whole data set; ``None`` if it has none.
     exact_kl : float64, shape (T,), optional
-        From `kl.estimators.divergence.exact`; NaN where unknown, ``inf`` where infinite, which leaves no estimate.
+        From `kl.estimators.divergence.exact_kl`; NaN where unknown, ``inf`` where infinite, which leaves no estimate.
     selected : bool, shape (T,), optional
         Positions that were drawn for measurement; default all. Needs ``pi``.
     pi : float64, shape (T,), optional
@@ -289,7 +289,9 @@ def _identity(response: Response, drawn: BoolArray, inclusion: FloatArray) -> di
 Column = FloatArray | IntArray | BoolArray | list[bool | None] | list[str] | list[int]
 
 
-def _list_columns(aligned: Aligned, values: Measured, pairs: list[_Pair], vocabulary: int | None) -> dict[str, Column]:
+def _list_columns(
+    aligned: Aligned, values: ListMeasures, pairs: list[_Pair], vocabulary: int | None
+) -> dict[str, Column]:
     """What the lists say whatever the estimator."""
     token = sampled_token(aligned)
     entropy_p = entropies(aligned.logp, aligned.log_cap_p, aligned.coverage_p, vocabulary)
@@ -324,7 +326,7 @@ def _list_columns(aligned: Aligned, values: Measured, pairs: list[_Pair], vocabu
     }
 
 
-def _estimate_columns(values: Measured, estimator: str, exact: FloatArray) -> dict[str, Column]:
+def _estimate_columns(values: ListMeasures, estimator: str, exact: FloatArray) -> dict[str, Column]:
     estimate = values.estimate(estimator)
     # An exact value stands beside the estimate and does not replace it, except that an infinite one leaves no estimate.
     kl = np.where(np.isinf(exact), np.nan, estimate.kl)

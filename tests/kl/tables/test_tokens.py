@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from kl.estimators.censored import SpreadPrior, pooled_prior
-from kl.estimators.divergence import exact
+from kl.estimators.divergence import exact_kl
 from kl.estimators.token_keys import KeyChoice
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
 from kl.tables.schemas import TOKENS
@@ -95,7 +95,7 @@ class TestTable:
         assert row["delta_p"] == 0.0
 
     def test_an_exact_value_stands_beside_the_estimate(self, pair, tops):
-        kl = exact(*pair)
+        kl = exact_kl(*pair)
         frame = measured(tops[0], scores_of(tops[1]), exact_kl=np.where(np.arange(30) < 10, kl, np.nan))
         plain = measured(tops[0], scores_of(tops[1]))
         assert frame["kl_estimate"].equals(plain["kl_estimate"])
