@@ -18,16 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest
 from backends.errors import TokenKLError
-from backends.local.engine import ENGINE, Cache
-from backends.local.gguf import BACKEND, FloatArray
+from backends.local.candidates import top_candidates
+from backends.local.engine import ENGINE
+from backends.local.gguf import FloatArray
 from backends.local.models import LocalModel, check_model, find_model, load_model
+from backends.local.sampling import sample_steps
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
-from kl.records import Candidate, Position, Prompt, Response, Sampling, Score, ScoreFailure
+from kl.records import Prompt, Response, Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,7 +92,7 @@ class LocalBackend(Backend):
         ModelNotUsableError, MissingDependencyError
             If the model cannot be used.
         """
-        steps = _sample_steps(prompt, model, settings, n)
+        steps = sample_steps(prompt, model, settings, n)
         while (response := await _in_worker(functools.partial(next, steps, None))) is not None:
             yield response
 
@@ -130,11 +129,11 @@ class _Sequence:
 
 def _score_steps(request: ScoreRequest) -> Iterator[list[Score | ScoreFailure]]:
     """Results chunk by chunk; whatever goes wrong becomes a failure of the positions that are left."""
-    left = list(request.keys)
+    left = dict.fromkeys(request.keys)
     try:
         for results in _results(request):
             for result in results:
-                left.remove(result.key)
+                left.pop(result.key, None)
             yield results
     except PromptRefusedError as error:
         yield [ScoreFailure(key, "prompt-refused", str(error), final=True) for key in left]
@@ -227,89 +226,4 @@ def _score(request: ScoreRequest, model: LocalModel, key: str, n_context: int, l
         input_tokens=n_context,
         output_tokens=1,
         full_logprobs=logprobs if request.full_vocabulary else None,
-    )
-
-
-def top_candidates(logprobs: FloatArray, k: int, tokenizer: Tokenizer) -> tuple[Candidate, ...]:
-    """The ``k`` most probable tokens, by falling log-probability, equals by rising id."""
-    k = min(k, len(logprobs))
-    smallest = np.partition(logprobs, len(logprobs) - k)[len(logprobs) - k]
-    listed = np.flatnonzero(logprobs >= smallest)
-    order = np.lexsort((listed, -logprobs[listed]))[:k]
-    return tuple(_candidate(int(index), logprobs, tokenizer) for index in listed[order])
-
-
-def _candidate(index: int, logprobs: FloatArray, tokenizer: Tokenizer, text: str | None = None) -> Candidate:
-    exact = tokenizer.token_bytes(index)
-    return Candidate(exact.decode("utf-8", "replace") if text is None else text, float(logprobs[index]), index, exact)
-
-
-# Sampling.
-
-
-def _sample_steps(prompt: Prompt, name: str, settings: SampleSettings, n: int) -> Iterator[Response]:
-    model = load_model(find_model(name))
-    prompt_ids = model.template.encode(prompt)
-    limit = model.engine.config.context_length
-    if not 0 < len(prompt_ids) <= limit:
-        raise PromptRefusedError(
-            f"the prompt has {len(prompt_ids)} tokens, model {name!r} takes 1 to {limit}.", backend=BACKEND, model=name
-        )
-    cache = Cache(model.engine.config)
-    first_logits = model.engine.feed(cache, prompt_ids)
-    for index in range(n):
-        del cache.ids[len(prompt_ids) :]
-        rng = np.random.default_rng(settings.seed + index)
-        ids, stopped = _sample_ids(model, cache, first_logits, settings, rng)
-        yield Response(
-            source_file="",
-            response_idx=index,
-            prompt=prompt,
-            model=name,
-            text="".join(split_text([model.tokenizer.token_bytes(token) for token in ids])),
-            positions=_positions(model, prompt_ids, ids, settings.top_logprobs),
-            finish_reason="STOP" if stopped else "MAX_TOKENS",
-            sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
-            model_version=model.source.version,
-        )
-
-
-def _sample_ids(
-    model: LocalModel, cache: Cache, logits: FloatArray, settings: SampleSettings, rng: np.random.Generator
-) -> tuple[list[int], bool]:
-    """Token ids of one response after what the cache holds, and whether it ended by itself."""
-    room = model.engine.config.context_length - len(cache.ids) + 1  # the last token is not fed back
-    ids: list[int] = []
-    while True:
-        token = draw(logits, settings.temperature, settings.top_p, rng)
-        if token in model.tokenizer.stop_ids:
-            return ids, True
-        ids.append(token)
-        if len(ids) >= min(settings.max_tokens, room):
-            return ids, False
-        logits = model.engine.feed(cache, [token])
-
-
-def draw(logits: FloatArray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
-    """One token id: the best at temperature 0, else drawn from the fewest tokens that hold ``top_p`` of the mass."""
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled: NDArray[np.float64] = logits.astype(np.float64) / temperature
-    order: NDArray[np.intp] = np.argsort(-scaled, kind="stable")
-    mass: NDArray[np.float64] = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
-    last = int(np.count_nonzero(mass < top_p * mass[-1]))
-    drawn = int(np.count_nonzero(mass <= rng.random() * mass[last]))
-    return int(order[min(drawn, last)])  # the product may be rounded up to the whole mass
-
-
-def _positions(model: LocalModel, prompt_ids: list[int], ids: list[int], k: int) -> tuple[Position, ...]:
-    """The lists of a sampled response, from the pass that `score` would make."""
-    if not ids:
-        return ()
-    texts = split_text([model.tokenizer.token_bytes(token) for token in ids])
-    rows = range(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(ids))
-    found = (logprobs for chunk in model.engine.logprobs([*prompt_ids, *ids[:-1]], rows) for _, logprobs in chunk)
-    return tuple(
-        Position(_candidate(token, logprobs, model.tokenizer, text), top_candidates(logprobs, k, model.tokenizer))
-        for token, text, logprobs in zip(ids, texts, found, strict=True)
     )

@@ -25,7 +25,7 @@ import threadpoolctl
 
 from backends.base import SampleSettings, ScoreRequest
 from backends.errors import ModelNotUsableError
-from backends.local.backend import LocalBackend, draw, own_token_ids, top_candidates
+from backends.local.backend import LocalBackend, own_token_ids
 from backends.local.models import find_model, load_model
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
 from kl.records import Prompt, Response, Score, ScoreFailure, Turn
@@ -337,28 +337,6 @@ def test_a_response_that_ends_within_a_character_still_adds_up(tmp_path: Path) -
         assert [score.top for score in scores(request(response, str(path), top_logprobs=5))] == [
             position.top for position in response.positions
         ]
-
-
-def test_draws_follow_temperature_and_nucleus() -> None:
-    logits = np.log(np.array([0.1, 0.6, 0.3], np.float32))
-
-    def shares(temperature: float, top_p: float) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        return np.bincount([draw(logits, temperature, top_p, rng) for _ in range(4000)], minlength=3) / 4000
-
-    assert shares(1.0, 1.0) == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
-    assert shares(1.0, 0.85) == pytest.approx([0, 0.6 / 0.9, 0.3 / 0.9], abs=0.03)  # 0.6 + 0.3 is the least above 0.85
-    assert shares(1.0, 0.6 - 1e-6) == pytest.approx([0, 1, 0], abs=0)
-    # At temperature 0.5 the probabilities are squared: .01, .36, .09 over .46.
-    assert shares(0.5, 1.0) == pytest.approx([0.01 / 0.46, 0.36 / 0.46, 0.09 / 0.46], abs=0.03)
-    assert shares(0, 1.0).tolist() == [0, 1, 0]
-
-
-def test_equal_logprobs_are_listed_by_id(tokenizer: Tokenizer) -> None:
-    logprobs = np.full(len(tokenizer), -9.0, np.float32)
-    logprobs[[500, 40, 7]] = [-2.0, -1.0, -2.0]
-    assert [candidate.token_id for candidate in top_candidates(logprobs, 5, tokenizer)] == [40, 7, 500, 0, 1]
-    assert len(top_candidates(logprobs, 10**6, tokenizer)) == len(tokenizer)
 
 
 # Limits and errors

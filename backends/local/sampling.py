@@ -1,0 +1,91 @@
+"""Responses written by a local model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import SampleSettings
+from backends.local.candidates import candidate, top_candidates
+from backends.local.engine import Cache
+from backends.local.gguf import BACKEND, FloatArray
+from backends.local.models import LocalModel, find_model, load_model
+from backends.local.tokenizer import PromptRefusedError, split_text
+from kl.records import Position, Prompt, Response, Sampling
+
+
+def sample_steps(prompt: Prompt, name: str, settings: SampleSettings, n: int) -> Iterator[Response]:
+    """``n`` responses of the model ``name``, one after the other.
+
+    Raises
+    ------
+    PromptRefusedError
+        If the model has no form for the prompt, or no room for an answer.
+    """
+    model = load_model(find_model(name))
+    prompt_ids = model.template.encode(prompt)
+    limit = model.engine.config.context_length
+    if not 0 < len(prompt_ids) <= limit:
+        raise PromptRefusedError(
+            f"the prompt has {len(prompt_ids)} tokens, model {name!r} takes 1 to {limit}.", backend=BACKEND, model=name
+        )
+    cache = Cache(model.engine.config)
+    first_logits = model.engine.feed(cache, prompt_ids)
+    for index in range(n):
+        del cache.ids[len(prompt_ids) :]
+        rng = np.random.default_rng(settings.seed + index)
+        ids, stopped = _sample_ids(model, cache, first_logits, settings, rng)
+        yield Response(
+            source_file="",
+            response_idx=index,
+            prompt=prompt,
+            model=name,
+            text="".join(split_text([model.tokenizer.token_bytes(token) for token in ids])),
+            positions=_positions(model, prompt_ids, ids, settings.top_logprobs),
+            finish_reason="STOP" if stopped else "MAX_TOKENS",
+            sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
+            model_version=model.source.version,
+        )
+
+
+def _sample_ids(
+    model: LocalModel, cache: Cache, logits: FloatArray, settings: SampleSettings, rng: np.random.Generator
+) -> tuple[list[int], bool]:
+    """Token ids of one response after what the cache holds, and whether it ended by itself."""
+    room = model.engine.config.context_length - len(cache.ids) + 1  # the last token is not fed back
+    ids: list[int] = []
+    while True:
+        token = draw(logits, settings.temperature, settings.top_p, rng)
+        if token in model.tokenizer.stop_ids:
+            return ids, True
+        ids.append(token)
+        if len(ids) >= min(settings.max_tokens, room):
+            return ids, False
+        logits = model.engine.feed(cache, [token])
+
+
+def draw(logits: FloatArray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """One token id: the best at temperature 0, else drawn from the fewest tokens that hold ``top_p`` of the mass."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled: NDArray[np.float64] = logits.astype(np.float64) / temperature
+    order: NDArray[np.intp] = np.argsort(-scaled, kind="stable")
+    mass: NDArray[np.float64] = np.cumsum(np.exp(scaled[order] - scaled[order[0]]))
+    last = int(np.count_nonzero(mass < top_p * mass[-1]))
+    drawn = int(np.count_nonzero(mass <= rng.random() * mass[last]))
+    return int(order[min(drawn, last)])  # the product may be rounded up to the whole mass
+
+
+def _positions(model: LocalModel, prompt_ids: list[int], ids: list[int], k: int) -> tuple[Position, ...]:
+    """The lists of a sampled response, from the pass that `score` would make."""
+    if not ids:
+        return ()
+    texts = split_text([model.tokenizer.token_bytes(token) for token in ids])
+    rows = range(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(ids))
+    found = (logprobs for chunk in model.engine.logprobs([*prompt_ids, *ids[:-1]], rows) for _, logprobs in chunk)
+    return tuple(
+        Position(candidate(token, logprobs, model.tokenizer, text), top_candidates(logprobs, k, model.tokenizer))
+        for token, text, logprobs in zip(ids, texts, found, strict=True)
+    )
