@@ -90,9 +90,12 @@ class ScoreRequest:
             yield position, key, self.text[: self.prefix_ends[position]]
 
     def only(self, wanted: Container[str]) -> ScoreRequest:
-        """The same request for those of its contexts whose key is wanted."""
-        left = [pair for pair in zip(self.positions, self.keys, strict=True) if pair[1] in wanted]
-        return replace(self, positions=tuple(position for position, _ in left), keys=tuple(key for _, key in left))
+        """The same request for those of its contexts whose key is wanted; positions of one key are asked once."""
+        first: dict[str, int] = {}
+        for position, key in zip(self.positions, self.keys, strict=True):
+            if key in wanted:
+                first.setdefault(key, position)
+        return replace(self, positions=tuple(first.values()), keys=tuple(first))
 
 
 class SampleSettings(BaseModel):

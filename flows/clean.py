@@ -18,13 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage.files import Location, exists, is_remote
+from backends.storage import Location, exists, is_remote
 from backends.vertex.cleaning.survey import Deletion, Fate, Survey, Totals
 from backends.vertex.jobs.ledger import JobLedger
-from flows.commands.arguments import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, exit_code_of, make_parser, parse_config
-from flows.config.models import CommonConfig, RunConfig, SampleConfig, resolve_backend
-from flows.progress import ProgressReporter
+from flows.commands.arguments import exit_code_of, make_parser, parse_config
+from flows.config.backend import resolve_backend
+from flows.config.models import CommonConfig, RunConfig, SampleConfig
+from flows.folder.layout import OutputFolder
 from flows.runtime.environment import prepare_environment
+from flows.runtime.terminal import ProgressReporter
+from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE
 
 if TYPE_CHECKING:
     from backends.vertex.cleaning.cleaner import BucketCleaner
@@ -142,7 +145,7 @@ def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
     """
     unread: dict[str, str] = {}
     for output_dir in output_dirs:
-        folder = output_dir / "scores" / "jobs"
+        folder = OutputFolder(output_dir).jobs
         if not (exists(folder) if is_remote(folder) else folder.is_dir()):
             raise ConfigError(
                 f"--output-dir {output_dir}: there are no job records ({folder}), hence nothing to protect. "
@@ -198,7 +201,7 @@ def _cleaner(config: CleanConfig) -> BucketCleaner:
     # Imported late: the SDKs take seconds, and --help or a mistake in the call needs none of them.
     from backends.vertex.batch import VertexBatchOptions
     from backends.vertex.cleaning.cleaner import BucketCleaner
-    from backends.vertex.client import check_location, require_project
+    from backends.vertex.service.client import check_location, require_project
 
     _, options, _ = resolve_backend(config)
     assert isinstance(options, VertexBatchOptions)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Prefect reads its settings when it is imported, so that the program prepares them before it loads this module.
+    from importlib import import_module
+
     from flows.commands.sample import main
 
-    raise SystemExit(main())
+    raise SystemExit(main(lambda: import_module("flows.sample").sample_responses))
 
 import json
 import logging
@@ -22,12 +24,13 @@ from prefect.states import Failed, State
 from backends.base import Backend, BackendOptions
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
-from backends.storage.files import as_location, files_in, local_copies
-from flows.config.models import SampleConfig, resolve_backend
+from backends.storage import as_location, files_in, local_copies
+from flows.config.backend import resolve_backend
+from flows.config.models import SampleConfig
 from flows.config.templates import RunValues, fill
 from flows.folder.output import prepare_output, write_json
-from flows.progress import ProgressReporter
 from flows.runtime.logs import run_logging
+from flows.runtime.terminal import ProgressReporter
 from kl.input.writer import response_document
 from kl.records import Prompt, Response, Turn
 

@@ -1,4 +1,4 @@
-"""Where the tasks of a run are worked on: in threads of this process, or by the workers of a Dask or Ray cluster."""
+"""Where tasks are worked on: in threads of this process, or by the workers of a Dask or Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from prefect import flow
+from prefect.context import FlowRunContext
 
 from backends.errors import ConfigError, MissingDependencyError
+from flows.cluster.mapping import result_of, tasks_run_by
+from flows.config.runner import TaskRunnerConfig
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -23,94 +27,82 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOST_LOCAL_WORKERS = 4  # each is a process of some 300 MB
 _THREADS_PER_WORKER = 4
 _CONNECT_S = 30.0
 _FIRST_WORKER_S = 120.0
 _CHECK_S = 120.0
 _CHECK_EVERY_S = 0.2
-_COUNT_EVERY_S = 2.0
+_TASKS_PER_THREAD = 2  # one at work, one that waits
 
 
-class TaskRunnerConfig(BaseModel):
-    """Which processes work on the tasks of a run."""
+@flow(name="kl-divergence")
+def _flow_for_workers() -> None:
+    """Stands for the flow where its tasks run; never called.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["threads", "dask", "ray"] = Field(
-        default="threads", description="threads of one process, or a dask or ray cluster."
-    )
-    address: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Address of an existing cluster: tcp://HOST:8786 (dask), ray://HOST:10001 or auto (ray). Default: "
-        "processes on this machine, for the run.",
-    )
-    workers: int | None = Field(
-        default=None,
-        ge=1,
-        le=1000,
-        description="Worker processes to start, 1 to 1000; with an address, how many the limits on calls and jobs are "
-        "divided among if that is more than are connected. Default: one per processor, at most 4.",
-    )
-    threads_per_worker: int | None = Field(
-        default=None, ge=1, le=1000, description="Tasks that a dask worker works on at once, 1 to 1000. Default: 4."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind_alone(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _no_idle_setting(self) -> TaskRunnerConfig:
-        if self.kind == "threads" and (self.address, self.workers, self.threads_per_worker) != (None, None, None):
-            raise ValueError("kind threads has no address and no size; set kind to dask or ray, or leave these out")
-        if self.threads_per_worker is not None and (self.kind == "ray" or self.address is not None):
-            raise ValueError("threads_per_worker is for dask workers that the run starts; leave it out here")
-        return self
-
-    @property
-    def local_workers(self) -> int:
-        """How many processes a cluster of this machine has."""
-        return self.workers or min(os.cpu_count() or 1, _MOST_LOCAL_WORKERS)
+    Prefect sends the flow along with each task. A deployment has loaded it as a script, from a module that no worker
+    can import.
+    """
 
 
 class Cluster(ABC):
     """Processes that work on Prefect tasks."""
 
     def __init__(self, runner: TaskRunner[Any], api_url: str) -> None:
-        self._runner = runner
+        self.runner = runner
         self.api_url = api_url  # of the Prefect server
-        self._counted: tuple[float, list[int]] | None = None
 
-    def submit(self, task: Task[..., Any], **parameters: Any) -> PrefectFuture[Any]:
-        """Have a task run by some worker."""
+    @contextmanager
+    def tasks(self) -> Generator[None]:
+        """Inside a flow run, tasks that are begun meanwhile go to the workers."""
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
+        run = FlowRunContext.get()
+        assert run is not None, "inside a flow run"
         # The server that was started for this run has an address that is in no setting; each worker would start one.
-        with temporary_settings({PREFECT_API_URL: self.api_url}):
-            return self._runner.submit(task, parameters=parameters)
+        with (
+            temporary_settings({PREFECT_API_URL: self.api_url}),
+            run.model_copy(update={"flow": _flow_for_workers}),
+            tasks_run_by(self.runner),
+        ):
+            yield
 
-    def threads(self) -> list[int]:
-        """How many tasks each worker process takes at once, as of the last seconds."""
-        now = time.monotonic()
-        if self._counted is None or now - self._counted[0] > _COUNT_EVERY_S:
-            self._counted = now, self._threads()
-        return self._counted[1]
+    def map_in_order(self, task: Task[..., Any], parameters: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """What a task returns for each set of parameters, in their order; few are begun before they are due.
+
+        Raises
+        ------
+        Exception
+            What a task raised, or was lost with.
+        """
+        under_way: deque[PrefectFuture[Any]] = deque()
+        for values in parameters:
+            with self.tasks():
+                under_way.append(task.submit(**values))
+            if len(under_way) >= _TASKS_PER_THREAD * max(sum(self.threads()), 1):
+                yield _or_raise(result_of(under_way.popleft()))
+        while under_way:
+            yield _or_raise(result_of(under_way.popleft()))
 
     @abstractmethod
-    def _threads(self) -> list[int]: ...
+    def threads(self) -> list[int]:
+        """How many tasks each worker process takes at once."""
 
     @abstractmethod
     def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call a function in every place that tasks run at; an error stands for its result."""
 
 
+def _or_raise(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 class DaskCluster(Cluster):
     """A Dask scheduler and its workers."""
 
-    def _threads(self) -> list[int]:
+    def threads(self) -> list[int]:
+        """Of the workers that are connected."""
         return sorted(self._client().nthreads().values())
 
     def everywhere(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -125,7 +117,7 @@ class DaskCluster(Cluster):
         return [_outcome(future) for future in asked.values()]
 
     def _client(self) -> Any:
-        runner: Any = self._runner
+        runner: Any = self.runner
         return runner.client
 
 
@@ -141,7 +133,8 @@ def _outcome(future: Any) -> Any:
 class RayCluster(Cluster):
     """A Ray cluster; each of its processors is a worker process."""
 
-    def _threads(self) -> list[int]:
+    def threads(self) -> list[int]:
+        """One for each processor."""
         import ray
 
         return [1] * int(ray.cluster_resources().get("CPU", 0))

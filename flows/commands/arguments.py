@@ -13,28 +13,16 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from backends.errors import ConfigError, TokenKLError
-from flows.config.models import CommonConfig, ConfigT, build_config, inner_model
-from flows.config.reading import SHORT_FORMS
-
-EXIT_COMPLETE = 0
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_INCOMPLETE = 3
-EXIT_DRIFT = 4  # with fail_on_drift
-EXIT_WAITING = 5  # with stage collect
-EXIT_INTERRUPTED = 130
-
-EXIT_CODES = (
-    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
-    "in the outputs); 4 drifted, with --fail-on-drift; 5 with --stage collect: jobs still run, collect again later; "
-    "2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
-)
+from flows.config.models import CommonConfig
+from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model
+from flows.watch.report import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the call, with where the help is."""
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
@@ -57,7 +45,7 @@ def make_parser(
 
     The fields in ``skip`` are no flags; the help says how to set them.
     """
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
     )
@@ -116,7 +104,7 @@ def _metavar(name: str, field: Any) -> str:
     return "DIR" if any("Path" in kind for kind in kinds) else "TEXT"
 
 
-def parse_config(parser: argparse.ArgumentParser, model: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+def parse_config(parser: argparse.ArgumentParser, model: type[ModelT], arguments: Sequence[str]) -> ModelT:
     """The configuration that flags, file and ``--set`` give.
 
     Raises

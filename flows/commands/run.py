@@ -5,29 +5,31 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-from flows.commands.arguments import (
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of
+from flows.config.comparison import Comparison
+from flows.config.folders import pinning_flags
+from flows.config.models import RunConfig
+from flows.config.templates import RunValues, names_the_run
+from flows.folder.layout import OutputFolder
+from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.interrupts import InterruptedRunError
+from flows.runtime.terminal import console, print_lines, print_pairs
+from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.stages.inputs import find_inputs
+from flows.watch.report import (
     EXIT_COMPLETE,
     EXIT_DRIFT,
     EXIT_ERROR,
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
     EXIT_WAITING,
-    exit_code_of,
-    make_parser,
-    parse_config,
-    result_of,
+    PendingReport,
+    RunReport,
+    last_written,
 )
-from flows.config.models import RunConfig, check_capabilities, resolve_backend
-from flows.config.templates import RunValues, names_the_run, pinning_flags, resolve_folders
-from flows.runtime.environment import prepare_environment, start_own_server
-from flows.runtime.interrupts import InterruptedRunError
-from flows.runtime.terminal import console, print_lines, print_pairs
-from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
-from flows.stages.inputs import find_inputs
-from flows.stages.report import PendingReport, RunReport, last_written
 
 _DESCRIPTION = (
     "KL(P‖Q) per token, response and data set. Model P wrote the responses in --input-dir, with its top "
@@ -39,41 +41,45 @@ _DESCRIPTION = (
 _NO_ANSWER = "Failed to reach API"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
-    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code.
+
+    Parameters
+    ----------
+    load_flow : callable
+        Gives the flow. It is called when the environment is prepared: it loads Prefect, which takes seconds.
+    arguments : sequence of str, optional
+        Default: those of this program.
+    """
+    return exit_code_of(lambda: _run(load_flow, sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
     parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "alert"))
     config = parse_config(parser, RunConfig, arguments)
-    backend, _, _ = resolve_backend(config)
-    check_capabilities(config, backend)
-    now = resolve_folders(config, RunValues.of_a_dry_run())
+    comparison = Comparison.of(config, RunValues.of_a_dry_run())
     if not names_the_run(str(config.input_dir)):
-        find_inputs(now)
+        find_inputs(comparison.config)
     if config.dry_run:
-        plan = plan_without_calls(now)
-        print_pairs(console(), plan_rows(plan, now))
+        plan = plan_without_calls(comparison)
+        print_pairs(console(), plan_rows(plan, comparison))
         check_cost(plan, config.max_cost_usd)
         return EXIT_COMPLETE
-    # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
     from httpx import HTTPError
 
-    from flows.run import kl_divergence
-
+    kl_divergence = load_flow()
     try:
         start_own_server()
         state = kl_divergence(config, return_state=True)
     except (HTTPError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
             raise
-        _leave_without_server(error, now)
+        _leave_without_server(error, comparison.folder)
     stopped = state.result(raise_on_failure=False)
     if isinstance(stopped, InterruptedRunError):
         command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
-        stored = f"every answer that arrived is in {stopped.config.output_dir / 'scores'}"
+        stored = f"every answer that arrived is in {OutputFolder(stopped.config.output_dir).scores}"
         print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     if isinstance(stopped, PendingReport):
@@ -88,7 +94,7 @@ def _run(arguments: Sequence[str]) -> int:
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
 
 
-def _leave_without_server(error: Exception, config: RunConfig) -> NoReturn:
+def _leave_without_server(error: Exception, folder: OutputFolder) -> NoReturn:
     """The Prefect server answers no more: say what is on disk all the same, and end."""
     from prefect.settings import PREFECT_API_URL
 
@@ -96,7 +102,7 @@ def _leave_without_server(error: Exception, config: RunConfig) -> NoReturn:
     gone = f"the Prefect server {url} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
     report = last_written()
     if report is None:
-        kept = f"What was bought before is in {config.output_dir / 'scores'}"
+        kept = f"What was bought before is in {folder.scores}"
         todo = "Start the server, or unset PREFECT_API_URL to have one for the run; then run the same command again."
         print(f"error: {gone}. {kept}. {todo}", file=sys.stderr)  # noqa: T201
         code = EXIT_ERROR

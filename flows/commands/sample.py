@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from flows.commands.arguments import EXIT_COMPLETE, EXIT_ERROR, exit_code_of, make_parser, parse_config, result_of
-from flows.config.models import SampleConfig, resolve_backend
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of
+from flows.config.backend import resolve_backend
+from flows.config.models import SampleConfig
 from flows.runtime.environment import prepare_environment, start_own_server
+from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
 _DESCRIPTION = (
     "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with "
@@ -17,21 +20,19 @@ _DESCRIPTION = (
 _EXIT_CODES = "exit codes: 0 all responses are written; 2 a mistake in the settings or the call; 1 anything else"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
-    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line, as `flows.commands.run.main`; returns the exit code."""
+    return exit_code_of(lambda: _run(load_flow, sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
     parser = make_parser(
         "python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"), epilog=_EXIT_CODES
     )
     config = parse_config(parser, SampleConfig, arguments)
     resolve_backend(config)
-    # Imported late: it loads Prefect, whose settings were prepared above, and takes seconds.
-    from flows.sample import sample_responses
-
+    sample_responses = load_flow()
     start_own_server()
     result = result_of(sample_responses(config, return_state=True))
     if not isinstance(result, list):

@@ -1,33 +1,17 @@
-"""The history as a table for people."""
+"""Tables for people: the worst tokens, positions and responses of a run, and the runs of a history."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from backends.errors import ConfigError
-from backends.storage import as_location
-from flows.config.templates import HISTORY_FILE
-from flows.watch.history import read_history
-
-Rows = list[dict[str, Any]]
-
-
-def load_history(place: str) -> pl.DataFrame:
-    """The rows of a history, by when the runs began; ``place`` is the file, or the folder that it is in.
-
-    Raises
-    ------
-    ConfigError
-        If it is no history, or has no row.
-    """
-    path = as_location(place)
-    path = path if path.suffix == ".parquet" else path / HISTORY_FILE
-    frame = read_history(path)
-    if frame.height == 0:
-        raise ConfigError(f"there is no history in {path}; it is made when a run ends.")
-    return frame.sort("started_at", maintain_order=True)
+from flows.commands.texts import number_text, quoted
+from flows.folder.finished import Rows
+from kl.tables.totals import INFINITE
 
 
 def history_cells(frame: pl.DataFrame) -> Rows:
@@ -37,12 +21,12 @@ def history_cells(frame: pl.DataFrame) -> Rows:
             "began (UTC)": _text(row["started_at"] and f"{row['started_at']:%Y-%m-%d %H:%M}"),
             "Q": _text(row["model2"]),
             "version of Q": ", ".join(row["model2_versions"] or []),
-            "KL per token": _number(row["kl_per_token"]),
+            "KL per token": number_text(row["kl_per_token"]),
             "95 % CI": _range(row["kl_per_token_low"], row["kl_per_token_high"]),
-            "lower bound": _number(row["kl_per_token_certified_lower"]),
+            "lower bound": number_text(row["kl_per_token_certified_lower"]),
             "measured": _amount(row),
             "asked": "" if row["contexts_asked"] is None else f"{row['contexts_asked']:,}",
-            "USD": _number(row["cost_usd"]),
+            "USD": number_text(row["cost_usd"]),
             "drift": _drift(row),
             "results": _text(row["output_dir"]),
         }
@@ -52,10 +36,6 @@ def history_cells(frame: pl.DataFrame) -> Rows:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -72,4 +52,67 @@ def _amount(row: dict[str, Any]) -> str:
 def _drift(row: dict[str, Any]) -> str:
     if row["drift"] in (None, "undecided"):
         return _text(row["drift"])
-    return f"{row['drift']}: {_number(row['drift_difference'])} ({_range(row['drift_low'], row['drift_high'])})"
+    return f"{row['drift']}: {number_text(row['drift_difference'])} ({_range(row['drift_low'], row['drift_high'])})"
+
+
+def token_cells(rows: Rows) -> Rows:
+    """What is shown of each token text."""
+    return [
+        {
+            "token": quoted(row["token"]),
+            "positions": f"{row['n_measured']:,}",
+            "sum": number_text(row["kl_sum"]),
+            "mean": number_text(row["kl_mean"]),
+            "share": "" if row["kl_share"] is None else f"{row['kl_share']:.1%}",
+        }
+        for row in rows
+    ]
+
+
+def position_cells(rows: Rows) -> Rows:
+    """What is shown of each position."""
+    return [
+        {
+            "response, position": f"{row['source_file']}#{row['response_idx']}, {row['position']}",
+            "text before": quoted(row["before"] or ""),
+            "token": quoted(row["token"]),
+            "KL": "infinite" if row["reason"] == INFINITE else number_text(row["kl_estimate"]),
+            "lower": number_text(row["kl_lower"]),
+            "upper": number_text(row["kl_upper_plausible"], "not identified"),
+            "log p": number_text(row["logprob_p"], "not stated"),
+            "log q": number_text(row["logprob_q"], "not listed"),
+        }
+        for row in rows
+    ]
+
+
+def response_cells(rows: Rows) -> Rows:
+    """What is shown of each response."""
+    return [
+        {
+            "response": f"{row['source_file']}#{row['response_idx']}",
+            "measured": f"{row['n_measured']:,} of {row['n_positions']:,}",
+            "per token": number_text(row["kl_mean_per_token"], "infinite"),
+            "sum": number_text(row["kl_sum"], "infinite"),
+            "lower sum": number_text(row["kl_lower_sum"], "not known"),
+            "largest": number_text(row["max_kl"], "infinite"),
+            "at position": "" if row["max_kl_position"] is None else f"{row['max_kl_position']:,}",
+            "same top": "" if row["same_top_rate"] is None else f"{row['same_top_rate']:.1%}",
+        }
+        for row in rows
+    ]
+
+
+def print_table(out: Console, title: str, rows: Rows) -> None:
+    """Print rows of cells below a title."""
+    out.print()
+    out.print(Text(title, style="bold"))
+    if not rows:
+        out.print("none: nothing has an estimate")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    out.print(table)

@@ -1,35 +1,17 @@
-"""What a run is told: the models behind `--config` files, flags and Prefect parameters.
-
-Flags win over the file, the file over the environment, the environment over the defaults.
-"""
+"""What a run is told: the models behind `--config` files, flags and Prefect parameters."""
 
 from __future__ import annotations
 
-import difflib
 import os
-import typing
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from backends.base import Backend, BackendOptions, SampleSettings
-from backends.errors import ConfigError
-from backends.registry import deferred_backends, load_backend, parse_options
-from backends.storage.files import Location, resolved
-from flows.cluster.runners import TaskRunnerConfig
+from backends.base import SampleSettings
+from backends.storage import Location, resolved
 from flows.config.alert import AlertConfig
-from flows.config.reading import merge, parse_set, read_yaml
+from flows.config.runner import TaskRunnerConfig
 from flows.config.templates import check_history_template, check_template
 from kl.statistics.position_sampling import PositionSample
 
@@ -146,8 +128,10 @@ class RunConfig(CommonConfig):
     )
     pattern: str = Field(default="*.json", min_length=1, description="Which files of the input folder are read (glob).")
     max_files: int | None = Field(default=None, ge=1, description="Read at most this many files, at least 1.")
-    responses_per_job: int = Field(
-        default=1, ge=1, le=100_000, description="Responses per group: one task and one batch job, 1 to 100000."
+    responses_per_job: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        default="auto",
+        description="Responses per group, which is one task and one batch job: 1 to 100000, or auto: one, or with more "
+        "responses than jobs may be in flight equal parts, so that all jobs run at once.",
     )
     estimator: Estimator = Field(
         default="censored", description="What is reported as the estimate: censored, floor, lower or bucket."
@@ -200,10 +184,14 @@ class RunConfig(CommonConfig):
     def _top_logprobs_range(cls, value: Any) -> Any:
         if value == "full":
             return value
-        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 20:
-            raise ValueError("must be from 1 to 20 candidates per position, or 'full'")
-        return number
+        return _whole_number(value, 20, "must be from 1 to 20 candidates per position, or 'full'")
+
+    @field_validator("responses_per_job", mode="before")
+    @classmethod
+    def _responses_per_job_range(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        return _whole_number(value, 100_000, "must be from 1 to 100000 responses, or 'auto'")
 
     @field_validator("history", mode="after")
     @classmethod
@@ -235,6 +223,13 @@ class RunConfig(CommonConfig):
         return self.top_logprobs == "full"
 
 
+def _whole_number(value: Any, most: int, rule: str) -> int:
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+        raise ValueError(rule)
+    return number
+
+
 class SampleConfig(CommonConfig):
     """Responses that model P is to write."""
 
@@ -247,155 +242,3 @@ class SampleConfig(CommonConfig):
     system: str | None = Field(default=None, description="System text that P is given; kept in the response files.")
     num_responses: int = Field(default=1, ge=1, le=10_000, description="Responses per prompt, 1 to 10000.")
     sampling: SampleSettings = Field(default=SampleSettings(), description="How responses are sampled.")
-
-
-ConfigT = TypeVar("ConfigT", bound=CommonConfig)
-
-
-def build_config(
-    model: type[ConfigT],
-    config_file: Path | None,
-    flags: Mapping[str, Any],
-    sets: Sequence[str] = (),
-) -> ConfigT:
-    """The configuration from a YAML file, flags and ``--set`` pairs, in rising order of precedence.
-
-    Raises
-    ------
-    ConfigError
-        One line that names the setting, the value and what is allowed.
-    """
-    values = read_yaml(config_file) if config_file else {}
-    merge(values, {name: value for name, value in flags.items() if value is not None})
-    for pair in sets:
-        merge(values, parse_set(pair))
-    return validate(model, values)
-
-
-def validate(model: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Validate settings that come as plain values.
-
-    Raises
-    ------
-    ConfigError
-        One line with every problem.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        problems = dict.fromkeys(_problem(model, item) for item in error.errors())
-        raise ConfigError("; ".join(problems) + ".") from error
-
-
-# What pydantic says of Python's types, in the words of who writes a YAML file.
-_PLAIN_WORDS = {
-    "path_type": "should be a path",
-    "tuple_type": "should be a list",
-    "model_type": "should be a mapping of settings",
-    "dict_type": "should be a mapping of settings",
-}
-
-
-def _problem(model: type[BaseModel], item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    description = _description(model, location)
-    if item["type"] == "missing":
-        flag = "--" + location[0].replace("_", "-") if len(location) == 1 else f"--set {'.'.join(location)}=…"
-        return f"{'.'.join(location)} is not set ({flag}): {description}"
-    if item["type"] == "extra_forbidden":
-        known = _fields_beside(model, location)
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}"
-    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
-    if not location:
-        return message
-    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {description}".rstrip(". ")
-
-
-def inner_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that holds settings of its own; None for a plain one."""
-    kinds = [field.annotation, *typing.get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _fields_beside(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The settings that exist where an unknown one was written."""
-    for name in location[:-1]:
-        inner = inner_model(model.model_fields[name])
-        assert inner is not None, "only a model has settings inside"
-        model = inner
-    return list(model.model_fields)
-
-
-def _description(model: type[BaseModel], location: list[str]) -> str:
-    """What the innermost setting that a location names is for, with its bounds."""
-    text = ""
-    inner: type[BaseModel] | None = model
-    for name in location:
-        field = inner.model_fields.get(name) if inner is not None else None
-        if field is None:
-            break
-        text, inner = field.description or text, inner_model(field)
-    return text.rstrip(".")
-
-
-def resolve_backend(config: CommonConfig) -> tuple[type[Backend], BackendOptions, list[str]]:
-    """The backend's class, its validated options, and notes on settings that it has no use for.
-
-    Settings of the run that a backend knows under the same name (project, location, bucket, concurrency) become its
-    options; an option given to the backend itself must not contradict them.
-
-    Raises
-    ------
-    ConfigError
-        If the backend or an option is unknown, or an option has a value that is not allowed.
-    """
-    backend = load_backend(config.backend.name)
-    values = config.backend.options
-    notes: list[str] = []
-    for name, value in _shared_settings(config).items():
-        if name not in backend.Options.model_fields:
-            if name in config.model_fields_set and name != "max_concurrent":
-                notes.append(f"{name} = {value!r} is not used: the backend {config.backend.name} has no such setting")
-        elif name not in values:
-            values[name] = value
-        elif name in config.model_fields_set and values[name] != value:
-            raise ConfigError(f"{name} is {value!r}, but backend.{name} is {values[name]!r}; set one of them.")
-    return backend, parse_options(config.backend.name, backend, values), notes
-
-
-def _shared_settings(config: CommonConfig) -> dict[str, Any]:
-    settings = {
-        "project_id": config.project_id or os.environ.get("GOOGLE_CLOUD_PROJECT"),
-        "location": config.location or os.environ.get("GOOGLE_CLOUD_LOCATION") or "us-central1",
-        "bucket_name": config.bucket_name,
-        "max_concurrent": config.max_concurrent,
-        "keep_raw": (config.keep_raw or None) if isinstance(config, RunConfig) else None,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
-    """Refuse what the backend cannot do, before anything is asked.
-
-    Raises
-    ------
-    ConfigError
-        With what was asked and what the backend can do.
-    """
-    can = backend.capabilities
-    if config.stage != "run" and not can.deferred:
-        raise ConfigError(
-            f"stage is {config.stage!r}, but the backend {config.backend.name} has no jobs that outlive the process. "
-            f"Leave the stage out, or set a backend that has: {', '.join(deferred_backends()) or 'none is installed'}."
-        )
-    if config.full_vocabulary and not can.full_vocabulary:
-        raise ConfigError(
-            f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "
-            f"candidates per position. Set top_logprobs to {can.max_top_logprobs} or less."
-        )
-    if config.k > can.max_top_logprobs:
-        raise ConfigError(
-            f"top_logprobs is {config.k}, but the backend {config.backend.name} reports at most {can.max_top_logprobs}."
-        )

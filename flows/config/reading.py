@@ -1,14 +1,23 @@
-"""Settings as they are written: YAML files and ``--set`` pairs, as plain values that are not validated yet."""
+"""Settings as they are written, in YAML files, flags and ``--set`` pairs, and as the models that they make.
+
+Flags win over the file, the file over the environment, the environment over the defaults.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from backends.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 # A mapping of settings that may be written as one of them alone: ``backend: local``.
 SHORT_FORMS = {"backend": "name", "task_runner": "kind"}
@@ -95,3 +104,91 @@ def _set_value(text: str) -> Any:
     if stripped.startswith(("{", "[", "'", '"')) or isinstance(value, int | float):
         return value
     return None if stripped in {"null", "~"} else text
+
+
+def build_config(
+    model: type[ModelT],
+    config_file: Path | None,
+    flags: Mapping[str, Any],
+    sets: Sequence[str] = (),
+) -> ModelT:
+    """The configuration from a YAML file, flags and ``--set`` pairs, in rising order of precedence.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the setting, the value and what is allowed.
+    """
+    values = read_yaml(config_file) if config_file else {}
+    merge(values, {name: value for name, value in flags.items() if value is not None})
+    for pair in sets:
+        merge(values, parse_set(pair))
+    return validate(model, values)
+
+
+def validate(model: type[ModelT], values: Mapping[str, Any]) -> ModelT:
+    """Validate settings that come as plain values.
+
+    Raises
+    ------
+    ConfigError
+        One line with every problem.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(model, item) for item in error.errors())
+        raise ConfigError("; ".join(problems) + ".") from error
+
+
+# What pydantic says of Python's types, in the words of who writes a YAML file.
+_PLAIN_WORDS = {
+    "path_type": "should be a path",
+    "tuple_type": "should be a list",
+    "model_type": "should be a mapping of settings",
+    "dict_type": "should be a mapping of settings",
+}
+
+
+def _problem(model: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    description = _description(model, location)
+    if item["type"] == "missing":
+        flag = "--" + location[0].replace("_", "-") if len(location) == 1 else f"--set {'.'.join(location)}=…"
+        return f"{'.'.join(location)} is not set ({flag}): {description}"
+    if item["type"] == "extra_forbidden":
+        known = _fields_beside(model, location)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}"
+    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+    if not location:
+        return message
+    return f"{'.'.join(location)}: {message.rstrip('.')}, got {item['input']!r}. {description}".rstrip(". ")
+
+
+def inner_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that holds settings of its own; None for a plain one."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _fields_beside(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The settings that exist where an unknown one was written."""
+    for name in location[:-1]:
+        inner = inner_model(model.model_fields[name])
+        assert inner is not None, "only a model has settings inside"
+        model = inner
+    return list(model.model_fields)
+
+
+def _description(model: type[BaseModel], location: list[str]) -> str:
+    """What the innermost setting that a location names is for, with its bounds."""
+    text = ""
+    inner: type[BaseModel] | None = model
+    for name in location:
+        field = inner.model_fields.get(name) if inner is not None else None
+        if field is None:
+            break
+        text, inner = field.description or text, inner_model(field)
+    return text.rstrip(".")

@@ -6,23 +6,14 @@ Dates are UTC and those of the run's scheduled start, so that a late or retried 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location, resolved
-
-if TYPE_CHECKING:
-    from flows.config.models import RunConfig
-
-HISTORY_FILE = "history.parquet"
-SETTINGS = ("input_dir", "output_dir", "history")
 
 # Those that every C library writes alike; %x and %c, say, depend on the machine's language.
 _DIRECTIVES = frozenset("aAbBdfGHIjmMpSuUVwWyYzZ%")
@@ -182,7 +173,7 @@ def check_history_template(template: str) -> None:
         )
 
 
-def doubtful_braces(template: str) -> str | None:
+def double_brace_warning(template: str) -> str | None:
     """What to say of a template in which a field stands in double braces, where nothing is filled in."""
     names = "|".join(re.escape(name) for name in FIELDS)
     found = re.search(rf"\{{\{{\s*({names})\s*(:[^{{}}]*)?\}}\}}", template)
@@ -199,6 +190,16 @@ def differs_between_runs(template: str) -> bool:
 def has_fields(template: str) -> bool:
     """Whether there is anything to fill in."""
     return any(part.field is not None for part in _parts(template))
+
+
+def fixed_part(template: str) -> str:
+    """The text before the first field; all of it if there is none."""
+    fixed = ""
+    for part in _parts(template):
+        fixed += part.text
+        if part.field is not None:
+            break
+    return fixed
 
 
 def names_the_run(template: str) -> bool:
@@ -248,65 +249,3 @@ def _inside_folder(value: str) -> str:
     """A name as one part of a path: no separators, no control characters, no dots that could mean the folder above."""
     plain = re.sub(r"[/\\{}\x00-\x1f\x7f]", "-", value)
     return re.sub(r"^\.+", lambda dots: "-" * len(dots[0]), plain)
-
-
-def resolve_folders(config: RunConfig, values: RunValues) -> RunConfig:
-    """The configuration with every folder filled in, and the place of its history.
-
-    Raises
-    ------
-    ConfigError
-        As `fill`; or if input and output become one folder, or the history has no place.
-    """
-    template = str(config.output_dir)
-    output_dir = as_location(fill(template, values))
-    input_dir = as_location(fill(str(config.input_dir), values))
-    if resolved(input_dir) == resolved(output_dir):
-        raise ConfigError(f"output_dir is the input_dir ({input_dir}); results would be read as responses.")
-    history = default_history(template) if config.history is None else fill(str(config.history), values)
-    changes: dict[str, Any] = {"input_dir": input_dir, "output_dir": output_dir, "history": as_location(history)}
-    if config.alert is not None:
-        changes["alert"] = config.alert.with_folder(lambda path: as_location(fill(str(path), values)))
-    return config.model_copy(update=changes)
-
-
-def pinning_flags(config: RunConfig, filled: RunConfig) -> list[str]:
-    """Flags by which another run, on whatever day, uses the folders of this one; none if no folder has fields."""
-    if not any(has_fields(str(getattr(config, name))) for name in ("input_dir", "output_dir")):
-        return []
-    return [text for name in SETTINGS for text in (f"--{name.replace('_', '-')}", escaped(str(getattr(filled, name))))]
-
-
-def default_history(template: str) -> str:
-    """``history.parquet`` in the part of an output folder's name before its first field.
-
-    Raises
-    ------
-    ConfigError
-        If that part is not even a bucket.
-    """
-    fixed = ""
-    for part in _parts(template):
-        fixed += part.text
-        if part.field is not None:
-            break
-    else:
-        return f"{fixed.rstrip('/')}/{HISTORY_FILE}"
-    folder = fixed[: max(fixed.rfind("/"), fixed.rfind(os.sep)) + 1]
-    if folder.endswith("://"):
-        raise ConfigError(f"output_dir = {template!r} starts with a field; set history to a path for the history file.")
-    return folder + HISTORY_FILE
-
-
-def folder_record(config: RunConfig, filled: RunConfig) -> Mapping[str, Mapping[str, str | None]]:
-    """What was written and what it stands for, of every folder with a setting, for ``run.json``."""
-    pairs: dict[str, tuple[Path | None, Path | None]] = {
-        name: (getattr(config, name), getattr(filled, name)) for name in SETTINGS
-    }
-    if config.alert is not None and filled.alert is not None:
-        pairs["alert.compared_with.baseline"] = (config.alert.baseline, filled.alert.baseline)
-    return {
-        name: {"template": None if template is None else str(template), "resolved": str(path)}
-        for name, (template, path) in pairs.items()
-        if path is not None
-    }

@@ -1,7 +1,9 @@
-"""A finished run, read back from its output folder."""
+"""A finished run, read back from its output folder: for analysis, for drift, and for whoever asks how it went."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any, NamedTuple, cast
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.storage.files import exists, is_remote, kept_copy, read_bytes
+from backends.storage import exists, is_remote, kept_copy, read_bytes
+from flows.folder.layout import OutputFolder
+from kl.statistics.drift import COLUMNS
 from kl.statistics.intervals import Estimate
 from kl.statistics.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
 from kl.tables.responses import RESPONSES
@@ -19,10 +23,22 @@ from kl.tables.totals import IS_INFINITE, MEASURED
 
 Rows = list[dict[str, Any]]
 
-_NEEDED = ("tokens.parquet", "responses.parquet", "summary.json", "run.json")
-_UNFINISHED = ".parts"  # put there when a run begins to measure, removed when everything is written
 _CONTEXT_TOKENS = 8  # shown before a position
 _INFINITY = pl.lit(float("inf"))
+
+
+class Documents(NamedTuple):
+    """What ``summary.json`` and ``run.json`` say."""
+
+    summary: dict[str, Any]
+    run: dict[str, Any]
+
+
+class ResponseFile(NamedTuple):
+    """A response table as it was read, with the hash of its file."""
+
+    sha256: str
+    table: pl.DataFrame
 
 
 class FinishedRun(NamedTuple):
@@ -34,6 +50,61 @@ class FinishedRun(NamedTuple):
     responses: pl.LazyFrame
 
 
+def read_documents(folder: Path) -> Documents:
+    """The summary and the record of a finished run, of whatever version wrote them.
+
+    Raises
+    ------
+    ConfigError
+        If there is no finished run, or a document cannot be read.
+    """
+    if not is_remote(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the output folder of a run.")
+    place = OutputFolder(folder)
+    if exists(place.unfinished):
+        raise ConfigError(f"the run in {folder} is not finished: wait for it to end, or run the same command again.")
+    missing = [path.name for path in place.results() if not _is_file(path)]
+    if missing:
+        raise ConfigError(f"{folder} holds no finished run ({', '.join(missing)} not found); run flows.run to its end.")
+    return Documents(_read_document(place.summary), _read_document(place.run))
+
+
+def _is_file(path: Path) -> bool:
+    return exists(path) if is_remote(path) else path.is_file()
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        data: Any = json.loads(read_bytes(path).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Run the same command again.") from error
+    if not isinstance(data, dict):
+        raise _other_version(path, f"it is a {type(data).__name__}, not an object")
+    return cast(dict[str, Any], data)
+
+
+def read_response_table(folder: Path) -> ResponseFile:
+    """The response table in an output folder, read whole; of an unfinished run too.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ConfigError
+        If it cannot be read, or lacks columns.
+    """
+    path = OutputFolder(folder).responses
+    data = read_bytes(path)
+    try:
+        table = pl.read_parquet(io.BytesIO(data))
+        lacking = [name for name in COLUMNS if name not in table.columns]
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if lacking:
+        raise ConfigError(f"{path} was written by another version (no {', '.join(lacking)}).")
+    return ResponseFile(hashlib.sha256(data).hexdigest(), table.select(COLUMNS))
+
+
 def load_run(folder: Path) -> FinishedRun:
     """A finished run from its output folder.
 
@@ -42,16 +113,10 @@ def load_run(folder: Path) -> FinishedRun:
     ConfigError
         If there is no finished run, or its files were written by another version or do not belong together.
     """
-    if not is_remote(folder) and not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the output folder of a run.")
-    if exists(folder / _UNFINISHED):
-        raise ConfigError(f"the run in {folder} is not finished: wait for it to end, or run the same command again.")
-    missing = [name for name in _NEEDED if not _is_file(folder / name)]
-    if missing:
-        raise ConfigError(f"{folder} holds no finished run ({', '.join(missing)} not found); run flows.run to its end.")
-    summary = _load_summary(folder / "summary.json")
-    tokens = _scan(folder / "tokens.parquet", TOKENS)
-    responses = _scan(folder / "responses.parquet", RESPONSES)
+    place = OutputFolder(folder)
+    summary = _typed_summary(place.summary, read_documents(folder).summary)
+    tokens = _scan(place.tokens, TOKENS)
+    responses = _scan(place.responses, RESPONSES)
     n_rows = int(tokens.select(pl.len()).collect().item())
     if n_rows != summary.counts.positions:
         raise ConfigError(
@@ -59,10 +124,6 @@ def load_run(folder: Path) -> FinishedRun:
             f"tokens.parquet holds {n_rows:,}. Run the same command again."
         )
     return FinishedRun(folder, summary, tokens, responses)
-
-
-def _is_file(path: Path) -> bool:
-    return exists(path) if is_remote(path) else path.is_file()
 
 
 def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
@@ -78,16 +139,12 @@ def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
     return frame
 
 
-def _load_summary(path: Path) -> Summary:
-    try:
-        data: Any = json.loads(read_bytes(path).decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Run the same command again.") from error
-    if not isinstance(data, dict) or cast(dict[str, Any], data).get("format") != FORMAT:
+def _typed_summary(path: Path, data: dict[str, Any]) -> Summary:
+    if data.get("format") != FORMAT:
         raise _other_version(path, f"its format is not {FORMAT}")
-    cast(dict[str, Any], data).pop("drift", None)  # what the run's alert decided; not a figure of these data alone
+    data.pop("drift", None)  # what the run's alert decided; not a figure of these data alone
     try:
-        return summary_from_json(cast(dict[str, Any], data))
+        return summary_from_json(data)
     except (KeyError, TypeError, AttributeError) as error:
         raise _other_version(path, f"{type(error).__name__}: {error}") from error
 

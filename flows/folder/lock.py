@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from backends.errors import ConfigError
-from backends.storage.files import is_remote
-from backends.storage.lease import Lease, LeaseHeldError
+from backends.storage import Lease, LeaseHeldError, is_remote
+from flows.folder.layout import OutputFolder
 
 _PATIENCE_S = 120.0
 
@@ -20,7 +20,7 @@ class FolderInUseError(ConfigError):
 
 
 @contextmanager
-def run_lock(output_dir: Path, on_lost: Callable[[], None] = lambda: None) -> Generator[Callable[[], None]]:
+def run_lock(folder: OutputFolder, on_lost: Callable[[], None] = lambda: None) -> Generator[Callable[[], None]]:
     """Only one run at a time may use an output folder: two would buy the same contexts.
 
     On a disk it is a lock of the operating system, which ends with the process. In a bucket it is a lease: that of a
@@ -37,21 +37,21 @@ def run_lock(output_dir: Path, on_lost: Callable[[], None] = lambda: None) -> Ge
     FolderInUseError
         If another run holds it.
     """
-    if is_remote(output_dir):
-        lease = Lease(output_dir / ".lock", on_lost=on_lost)
+    if is_remote(folder.path):
+        lease = Lease(folder.lock, on_lost=on_lost)
         try:
             lease.acquire()
         except LeaseHeldError as error:
-            raise _in_use(output_dir, f" ({error})") from error
+            raise _in_use(folder.path, f" ({error})") from error
         with _released(lease):
             yield lease.check
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise _in_use(output_dir) from error
+        raise _in_use(folder.path) from error
     try:
         yield _kept
     finally:

@@ -23,6 +23,8 @@ _PREFECT_DEFAULTS = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 _OUR_LOGGERS = ("flows", "backends")
+_terminal = logging.StreamHandler()  # one a process, however often it is prepared
+_terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
 
 
 def prepare_environment() -> None:
@@ -34,12 +36,11 @@ def prepare_environment() -> None:
     load_dotenv(find_dotenv(usecwd=True), override=False)
     for name, value in _PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    _terminal.stream = sys.stderr
     for name in _OUR_LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
+        logger.addHandler(_terminal)
         logger.propagate = False
 
 

@@ -18,8 +18,10 @@ from prefect.logging.loggers import flow_run_logger
 from backends.base import Backend
 from backends.errors import ConfigError, TokenKLError
 from backends.session import BackendSession
-from flows.config.models import RunConfig, resolve_backend, validate
-from flows.config.templates import RunValues, resolve_folders
+from flows.config.comparison import Comparison
+from flows.config.models import RunConfig
+from flows.config.reading import validate
+from flows.config.templates import RunValues
 from flows.folder.lock import FolderInUseError, run_lock
 
 
@@ -27,9 +29,8 @@ def settle_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
     """Leave or cancel the remote jobs that the run made or waited for, as its backend's settings say."""
     logger = flow_run_logger(flow_run, flow)
     try:
-        config = _config_of(flow, flow_run)
-        # A collect waits for nothing: its jobs are meant to go on without it.
-        settled = _settle(config, str(flow_run.id)) if config is not None and config.stage != "collect" else None
+        comparison = _comparison_of(flow, flow_run)
+        settled = None if comparison is None else _settle(comparison, str(flow_run.id))
     except FolderInUseError as error:
         logger.info("the batch jobs of this run are left to the run that uses them now: %s", error)
     except (TokenKLError, OSError) as error:
@@ -39,8 +40,8 @@ def settle_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
             logger.warning("%s", settled)
 
 
-def _config_of(flow: Flow[..., Any], flow_run: FlowRun) -> RunConfig | None:
-    """The run's configuration with its folders filled in; None if it never was a valid one."""
+def _comparison_of(flow: Flow[..., Any], flow_run: FlowRun) -> Comparison | None:
+    """What the run was about; None if it never was a valid one."""
     values = flow_run.parameters.get("config")
     if not isinstance(values, dict):
         return None
@@ -48,7 +49,7 @@ def _config_of(flow: Flow[..., Any], flow_run: FlowRun) -> RunConfig | None:
         config = validate(RunConfig, values)
     except ConfigError:
         return None  # Prefect says why the run failed, and it made nothing
-    return resolve_folders(config, _values_of(flow, flow_run))
+    return Comparison.of(config, _values_of(flow, flow_run))
 
 
 def _values_of(flow: Flow[..., Any], flow_run: FlowRun) -> RunValues:
@@ -62,14 +63,13 @@ def _values_of(flow: Flow[..., Any], flow_run: FlowRun) -> RunValues:
     return RunValues(scheduled.astimezone(UTC), str(flow_run.id), flow_run.name, flow.name, deployment)
 
 
-def _settle(config: RunConfig, run_id: str) -> str | None:
-    backend, options, _ = resolve_backend(config)
-    if backend.abandoned is Backend.abandoned:
-        return None  # it has no jobs
-    built = backend(options, state_dir=config.output_dir / "scores")
+def _settle(comparison: Comparison, run_id: str) -> str | None:
+    # A collect waits for nothing: its jobs are meant to go on without it.
+    if comparison.config.stage == "collect" or comparison.backend.abandoned is Backend.abandoned:
+        return None
+    built = comparison.build_backend(run_id)
     if not built.in_flight():
         return None
-    built.run_id = run_id
     # A run that holds the folder has attached to the jobs by now.
-    with run_lock(config.output_dir), BackendSession(built) as session:
+    with run_lock(comparison.folder), BackendSession(built) as session:
         return session.run(built.abandoned(run_id))

@@ -9,27 +9,25 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.vertex.prices import PRICES_AS_OF
-from flows.config.models import RunConfig, resolve_backend
+from flows.config.comparison import Comparison
+from flows.config.models import RunConfig
 from flows.folder.finished import load_run
 from flows.stages.inputs import find_inputs
-from flows.stages.plan import Asker, Plan, make_plan
+from flows.stages.plan import Plan, make_plan
 from flows.stages.reuse import check_raw
-from flows.stages.scoring import Stores
 from kl.statistics.position_sampling import Variation, expected_width_text, variation_of_pilot
 
 Rows = list[tuple[str, str]]
 
 
-def plan_without_calls(config: RunConfig) -> Plan:
+def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
-    backend, options, _ = resolve_backend(config)
-    built = backend(options, state_dir=config.output_dir / "scores")
-    asker = Asker(config, backend, options)
-    if config.reuse_raw is not None:
-        check_raw(config.reuse_raw)
-    scores = Stores.of(config.output_dir).scores
+    if comparison.config.reuse_raw is not None:
+        check_raw(comparison.config.reuse_raw)
+    scores = comparison.folder.stores().scores
     scores.prefetch()
-    return make_plan(find_inputs(config), asker, scores, built.in_flight())
+    built = comparison.build_backend()
+    return make_plan(find_inputs(comparison.config), comparison, scores, built.in_flight(), built.parallel_groups())
 
 
 def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
@@ -55,17 +53,16 @@ def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
         )
 
 
-def plan_rows(plan: Plan, config: RunConfig) -> Rows:
+def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
     """(label, text) of a dry run."""
-    work = plan.estimate
+    work, config = plan.estimate, comparison.config
     problems = Counter(problem.kind for problem in plan.problems if not problem.repaired)
-    _, options, notes = resolve_backend(config)
     settings = config.model_dump(mode="json", exclude={"backend"}) | {
-        "backend": {"name": config.backend.name} | options.model_dump(mode="json")
+        "backend": {"name": config.backend.name} | comparison.options.model_dump(mode="json")
     }
     rows: Rows = [
         *_settings_rows("", settings),
-        *(("note", note) for note in notes),
+        *(("note", note) for note in comparison.notes),
         *_reuse_rows(config),
         ("files", f"{len(plan.files):,}"),
         ("responses", f"{plan.n_responses:,} readable, {plan.n_unreadable:,} skipped"),
@@ -73,14 +70,25 @@ def plan_rows(plan: Plan, config: RunConfig) -> Rows:
         ("distinct contexts", f"{plan.n_contexts:,}"),
         ("on disk already", f"{plan.n_stored:,}"),
         ("in jobs of earlier runs", f"{plan.n_in_flight:,}"),
-        ("requests", f"{plan.n_to_ask:,} in {len(plan.groups):,} groups"),
+        ("requests", f"{plan.n_to_ask:,} in {_groups_text(plan, comparison)}"),
         ("request bytes", f"{work.request_bytes:,}"),
         ("input tokens, estimated", f"{work.input_tokens:,}"),
         ("output tokens, estimated", f"{work.output_tokens:,}"),
         ("cost, estimated", _cost_text(work.cost_usd)),
-        ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(config))),
+        ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(comparison))),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _groups_text(plan: Plan, comparison: Comparison) -> str:
+    """How many groups there are, and of what size: each is a task, and of some backends a job."""
+    what = "batch jobs" if comparison.backend.capabilities.deferred else "groups"
+    if not plan.groups:
+        return f"0 {what}"
+    sizes = [group.n_responses for group in plan.groups]
+    size = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{max(sizes):,}"
+    most = max(group.n_positions for group in plan.groups)
+    return f"{len(plan.groups):,} {what} of {size} responses, {most:,} contexts in the largest"
 
 
 def _reuse_rows(config: RunConfig) -> Rows:
@@ -89,10 +97,10 @@ def _reuse_rows(config: RunConfig) -> Rows:
     return [("note", f"what the rows in {config.reuse_raw} answer is still counted below; it will not be asked")]
 
 
-def _pilot(config: RunConfig) -> Variation | None:
+def _pilot(comparison: Comparison) -> Variation | None:
     """How the KL varied in an earlier run in this output folder; None if there is none."""
     try:
-        return variation_of_pilot(load_run(config.output_dir).summary.kl_per_token.estimate)
+        return variation_of_pilot(load_run(comparison.folder.path).summary.kl_per_token.estimate)
     except ConfigError:
         return None
 

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
-from backends.storage.files import in_parallel, is_remote, publish, scratch_folder
+from flows.config.comparison import Comparison, Side
+from flows.folder.layout import Stores
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
-from flows.stages.plan import Asker, Side
-from flows.stages.scoring import Stores
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic
 from kl.estimators.divergence import exact_kl
@@ -116,16 +115,18 @@ class Survey:
         return replace(self.counts, shared_mass_p=shared, ambiguous_mass_p=ambiguous_p, ambiguous_mass_q=ambiguous_q)
 
 
-def survey_files(files: Sequence[InputFile], asker: Asker, stores: Stores, on_file: Callable[[], None]) -> Survey:
+def survey_files(
+    files: Sequence[InputFile], comparison: Comparison, stores: Stores, on_file: Callable[[], None]
+) -> Survey:
     """The first pass over some files."""
     spread: list[SpreadEvidence] = []
     diagnostics: list[AlignmentDiagnostic] = []
     for file in read_ahead(files):
         parsed = read_input(file)
-        found = _found(parsed, asker, stores, ("q",))
+        found = _found(parsed, comparison, stores, ("q",))
         of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
-            results = _results(response, asker, found)
+            results = _results(response, comparison, found)
             spread.append(response_spread(response, results))
             of_file.append(response_diagnostic(response, results))
         diagnostics += _with_joint_keys(of_file)
@@ -147,33 +148,29 @@ def measure_part(
     start: int,
     folder: Path,
     prior: SpreadPrior | None,
-    asker: Asker,
+    comparison: Comparison,
     stores: Stores,
     on_file: Callable[[], None],
 ) -> Measured:
     """The second pass over some files, the first of which is number ``start`` of the data set.
 
-    The table of each goes to ``folder``, under the file's number; unreadable responses are noted with their reason.
+    The table of each goes to ``folder``, on this machine's disk, under the file's number; unreadable responses are
+    noted with their reason.
     """
     measured = Measured([], prior, AlignmentDiagnostic())
-    with scratch_folder() as scratch:
-        made = scratch if is_remote(folder) else folder
-        for index, file in enumerate(read_ahead(files), start):
-            _measure_file(file, made / f"{index:08d}.parquet", asker, stores, measured)
-            on_file()
-        if made is not folder:
-            in_parallel(lambda part: publish(part, folder / part.name), measured.parts)
-            measured.parts = [folder / part.name for part in measured.parts]
+    for index, file in enumerate(read_ahead(files), start):
+        _measure_file(file, folder / f"{index:08d}.parquet", comparison, stores, measured)
+        on_file()
     return measured
 
 
-def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, measured: Measured) -> None:
+def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: Stores, measured: Measured) -> None:
     parsed = read_input(file)
     for problem in parsed.problems:
         if problem.repaired:
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    found = _found(parsed, asker, stores, asker.sides())
-    frames = [_measure_response(response, asker, found, stores.scores, measured) for response in parsed.responses]
+    found = _found(parsed, comparison, stores, comparison.sides())
+    frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
                      parsed.model, None, item.kind, item.message)
@@ -188,9 +185,9 @@ def _measure_file(file: InputFile, part: Path, asker: Asker, stores: Stores, mea
 
 
 def _measure_response(
-    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+    response: Response, comparison: Comparison, found: Answers, scores: ScoreStore, measured: Measured
 ) -> pl.DataFrame:
-    results = _results(response, asker, found)
+    results = _results(response, comparison, found)
     answers = [result for result in results if isinstance(result, Score)]
     measured.samplings.add(response.sampling)
     measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
@@ -200,12 +197,12 @@ def _measure_response(
         measured.versions_p.add(response.model_version)
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
-    exact_kl = _exact_kl(response, asker, found, scores, measured) if asker.config.full_vocabulary else None
-    drawn = asker.drawn(response)
+    exact_kl = _exact_kl(response, comparison, found, scores, measured) if comparison.config.full_vocabulary else None
+    drawn = comparison.drawn(response)
     return measure_response(
         response,
         results,
-        estimator=asker.config.estimator,
+        estimator=comparison.config.estimator,
         prior=measured.prior,
         exact_kl=exact_kl,
         selected=None if drawn is None else drawn.selected,
@@ -213,19 +210,19 @@ def _measure_response(
     )
 
 
-def _found(parsed: ResponseFile, asker: Asker, stores: Stores, sides: Sequence[Side]) -> Answers:
+def _found(parsed: ResponseFile, comparison: Comparison, stores: Stores, sides: Sequence[Side]) -> Answers:
     """The models' answers to all contexts of a file, read once: scores, else this run's failures."""
     if parsed.prompt is None:
         return {}
-    requests = [asker.request(response, side) for response in parsed.responses for side in sides]
+    requests = [comparison.request(response, side) for response in parsed.responses for side in sides]
     keys = {key for request in requests if request is not None for key in request.keys}
     prompt_id = parsed.prompt.prompt_id
     return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
 
 
-def _results(response: Response, asker: Asker, found: Answers) -> Results:
+def _results(response: Response, comparison: Comparison, found: Answers) -> Results:
     """Q's answer at every position; None where there is none."""
-    request = asker.request(response, "q")
+    request = comparison.request(response, "q")
     assert request is not None, "Q always has a name"
     results: Results = [None] * len(response.positions)
     for position, key in zip(request.positions, request.keys, strict=True):
@@ -236,11 +233,11 @@ def _results(response: Response, asker: Asker, found: Answers) -> Results:
 
 
 def _exact_kl(
-    response: Response, asker: Asker, found: Answers, scores: ScoreStore, measured: Measured
+    response: Response, comparison: Comparison, found: Answers, scores: ScoreStore, measured: Measured
 ) -> NDArray[np.float64]:
     """Exact KL per position, shape (T,): NaN where a full vocabulary is missing or P is not the model on record."""
     values = np.full(len(response.positions), np.nan)
-    request_p, request_q = asker.request(response, "p"), asker.request(response, "q")
+    request_p, request_q = comparison.request(response, "p"), comparison.request(response, "q")
     if request_p is None or request_q is None:
         measured.other_writers.append(f"{response.name}: the file names no model that this backend has")
         return values

@@ -15,11 +15,12 @@ from prefect.states import Completed, Failed, State
 
 from backends.base import NOT_SUBMITTED, WAITING
 from backends.errors import BackendError, TokenKLError
-from backends.storage.files import exists, read_bytes
+from backends.storage import read_bytes
+from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.stages.plan import Plan
-from flows.stages.report import PendingReport
 from flows.stages.scoring import GroupOutcome
+from flows.watch.report import PendingReport
 
 
 def pending_state(
@@ -64,17 +65,17 @@ def pending_state(
     return Completed(name=report.name, message=" ".join(report.lines), data=report)
 
 
-def unchanged_state(config: RunConfig, plan: Plan) -> State[PendingReport] | None:
+def unchanged_state(comparison: Comparison, plan: Plan) -> State[PendingReport] | None:
     """How a collect ends after everything was measured by an earlier one; None if there is something to measure.
 
     A schedule goes on collecting. Measuring the same answers again would add a row to the history each time, and an
     alert where one was raised.
     """
-    path = config.output_dir / "run.json"
-    if config.stage != "collect" or plan.n_to_ask or not exists(path):
+    config = comparison.config
+    if config.stage != "collect" or plan.n_to_ask:
         return None
-    run = json.loads(read_bytes(path))
-    if not run.get("recorded"):  # written, but its history and alert are missing
+    run = _finished(comparison)
+    if not run.get("recorded"):  # none, or its history and alert are missing
         return None
     settled = run["contexts_on_disk"] + run["contexts_scored_now"]
     before, now = run["config"], json.loads(config.model_dump_json())
@@ -83,6 +84,14 @@ def unchanged_state(config: RunConfig, plan: Plan) -> State[PendingReport] | Non
         return None
     report = PendingReport("Unchanged", n_on_disk=plan.n_stored, reason=str(run["finished_at"]), config=config)
     return Completed(name=report.name, message=report.lines[0], data=report)
+
+
+def _finished(comparison: Comparison) -> dict[str, Any]:
+    """The record of an earlier run that ended here; empty if there is none."""
+    try:
+        return json.loads(read_bytes(comparison.folder.run))
+    except FileNotFoundError:
+        return {}
 
 
 def _refused(failures: Counter[str], unknown: int) -> dict[str, int]:

@@ -2,88 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendOptions, ScoreRequest, WorkEstimate
-from backends.errors import ModelNotUsableError
-from backends.keys import context_keys
+from backends.base import ScoreRequest, WorkEstimate
 from backends.scores.store import ScoreStore
-from flows.config.models import RunConfig
+from flows.config.comparison import Comparison, Side
 from flows.stages.inputs import InputFile, read_ahead, read_input
-from kl.input.responses import InputProblem, positions_inside_a_character
-from kl.records import Response
-from kl.statistics.position_sampling import Drawn, draw
-
-Side = Literal["p", "q"]
+from kl.input.problems import InputProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
-    """Turns a response into the contexts that a model is asked about."""
-
-    config: RunConfig
-    backend: type[Backend]
-    options: BackendOptions
-
-    def sides(self) -> tuple[Side, ...]:
-        """Q is always asked; P too where its full vocabulary is wanted, which no response file holds."""
-        return ("q", "p") if self.config.full_vocabulary else ("q",)
-
-    def drawn(self, response: Response) -> Drawn | None:
-        """Which positions are measured, with their probabilities; None if all are."""
-        return None if self.config.positions is None else draw(response, self.config.positions.sample)
-
-    def request(self, response: Response, side: Side) -> ScoreRequest | None:
-        """All contexts of a response that can be asked; None if the file names no P that this backend has."""
-        model = self.config.model2 if side == "q" else response.model
-        if model is None:
-            return None
-        prompt = response.prompt
-        if side == "q" and self.options.system is not None:
-            prompt = replace(prompt, system=self.options.system)
-        ids = _own_ids(response) if self.backend.capabilities.token_ids else None
-        bare = ScoreRequest(
-            name=response.name,
-            model=model,
-            prompt=prompt,
-            text=response.text,
-            prefix_ends=tuple(response.prefix_ends().tolist()),
-            token_ids=ids,
-            positions=(),
-            keys=(),
-            top_logprobs=self.config.k,
-            full_vocabulary=self.config.full_vocabulary,
-        )
-        try:
-            identity = self.backend.identity(self.options, bare)
-        except ModelNotUsableError:
-            if side == "q":
-                raise
-            return None
-        tokens = [position.sampled.token for position in response.positions]
-        keys = list(context_keys(model, prompt, identity, tokens, ids))
-        unaskable = set() if ids is not None else set(positions_inside_a_character(response))
-        drawn = self.drawn(response)
-        positions = tuple(
-            index
-            for index in range(len(keys))
-            if index not in unaskable and (drawn is None or bool(drawn.selected[index]))
-        )
-        return replace(bare, positions=positions, keys=tuple(keys[index] for index in positions))
-
-
-def _own_ids(response: Response) -> tuple[int, ...] | None:
-    ids = [position.sampled.token_id for position in response.positions]
-    return tuple(token_id for token_id in ids if token_id is not None) if None not in ids else None
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Selection:
     """Positions of one response that one model is asked about."""
 
     file: InputFile
@@ -97,12 +30,17 @@ class Group:
     """What one task asks: named after its first response."""
 
     name: str
-    asks: tuple[Ask, ...]
+    selections: tuple[Selection, ...]
 
     @property
     def n_positions(self) -> int:
         """How many contexts the group asks."""
-        return sum(len(ask.positions) for ask in self.asks)
+        return sum(len(selection.positions) for selection in self.selections)
+
+    @property
+    def n_responses(self) -> int:
+        """How many responses they are of."""
+        return len({(selection.file.source_file, selection.response_idx) for selection in self.selections})
 
 
 @dataclass(slots=True)
@@ -134,15 +72,24 @@ class Plan:
         return sum(group.n_positions for group in self.groups)
 
 
-def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight: Mapping[str, str]) -> Plan:
+def make_plan(
+    files: list[InputFile], comparison: Comparison, store: ScoreStore, in_flight: Mapping[str, str], at_once: int
+) -> Plan:
     """Read every file once and decide what is missing.
 
     Equal contexts can only come from equal prompts; 64 bits of each key are kept per prompt while planning.
+
+    Parameters
+    ----------
+    in_flight : mapping
+        Key → name of the job of an earlier run that answers it (`Backend.in_flight`).
+    at_once : int
+        How many groups may be at work at once (`Backend.parallel_groups`).
     """
     plan = Plan(files)
     seen: dict[str, set[int]] = {}
-    by_job: dict[str, list[Ask]] = {}
-    fresh: list[list[Ask]] = []
+    by_job: dict[str, list[Selection]] = {}
+    fresh: list[list[Selection]] = []
     for file in read_ahead(files):
         parsed = read_input(file)
         plan.problems += parsed.problems
@@ -154,24 +101,36 @@ def make_plan(files: list[InputFile], asker: Asker, store: ScoreStore, in_flight
         for response in parsed.responses:
             plan.n_responses += 1
             plan.n_positions += len(response.positions)
-            drawn = asker.drawn(response)
+            drawn = comparison.drawn(response)
             plan.n_selected += len(response.positions) if drawn is None else int(drawn.selected.sum())
-            new: list[Ask] = []
-            for side in asker.sides():
-                request = asker.request(response, side)
+            new: list[Selection] = []
+            for side in comparison.sides():
+                request = comparison.request(response, side)
                 missing = _missing(request, stored, asked, plan)
                 if request is not None and missing:
-                    to_ask = _restrict(request, missing)
-                    plan.estimate += asker.backend.estimate(asker.options, to_ask)
+                    to_ask = request.only({key for _, key in missing})
+                    plan.estimate += comparison.backend.estimate(comparison.options, to_ask)
                 for job, positions in _by_job(missing, in_flight).items():
-                    ask = Ask(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
-                    by_job.setdefault(job, []).append(ask) if job else new.append(ask)
+                    selection = Selection(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
+                    by_job.setdefault(job, []).append(selection) if job else new.append(selection)
             if new:
                 fresh.append(new)
     plan.n_prompts = len(seen)
-    plan.n_in_flight = sum(len(ask.positions) for asks in by_job.values() for ask in asks)
-    plan.groups = [_group(asks) for asks in by_job.values()] + list(_chunks(fresh, asker.config.responses_per_job))
+    plan.n_in_flight = sum(len(selection.positions) for job in by_job.values() for selection in job)
+    size = group_size(comparison, len(fresh), at_once - len(by_job))
+    plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size))
     return plan
+
+
+def group_size(comparison: Comparison, n_responses: int, free: int) -> int:
+    """How many responses a group has.
+
+    Where a group is a job and ``auto`` is set: one, or as many as it takes that all jobs run at once.
+    """
+    size = comparison.config.responses_per_job
+    if size != "auto":
+        return size
+    return max(1, -(-n_responses // max(free, 1))) if comparison.backend.capabilities.deferred else 1
 
 
 def _missing(request: ScoreRequest | None, stored: set[str], asked: set[int], plan: Plan) -> list[tuple[int, str]]:
@@ -189,10 +148,6 @@ def _missing(request: ScoreRequest | None, stored: set[str], asked: set[int], pl
     return missing
 
 
-def _restrict(request: ScoreRequest, pairs: Sequence[tuple[int, str]]) -> ScoreRequest:
-    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
-
-
 def _by_job(missing: list[tuple[int, str]], in_flight: Mapping[str, str]) -> dict[str, list[int]]:
     jobs: dict[str, list[int]] = {}
     for position, key in missing:
@@ -200,25 +155,26 @@ def _by_job(missing: list[tuple[int, str]], in_flight: Mapping[str, str]) -> dic
     return jobs
 
 
-def _chunks(fresh: list[list[Ask]], size: int) -> Iterator[Group]:
+def _chunks(fresh: list[list[Selection]], size: int) -> Iterator[Group]:
     for start in range(0, len(fresh), size):
-        yield _group([ask for asks in fresh[start : start + size] for ask in asks])
+        yield _group([selection for selections in fresh[start : start + size] for selection in selections])
 
 
-def _group(asks: list[Ask]) -> Group:
-    first = f"{asks[0].file.source_file}#{asks[0].response_idx}"
-    others = len({(ask.file.source_file, ask.response_idx) for ask in asks}) - 1
-    return Group(f"{first} +{others}" if others else first, tuple(asks))
+def _group(selections: Iterable[Selection]) -> Group:
+    group = Group("", tuple(selections))
+    first = f"{group.selections[0].file.source_file}#{group.selections[0].response_idx}"
+    others = group.n_responses - 1
+    return Group(f"{first} +{others}" if others else first, group.selections)
 
 
-def requests_of(group: Group, asker: Asker) -> Iterator[tuple[str, ScoreRequest]]:
+def requests_of(group: Group, comparison: Comparison) -> Iterator[tuple[str, ScoreRequest]]:
     """(prompt id, request) of each part of a group, read back from the input files."""
-    for ask in group.asks:
-        parsed = read_input(ask.file)
-        response = next((item for item in parsed.responses if item.response_idx == ask.response_idx), None)
-        request = asker.request(response, ask.side) if response is not None else None
+    for selection in group.selections:
+        parsed = read_input(selection.file)
+        response = next((item for item in parsed.responses if item.response_idx == selection.response_idx), None)
+        request = comparison.request(response, selection.side) if response is not None else None
         if response is None or request is None:
             continue  # the file changed under the run; measuring reports its positions as not scored
-        wanted = set(ask.positions.tolist())
-        pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if pair[0] in wanted]
-        yield response.prompt.prompt_id, _restrict(request, pairs)
+        positions = set(selection.positions.tolist())
+        pairs = zip(request.positions, request.keys, strict=True)
+        yield response.prompt.prompt_id, request.only({key for position, key in pairs if position in positions})

@@ -9,18 +9,14 @@ from pathlib import Path
 from backends.errors import ConfigError
 from backends.scores.raw_log import holds_raw, read_raw
 from backends.scores.store import ScoreStore
+from flows.config.comparison import Comparison
+from flows.folder.layout import OutputFolder
 from flows.stages.inputs import InputFile, read_ahead, read_input
-from flows.stages.plan import Asker
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
 _PART_ROWS = 2000
-
-
-def raw_folder(output_dir: Path) -> Path:
-    """Where a run keeps the service's rows."""
-    return output_dir / "scores" / "raw"
 
 
 def check_raw(source: Path) -> Path:
@@ -31,13 +27,13 @@ def check_raw(source: Path) -> Path:
     ConfigError
         If it holds none.
     """
-    folder = raw_folder(source)
+    folder = OutputFolder(source).raw
     if not holds_raw(folder):
         raise ConfigError(f"{source} holds no raw rows ({folder}/*.jsonl.gz); they are kept with keep_raw: true.")
     return folder
 
 
-def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreStore) -> int:
+def reuse_raw(source: Path, files: list[InputFile], comparison: Comparison, store: ScoreStore) -> int:
     """Read the rows that an earlier run kept, and store a score for each context that is wanted and not there yet.
 
     Returns how many were taken.
@@ -48,12 +44,12 @@ def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreSt
         If the folder holds no raw rows.
     """
     folder = check_raw(source)
-    wanted = dict(_wanted(files, asker, store))
+    wanted = dict(_wanted(files, comparison, store))
     waiting: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
     taken = 0
     for key, row in read_raw(folder):
         place = wanted.get(key)
-        result = asker.backend.parse_raw(key, row) if place is not None else None
+        result = comparison.backend.parse_raw(key, row) if place is not None else None
         if place is None or result is None or (isinstance(result, ScoreFailure) and not result.final):
             continue
         del wanted[key]
@@ -69,7 +65,7 @@ def reuse_raw(source: Path, files: list[InputFile], asker: Asker, store: ScoreSt
     return taken
 
 
-def _wanted(files: list[InputFile], asker: Asker, store: ScoreStore) -> Iterator[tuple[str, tuple[str, str]]]:
+def _wanted(files: list[InputFile], comparison: Comparison, store: ScoreStore) -> Iterator[tuple[str, tuple[str, str]]]:
     for file in read_ahead(files):
         parsed = read_input(file)
         if parsed.prompt is None:
@@ -77,8 +73,8 @@ def _wanted(files: list[InputFile], asker: Asker, store: ScoreStore) -> Iterator
         prompt_id = parsed.prompt.prompt_id
         known = store.known_keys(prompt_id)
         for response in parsed.responses:
-            for side in asker.sides():
-                request = asker.request(response, side)
+            for side in comparison.sides():
+                request = comparison.request(response, side)
                 for key in request.keys if request is not None else ():
                     if key not in known:
                         yield key, (prompt_id, request.model)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import threading
 import uuid
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from backends.base import WAITING, Backend, ScoreRequest
+from backends.base import WAITING, ScoreRequest
 from backends.errors import BackendError, ModelNotUsableError
-from backends.scores.store import ScoreJournal, ScoreStore
-from backends.session import BackendSession
-from backends.storage.files import is_remote
-from flows.config.models import RunConfig, Stage, resolve_backend
+from backends.scores.store import ScoreJournal
+from backends.storage import is_remote
+from flows.folder.layout import Stores
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -33,22 +29,6 @@ _PART_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Stores:
-    """Where results go: scores and final failures for good, everything that failed for this run's report."""
-
-    scores: ScoreStore
-    failures: ScoreStore
-
-    @classmethod
-    def of(cls, output_dir: Path) -> Stores:
-        """The stores of an output directory."""
-        return cls(
-            ScoreStore(output_dir / "scores"),
-            ScoreStore(output_dir / ".parts" / "failures", every_failure=True),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class GroupOutcome:
     """How many contexts of a group have a score, and how many failed, by reason."""
 
@@ -57,34 +37,9 @@ class GroupOutcome:
     versions: tuple[str, ...]
     tokens: dict[str, tuple[int, int]]  # model → input and output tokens, as the service counted them
 
-    def __add__(self, other: GroupOutcome) -> GroupOutcome:
-        tokens = dict(self.tokens)
-        for model, (n_in, n_out) in other.tokens.items():
-            before = tokens.get(model, (0, 0))
-            tokens[model] = (before[0] + n_in, before[1] + n_out)
-        return GroupOutcome(
-            self.n_scored + other.n_scored,
-            dict(Counter(self.failures) + Counter(other.failures)),
-            tuple(sorted({*self.versions, *other.versions})),
-            tokens,
-        )
-
-
-def outcome_of_stored(results: Iterable[Score | ScoreFailure], models: Mapping[str, str]) -> GroupOutcome:
-    """The outcome that answers in the store had when they came; ``models`` says who was asked, by key."""
-    total = GroupOutcome(0, {}, (), {})
-    for result in results:
-        if isinstance(result, ScoreFailure):
-            total += GroupOutcome(0, {result.reason: 1}, (), {})
-            continue
-        versions = () if result.model_version is None else (result.model_version,)
-        tokens = (result.input_tokens or 0, result.output_tokens or 0)
-        total += GroupOutcome(1, {}, versions, {models[result.key]: tokens})
-    return total
-
 
 @dataclass(slots=True)
-class _Arrivals:
+class _Incoming:
     """Results that are not in the table yet, and what is still expected."""
 
     stores: Stores
@@ -119,6 +74,10 @@ class _Arrivals:
         self.tokens[model] = (sums[0] + (result.input_tokens or 0), sums[1] + (result.output_tokens or 0))
 
     @property
+    def outcome(self) -> GroupOutcome:
+        return GroupOutcome(self.n_scored, self.failures, tuple(sorted(self.versions)), self.tokens)
+
+    @property
     def full(self) -> bool:
         return self.n_bytes > _PART_BYTES or len(self.waiting) >= _PART_ROWS
 
@@ -135,56 +94,58 @@ class _Arrivals:
         self.journal.clear()
 
 
-async def score_and_store(
-    backend: Backend,
-    asks: Sequence[tuple[str, ScoreRequest]],
+async def store_answers(
+    results: AsyncIterator[Score | ScoreFailure],
+    asked: Sequence[tuple[str, ScoreRequest]],
     stores: Stores,
     on_results: Callable[[int], None],
-    stage: Stage = "run",
+    *,
+    only_looks: bool = False,
 ) -> GroupOutcome:
-    """Ask a backend for contexts and put each answer on disk the moment it arrives.
+    """Put each answer on disk the moment it arrives, and a failure for each context that gets none.
 
     Parameters
     ----------
-    asks : sequence of (prompt id, ScoreRequest)
+    results : asynchronous iterator
+        What the backend says, in any order.
+    asked : sequence of (prompt id, ScoreRequest)
+        What it was asked.
     on_results : callable
         Told how many further contexts are settled.
-    stage : {"run", "submit", "collect"}
-        Whether jobs are waited for, made only, or looked at once.
+    only_looks : bool
+        That nothing was to be waited for: where the look fails, the jobs may still have the answers.
     """
-    where = {key: (prompt_id, request.model) for prompt_id, request in asks for key in request.keys}
-    arrivals = _Arrivals(stores, where, stores.scores.journal(uuid.uuid4().hex))
+    where = {key: (prompt_id, request.model) for prompt_id, request in asked for key in request.keys}
+    incoming = _Incoming(stores, where, stores.scores.journal(uuid.uuid4().hex))
     try:
-        ask = {"run": backend.score, "submit": backend.submit, "collect": backend.collect}[stage]
-        async with _closing(ask([request for _, request in asks])) as results:
+        async with _closing(results):
             async for result in results:
-                arrivals.add(result)
+                incoming.add(result)
                 on_results(1)
-                if arrivals.full:
-                    await _write(arrivals)
-        await _write(arrivals)
+                if incoming.full:
+                    await _write(incoming)
+        await _write(incoming)
     except BackendError as error:
         logger.warning("%s", error)
-        # Looking failed, not the jobs: a collect must not publish their rows as missing.
-        looked = stage == "collect" and not isinstance(error, ModelNotUsableError)
-        _fail_rest(arrivals, WAITING if looked else _reason(error), str(error), on_results)
+        # A collect must not publish the rows of jobs that it could not look at as missing.
+        waits = only_looks and not isinstance(error, ModelNotUsableError)
+        _fail_rest(incoming, WAITING if waits else _reason(error), str(error), on_results)
     finally:
-        arrivals.write()
-    if arrivals.open_keys:
-        message = f"the backend gave no result for {len(arrivals.open_keys)} of {len(where)} contexts."
+        incoming.write()
+    if incoming.open_keys:
+        message = f"the backend gave no result for {len(incoming.open_keys)} of {len(where)} contexts."
         logger.error("%s", message)
-        _fail_rest(arrivals, "no-result", message, on_results)
-        arrivals.write()
-    versions = tuple(sorted(arrivals.versions))
-    return GroupOutcome(arrivals.n_scored, arrivals.failures, versions, arrivals.tokens)
+        _fail_rest(incoming, "no-result", message, on_results)
+        incoming.write()
+    return incoming.outcome
 
 
-async def _write(arrivals: _Arrivals) -> None:
+async def _write(incoming: _Incoming) -> None:
     """Write a part to its end, whatever is cancelled meanwhile; the loop does not wait for remote storage."""
-    if not is_remote(arrivals.stores.scores.root):
-        arrivals.write()  # quicker than a thread
+    if not is_remote(incoming.stores.scores.root):
+        incoming.write()  # quicker than a thread
         return
-    work = _writers.submit(arrivals.write)
+    work = _writers.submit(incoming.write)
     try:
         await asyncio.shield(asyncio.wrap_future(work))
     except asyncio.CancelledError:
@@ -193,10 +154,10 @@ async def _write(arrivals: _Arrivals) -> None:
 
 
 @asynccontextmanager
-async def _closing(results: AsyncIterator[Score | ScoreFailure]) -> AsyncIterator[AsyncIterator[Score | ScoreFailure]]:
+async def _closing(results: AsyncIterator[Score | ScoreFailure]) -> AsyncGenerator[None]:
     # A plugin may return any async iterator; only generators need, and have, a close.
     try:
-        yield results
+        yield
     finally:
         if isinstance(results, AsyncGenerator):
             await results.aclose()
@@ -208,51 +169,7 @@ def _reason(error: BackendError) -> str:
     return "-".join(words).lower()
 
 
-def _fail_rest(arrivals: _Arrivals, reason: str, message: str, on_results: Callable[[int], None]) -> None:
-    for key in sorted(arrivals.open_keys):
-        arrivals.add(ScoreFailure(key, reason, message))
+def _fail_rest(incoming: _Incoming, reason: str, message: str, on_results: Callable[[int], None]) -> None:
+    for key in sorted(incoming.open_keys):
+        incoming.add(ScoreFailure(key, reason, message))
         on_results(1)
-
-
-_sessions: dict[str, BackendSession] = {}
-_sessions_lock = threading.Lock()
-
-
-def session_for(config: RunConfig) -> BackendSession:
-    """The one session of this process for a run's backend; opened at the first call.
-
-    Raises
-    ------
-    ConfigError
-        If the backend cannot be built or entered.
-    """
-    name = _session_name(config)
-    with _sessions_lock:
-        if name not in _sessions:
-            # Imported late: a program prepares Prefect's settings before anything loads it.
-            from prefect.runtime import flow_run
-
-            backend, options, _ = resolve_backend(config)
-            built = backend(options, state_dir=config.output_dir / "scores")
-            built.run_id = flow_run.id
-            _sessions[name] = BackendSession(built).__enter__()
-        return _sessions[name]
-
-
-def stop_session(config: RunConfig) -> None:
-    """Cancel all that the run's backend does, and refuse more; callable from any thread."""
-    session = _sessions.get(_session_name(config))
-    if session is not None:
-        session.cancel()
-
-
-def close_session(config: RunConfig) -> None:
-    """Leave the run's backend; work that is still under way is cancelled."""
-    with _sessions_lock:
-        session = _sessions.pop(_session_name(config), None)
-    if session is not None:
-        session.__exit__(None, None, None)
-
-
-def _session_name(config: RunConfig) -> str:
-    return config.model_dump_json()

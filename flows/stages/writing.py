@@ -6,21 +6,22 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from backends.storage.files import download, in_parallel, is_remote, remove_folder, scratch_folder
+from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
+from flows.folder.layout import OutputFolder
 from flows.folder.output import made_locally, publish_from
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from flows.stages.measuring import Measured
-from flows.stages.report import RunReport
-from kl.output.files import result_paths, write_responses, write_run_info, write_summary, write_tokens
+from flows.watch.ending import Results
+from flows.watch.report import RunReport
+from kl.output.files import result_paths, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.output.kl_json import ResponseText, write_kl_json
 from kl.statistics.summary import RunFacts, Summary, summarise_dataset
@@ -30,37 +31,25 @@ from kl.tables.schemas import TOKENS
 _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
 
 
-def write_results(measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> RunReport:
-    """Write every file of the output contract; the parts that they were made from are removed.
+def write_results(measured: Measured, comparison: Comparison, record: Mapping[str, Any]) -> Results:
+    """Write every file of the output contract but ``run.json``, which is written when all is said.
 
     Where the output folder is remote, the files are made on the local disk, which must have room for the token table
     twice; memory does not grow with it.
     """
-    output = config.output_dir
-    with made_locally(output) as folder, _on_disk(measured.parts) as parts:
-        write_tokens(parts, folder / "tokens.parquet")
+    config, place = comparison.config, comparison.folder
+    with made_locally(place.path) as folder:
+        made = OutputFolder(folder)
+        write_tokens(measured.parts, made.tokens)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
-        tokens = pl.scan_parquet(folder / "tokens.parquet", glob=False, hive_partitioning=False)
-        write_responses(summarise_responses(tokens, measured.responses), folder / "responses.parquet")
+        tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
+        write_responses(summarise_responses(tokens, measured.responses), made.responses)
         summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
-        write_summary(summary, folder / "summary.json")
-        publish_from(folder, output, ("tokens.parquet", "responses.parquet", "summary.json"))
-        publish_from(folder, output, _per_file(measured, parts, folder, config))
-        write_run_info(_run_info(measured, config, record), folder / "run.json")
-        publish_from(folder, output, ("run.json",))
-    remove_folder(output / ".parts")
-    return _report(summary, measured, config, record)
-
-
-@contextmanager
-def _on_disk(parts: Sequence[Path]) -> Generator[list[Path]]:
-    """The parts of the token table as local files of the same names."""
-    if not any(is_remote(part) for part in parts):
-        yield list(parts)
-        return
-    with scratch_folder() as scratch:
-        in_parallel(lambda part: download(part, scratch / part.name), parts)
-        yield [scratch / part.name for part in parts]
+        write_summary(summary, made.summary)
+        publish_from(folder, place.path, (path.name for path in (made.tokens, made.responses, made.summary)))
+        publish_from(folder, place.path, _per_file(measured, folder, config))
+    run = _run_info(measured, config, record)
+    return Results(_report(summary, measured, comparison, record), summary.to_json(), run)
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:
@@ -87,10 +76,10 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
     )
 
 
-def _per_file(measured: Measured, parts: Sequence[Path], folder: Path, config: RunConfig) -> Iterator[str]:
+def _per_file(measured: Measured, folder: Path, config: RunConfig) -> Iterator[str]:
     """Write a result file per input file; gives the name of each, below the folder, when it is finished."""
     targets = result_paths(file.source_file for file in measured.files)
-    by_name = {part.name: part for part in parts}
+    by_name = {part.name: part for part in measured.parts}
     for index, file in enumerate(read_ahead(measured.files)):
         part = by_name.get(f"{index:08d}.parquet")
         tokens = (
@@ -135,8 +124,8 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
     }
 
 
-def _report(summary: Summary, measured: Measured, config: RunConfig, record: Mapping[str, Any]) -> RunReport:
-    output = config.output_dir
+def _report(summary: Summary, measured: Measured, comparison: Comparison, record: Mapping[str, Any]) -> RunReport:
+    place = comparison.folder
     warnings = list(summary.warnings)
     if measured.other_writers:
         first = measured.other_writers[0]
@@ -147,7 +136,7 @@ def _report(summary: Summary, measured: Measured, config: RunConfig, record: Map
     versions = measured.versions_q | ({proven} if isinstance(proven, str) else set())
     if len(versions) > 1:
         warnings.append(f"the answers come from {len(versions)} versions of model 2: {', '.join(sorted(versions))}")
-    names = ("summary.json", "responses.parquet", "tokens.parquet", "run.json")
+    paths = (place.summary, place.responses, place.tokens, place.run)
     return RunReport(
         n_positions=summary.counts.positions,
         n_measured=summary.counts.measured,
@@ -156,7 +145,7 @@ def _report(summary: Summary, measured: Measured, config: RunConfig, record: Map
         repaired=measured.repaired,
         headline=headline(summary),
         warnings=warnings,
-        paths=[str(output / name) for name in names] + [f"{output}/*_kl.json ({len(measured.files)} files)"],
+        paths=[*map(str, paths), f"{place.path}/*_kl.json ({len(measured.files)} files)"],
     )
 
 

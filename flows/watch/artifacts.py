@@ -28,8 +28,8 @@ from prefect.settings import get_current_settings
 
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
-from flows.progress import ProgressReporter
-from flows.stages.report import RunReport
+from flows.runtime.terminal import ProgressReporter
+from flows.watch.report import RunReport
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 from prefect.client.schemas.objects import State
@@ -12,16 +12,18 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage.files import read_bytes
-from flows.commands.arguments import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE
+from backends.storage import remove_folder
 from flows.config.alert import AlertConfig
+from flows.config.comparison import Comparison
+from flows.config.folders import SETTINGS
 from flows.config.models import RunConfig
-from flows.config.templates import SETTINGS, RunValues, differs_between_runs, doubtful_braces, has_fields
+from flows.config.templates import RunValues, differs_between_runs, double_brace_warning, has_fields
+from flows.folder.finished import ResponseFile, read_response_table
 from flows.folder.output import write_json
-from flows.stages.report import RunReport
 from flows.watch.events import DRIFT, VERSION_CHANGED, comparison_resource, emit, run_payload, version_changes
 from flows.watch.history import Row, check_history, previous_run, previous_versions, record_row, row_of
-from flows.watch.reference import Reference, ResponseFile, load_baseline, load_previous, read_response_table
+from flows.watch.reference import Reference, load_baseline, load_previous
+from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE, RunReport
 from flows.watch.verdict import Verdict, decide, undecided
 
 logger = logging.getLogger(__name__)
@@ -34,51 +36,60 @@ class DriftedRunError(TokenKLError):
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class DriftContext:
     """What the end of a run needs from its start: what it is compared with, read before anything is overwritten.
 
     ``baseline`` is the run, or why it cannot be had. ``rolling`` says that each run has an output folder of its own.
     ``emitted`` are the events that an earlier try of this flow run emitted.
     """
 
-    config: RunConfig
+    comparison: Comparison
     rolling: bool
     emitted: tuple[str, ...]
     standing: ResponseFile | None
     baseline: Reference | str | None
 
+    @property
+    def config(self) -> RunConfig:
+        """With its folders filled in."""
+        return self.comparison.config
+
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class Results:
+    """What a run found, for people, and as ``summary.json`` and ``run.json`` are to say it."""
+
+    report: RunReport
+    summary: dict[str, Any]
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
     """The report with what was added to it, and what the flow returns."""
 
     report: RunReport
-    outcome: RunReport | State[RunReport]
+    result: RunReport | State[RunReport]
 
 
-def begin_watch(config: RunConfig, written: RunConfig) -> Watch:
+def drift_context(comparison: Comparison) -> DriftContext:
     """Prove that the history can be written, and read what may be overwritten. The output folder must be locked.
-
-    Parameters
-    ----------
-    config, written : RunConfig
-        With its folders filled in (`flows.config.templates.resolve_folders`), and as it was written.
 
     Raises
     ------
     ConfigError
         If the history cannot be used, or the baseline is no finished run of the same kind.
     """
+    written, config = comparison.written, comparison.config
     assert config.history is not None, "resolve_folders gives the history a place"
-    for line in filter(None, (doubtful_braces(str(getattr(written, name))) for name in SETTINGS)):
+    for line in filter(None, (double_brace_warning(str(getattr(written, name))) for name in SETTINGS)):
         logger.warning("%s", line)
     earlier_try = check_history(config.history).filter(pl.col("run_id") == flow_run.id)
     emitted = tuple(earlier_try["events"].explode().drop_nulls())
     alert = config.alert
-    standing = None
-    if alert is not None and alert.compared_with == "previous":
-        standing = _standing(config)
-    return Watch(config, differs_between_runs(str(written.output_dir)), emitted, standing, _baseline(config, written))
+    standing = _standing(config) if alert is not None and alert.compared_with == "previous" else None
+    rolling = differs_between_runs(str(written.output_dir))
+    return DriftContext(comparison, rolling, emitted, standing, _baseline(config, written))
 
 
 def _standing(config: RunConfig) -> ResponseFile | None:
@@ -102,50 +113,56 @@ def _baseline(config: RunConfig, written: RunConfig) -> Reference | str | None:
         return str(error)  # such as yesterday's run, which failed: no reason not to measure today
 
 
-def finish_run(watch: Watch, report: RunReport) -> Ending:
-    """History row, drift, events, in this order; every result is on disk before, and stays whatever happens here.
+def finish_run(context: DriftContext, results: Results) -> RunOutcome:
+    """History row, drift and events, in this order, then ``run.json``, last and once.
+
+    Every other result is on disk before, and stays whatever happens here.
 
     Raises
     ------
     ConfigError, OSError
         If the history cannot be written; with where the results are.
     """
-    config = watch.config
+    config, place = context.config, context.comparison.folder
+    concluded: dict[str, Any] = {}
     try:
-        return _finish(watch, report)
+        outcome = _concluded(context, results, concluded)
     except ConfigError as error:
         raise ConfigError(f"the results are in {config.output_dir}, but {error}") from error
     except OSError as error:
         raise OSError(
             f"the results are in {config.output_dir}, but not their row in {config.history}: {error}"
         ) from error
+    finally:
+        write_json(place.run, results.run | concluded)
+        remove_folder(place.unfinished)
+    return outcome
 
 
-def _finish(watch: Watch, report: RunReport) -> Ending:
-    config = watch.config
-    documents = {name: json.loads(read_bytes(config.output_dir / name)) for name in ("summary.json", "run.json")}
+def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any]) -> RunOutcome:
+    """What the run means beside earlier ones; ``concluded`` gets what ``run.json`` says of that."""
+    config, report = context.config, results.report
     responses = read_response_table(config.output_dir)
-    row = row_of(documents["summary.json"], documents["run.json"]) | _identity(responses, report)
-    row["events"] = list(watch.emitted)
+    row = row_of(results.summary, results.run) | _identity(responses, report)
+    row["events"] = list(context.emitted)
     history = config.history
     assert history is not None, "resolve_folders gives the history a place"
     before = record_row(history, row)
-    verdict = _verdict(watch, row, before, responses)
+    verdict = _verdict(context, row, before, responses)
     if verdict is not None:
-        for name, document in documents.items():
-            write_json(config.output_dir / name, document | {"drift": verdict.to_json()})
+        concluded["drift"] = verdict.to_json()
+        write_json(context.comparison.folder.summary, results.summary | concluded)
     drifted = verdict is not None and verdict.decision == "drift"
-    row["events"] = _emit_all(watch, verdict, row, before)
+    row["events"] = _emit_all(context, verdict, row, before)
     row |= _drift_columns(verdict)
     if drifted and config.fail_on_drift:
         row["exit_status"] = EXIT_DRIFT
     record_row(history, row)
-    told = {} if verdict is None else {"drift": verdict.to_json()}
-    write_json(config.output_dir / "run.json", documents["run.json"] | told | {"recorded": True})
+    concluded["recorded"] = True
     if verdict is None:
-        return Ending(report, report)
+        return RunOutcome(report, report)
     report = _with_verdict(report, verdict)
-    return Ending(report, _state(report, verdict, config) if drifted else report)
+    return RunOutcome(report, _state(report, verdict, config) if drifted else report)
 
 
 def _identity(responses: ResponseFile, report: RunReport) -> Row:
@@ -160,13 +177,13 @@ def _identity(responses: ResponseFile, report: RunReport) -> Row:
     }
 
 
-def _verdict(watch: Watch, row: Row, before: pl.DataFrame, responses: ResponseFile) -> Verdict | None:
-    alert = watch.config.alert
+def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: ResponseFile) -> Verdict | None:
+    alert = context.config.alert
     if alert is None:
         return None
-    verdict = _compared(watch, alert, row, before, responses)
-    if alert.compared_with == "previous" and row["contexts_asked"] == 0 and watch.config.stage != "collect":
-        hint = "" if watch.rolling else "; give each day a folder, such as --output-dir 'results/{date}'"
+    verdict = _compared(context, alert, row, before, responses)
+    if alert.compared_with == "previous" and row["contexts_asked"] == 0 and context.config.stage != "collect":
+        hint = "" if context.rolling else "; give each day a folder, such as --output-dir 'results/{date}'"
         verdict.warnings.append(
             "drift: nothing was asked in this run, as every answer was on disk, so that a change of the models since "
             f"then cannot show{hint}"
@@ -174,25 +191,27 @@ def _verdict(watch: Watch, row: Row, before: pl.DataFrame, responses: ResponseFi
     return verdict
 
 
-def _compared(watch: Watch, alert: AlertConfig, row: Row, before: pl.DataFrame, responses: ResponseFile) -> Verdict:
-    if isinstance(watch.baseline, str):
-        return undecided(alert, watch.baseline)
+def _compared(
+    context: DriftContext, alert: AlertConfig, row: Row, before: pl.DataFrame, responses: ResponseFile
+) -> Verdict:
+    if isinstance(context.baseline, str):
+        return undecided(alert, context.baseline)
     if alert.compared_with != "previous":
-        return decide(alert, responses.table, watch.baseline)
-    found = previous_run(before, row, other_folders_only=watch.rolling)
+        return decide(alert, responses.table, context.baseline)
+    found = previous_run(before, row, other_folders_only=context.rolling)
     if found is None:
         # As it is on the first day: nothing is wrong.
-        return undecided(alert, f"{watch.config.history} has no earlier run to compare with", warn=False)
+        return undecided(alert, f"{context.config.history} has no earlier run to compare with", warn=False)
     try:
-        reference = load_previous(found, watch.config.output_dir, watch.standing)
+        reference = load_previous(found, context.config.output_dir, context.standing)
     except (ConfigError, OSError) as error:  # this run's own results stand, whatever became of the former one's
         return undecided(alert, str(error))
     return decide(alert, responses.table, reference)
 
 
-def _emit_all(watch: Watch, verdict: Verdict | None, row: Row, before: pl.DataFrame) -> list[str]:
+def _emit_all(context: DriftContext, verdict: Verdict | None, row: Row, before: pl.DataFrame) -> list[str]:
     """The names of the events of this run: those that are emitted now, and those of an earlier try."""
-    history = str(watch.config.history)
+    history = str(context.config.history)
     resource, about = comparison_resource(row, history), run_payload(row, history)
     due = [
         (VERSION_CHANGED, change["which"], change) for change in version_changes(row, previous_versions(before, row))
@@ -201,9 +220,9 @@ def _emit_all(watch: Watch, verdict: Verdict | None, row: Row, before: pl.DataFr
         logger.warning("%s", change["message"])
     if verdict is not None and verdict.decision == "drift":
         due.append((DRIFT, "", verdict.to_json()))
-    emitted = set(watch.emitted)
+    emitted = set(context.emitted)
     for name, which, payload in due:
-        if name not in watch.emitted and emit(name, which, resource, payload | about, row["run_id"]):
+        if name not in context.emitted and emit(name, which, resource, payload | about, row["run_id"]):
             emitted.add(name)
     return sorted(emitted)
 

@@ -11,7 +11,8 @@ from typing import Any
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.storage import read_bytes, write_bytes_atomic
+from backends.storage import as_location, read_bytes, write_bytes_atomic
+from flows.folder.layout import HISTORY_FILE
 from flows.folder.lock import exclusive
 
 VERSION = 1
@@ -236,3 +237,19 @@ def previous_versions(before: pl.DataFrame, row: Row) -> Row | None:
 
 def _others(before: pl.DataFrame, row: Row) -> pl.DataFrame:
     return before.filter(pl.col("run_id").ne_missing(pl.lit(row["run_id"])))
+
+
+def load_history(place: str) -> pl.DataFrame:
+    """The rows of a history, by when the runs began; ``place`` is the file, or the folder that it is in.
+
+    Raises
+    ------
+    ConfigError
+        If it is no history, or has no row.
+    """
+    path = as_location(place)
+    path = path if path.suffix == ".parquet" else path / HISTORY_FILE
+    frame = read_history(path)
+    if frame.height == 0:
+        raise ConfigError(f"there is no history in {path}; it is made when a run ends.")
+    return frame.sort("started_at", maintain_order=True)

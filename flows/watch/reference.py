@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.storage.files import as_location, exists, read_bytes
+from backends.storage import as_location
 from flows.config.models import RunConfig
+from flows.folder.finished import ResponseFile, read_documents, read_response_table
+from flows.folder.layout import OutputFolder
 from flows.watch.history import Row
-from kl.statistics.drift import COLUMNS
-
-_RESPONSES = "responses.parquet"
-_UNFINISHED = ".parts"
-
-
-class ResponseFile(NamedTuple):
-    """A response table as it was read, with the hash of its file."""
-
-    sha256: str
-    table: pl.DataFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +33,6 @@ class Reference:
         return f"{of}{f' of {when}' if when else ''} in {self.folder}"
 
 
-def read_response_table(folder: Path) -> ResponseFile:
-    """The response table in an output folder, read whole.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ConfigError
-        If it cannot be read, or lacks columns.
-    """
-    path = folder / _RESPONSES
-    data = read_bytes(path)
-    try:
-        table = pl.read_parquet(io.BytesIO(data))
-        lacking = [name for name in COLUMNS if name not in table.columns]
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if lacking:
-        raise ConfigError(f"{path} was written by another version (no {', '.join(lacking)}).")
-    return ResponseFile(hashlib.sha256(data).hexdigest(), table.select(COLUMNS))
-
-
 def load_baseline(folder: Path, config: RunConfig) -> Reference:
     """The run in ``folder``, if it is finished and its figures mean the same as those of ``config``.
 
@@ -76,27 +42,21 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
         With what is wrong.
     """
     name = f"alert.compared_with: the baseline {folder}"
-    if exists(folder / _UNFINISHED):
-        raise ConfigError(f"{name} is not finished: wait for that run to end.")
     try:
+        summary, run = read_documents(folder)
         table = read_response_table(folder).table
-        summary: Any = json.loads(read_bytes(folder / "summary.json"))
-        run: Any = json.loads(read_bytes(folder / "run.json"))
         same = {"estimator": config.estimator, "top_logprobs": config.k}
         for setting, value in same.items():
             if summary[setting] != value:
                 raise ConfigError(
-                    f"{name} was measured with {setting} = {summary[setting]!r}, this run with {value!r}: "
-                    "the difference would be of methods, not of models. Use the same setting, or another baseline."
+                    f"it was measured with {setting} = {summary[setting]!r}, this run with {value!r}: the difference "
+                    "would be of methods, not of models. Use the same setting, or another baseline."
                 )
         about = {key: run[key] for key in ("model1", "model2", "model2_versions", "finished_at")}
-    except FileNotFoundError as error:
-        needed = f"{_RESPONSES}, summary.json and run.json must be there"
-        raise ConfigError(f"{name} holds no finished run: {needed}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{name} cannot be read: it says nothing of {error}.") from error
     return Reference("baseline", str(folder), table, about)
 
 
@@ -123,8 +83,8 @@ def load_previous(row: Row, output_dir: Path, standing: ResponseFile | None) -> 
         except FileNotFoundError:
             found = None
     if found is None:
-        raise ConfigError(f"{name} cannot be compared with: {folder / _RESPONSES} is not there any more.")
+        raise ConfigError(f"{name} cannot be compared with: {OutputFolder(folder).responses} is not there any more.")
     if found.sha256 != row["responses_sha256"]:
-        raise ConfigError(f"{name} cannot be compared with: {folder / _RESPONSES} was overwritten since.")
+        raise ConfigError(f"{name} cannot be compared with: {OutputFolder(folder).responses} was overwritten since.")
     about = {key: row[key] for key in ("model1", "model2", "model1_versions", "model2_versions", "flow_run_name")}
     return Reference("previous", str(folder), found.table, about | {"finished_at": row["finished_at"].isoformat()})

@@ -7,6 +7,20 @@ from typing import Literal
 
 from flows.config.models import RunConfig
 
+EXIT_COMPLETE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+EXIT_DRIFT = 4  # with fail_on_drift
+EXIT_WAITING = 5  # with stage collect
+EXIT_INTERRUPTED = 130
+
+EXIT_CODES = (
+    "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
+    "in the outputs); 4 drifted, with --fail-on-drift; 5 with --stage collect: jobs still run, collect again later; "
+    "2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:

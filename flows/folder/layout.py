@@ -1,0 +1,85 @@
+"""What is called what in an output folder: the one place that knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.scores.store import ScoreStore
+
+HISTORY_FILE = "history.parquet"  # of many runs: beside their folders, or in one that all of them use
+_UNFINISHED = ".parts"  # made when a run begins, removed when everything is written
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """The places in an output folder, on a disk or in a bucket."""
+
+    path: Path
+
+    @property
+    def scores(self) -> Path:
+        """What was bought; the backend keeps beside it what must survive a crash."""
+        return self.path / "scores"
+
+    @property
+    def raw(self) -> Path:
+        """The service's own rows, with ``keep_raw``."""
+        return self.scores / "raw"
+
+    @property
+    def jobs(self) -> Path:
+        """The records of batch jobs."""
+        return self.scores / "jobs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the run that uses the folder."""
+        return self.path / ".lock"
+
+    @property
+    def unfinished(self) -> Path:
+        """What a run needs until its results are whole; while it is there, they are not."""
+        return self.path / _UNFINISHED
+
+    @property
+    def token_parts(self) -> Path:
+        """The token table, file by file of the input."""
+        return self.unfinished / "tokens"
+
+    @property
+    def tokens(self) -> Path:
+        """The token table."""
+        return self.path / "tokens.parquet"
+
+    @property
+    def responses(self) -> Path:
+        """The response table."""
+        return self.path / "responses.parquet"
+
+    @property
+    def summary(self) -> Path:
+        """The figures of the data set."""
+        return self.path / "summary.json"
+
+    @property
+    def run(self) -> Path:
+        """The record of the run, which is written last."""
+        return self.path / "run.json"
+
+    def results(self) -> Iterator[Path]:
+        """The files of a finished run, beside one for each input file."""
+        yield from (self.tokens, self.responses, self.summary, self.run)
+
+    def stores(self) -> Stores:
+        """Where answers go."""
+        return Stores(ScoreStore(self.scores), ScoreStore(self.unfinished / "failures", every_failure=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Where answers go: scores and final failures for good, everything that failed for this run's report."""
+
+    scores: ScoreStore
+    failures: ScoreStore

@@ -1,0 +1,297 @@
+"""A run under way: its lock, its session with the backend, signals, log, and the ends that come before a result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from backends.errors import ConfigError
+from backends.session import BackendSession, SessionClosedError
+from backends.storage import exists, is_remote, remove_folder, scratch_folder
+from flows.cluster.mapping import results_of, tasks_run_by
+from flows.cluster.runners import LazyCluster, cluster_of
+from flows.cluster.workers import Needs, check_workers
+from flows.config.comparison import Comparison, absolute
+from flows.config.folders import folder_record
+from flows.config.models import RunConfig
+from flows.config.templates import RunValues
+from flows.folder.layout import Stores
+from flows.folder.lock import FolderInUseError, run_lock
+from flows.folder.output import prepare_output
+from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
+from flows.runtime.logs import run_logging
+from flows.runtime.terminal import ProgressReporter
+from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.stages.passes import FILES_PER_PART
+from flows.stages.pending import pending_state, skipped_state, unchanged_state
+from flows.stages.plan import Group, Plan
+from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
+from flows.stages.scoring import GroupOutcome
+from flows.watch.artifacts import progress_artifact, show_plan, show_report
+from flows.watch.ending import DriftContext, RunOutcome, drift_context
+from flows.watch.report import RunReport
+
+logger = logging.getLogger("flows.run")
+
+_PROBLEMS_SHOWN = 100
+_COUNTED = {"run": "contexts scored", "submit": "contexts in jobs", "collect": "contexts looked at"}
+
+
+class RunEndedError(Exception):
+    """A run that has nothing to measure ended in order, in ``state``."""
+
+    def __init__(self, state: State[Any]) -> None:
+        super().__init__(state.message)
+        self.state = state
+
+
+def end_of(error: Exception) -> State[Any]:
+    """How a run ends that did not come to its result: in one line, if it is no fault of this program."""
+    if isinstance(error, RunEndedError):
+        return error.state
+    return Failed(message=str(error), data=error)
+
+
+@contextmanager
+def open_run(written: RunConfig) -> Generator[OpenRun]:
+    """Inside a flow run: everything that must be held, and let go, around its stages.
+
+    Raises
+    ------
+    RunEndedError
+        If this is a dry run, or a collect that found another run at work.
+    ConfigError
+        If a setting, a folder or the backend cannot be used.
+    """
+    comparison = Comparison.of(written, RunValues.of_this_run())
+    if written.dry_run:
+        with run_logging():
+            raise RunEndedError(_dry_run(comparison))
+    prepare_output(comparison.folder.path, inside=comparison.folder.scores.name)
+    run = OpenRun(comparison)
+    with ExitStack() as stack:
+        try:
+            run.check_lock = stack.enter_context(run_lock(comparison.folder, run.stop))
+        except FolderInUseError as error:
+            if written.stage == "collect":
+                raise RunEndedError(skipped_state(error)) from error
+            raise
+        stack.enter_context(run_logging())
+        run.cluster = stack.enter_context(cluster_of(written.task_runner))
+        if is_remote(comparison.folder.path):
+            run.token_parts = stack.enter_context(scratch_folder())
+        run.begin()
+        yield run
+
+
+def _dry_run(comparison: Comparison) -> State[RunReport]:
+    plan = plan_without_calls(comparison)
+    rows = plan_rows(plan, comparison)
+    for label, text in rows:
+        logger.info("%s: %s", label, text)
+    show_plan(rows, comparison.config)
+    check_cost(plan, comparison.config.max_cost_usd)
+    return Completed(message="dry run: nothing was asked")
+
+
+class OpenRun:
+    """What the stages of a run share. Not a dataclass: Prefect would search the fields of a task's parameters.
+
+    Parameters
+    ----------
+    comparison : Comparison
+
+    Attributes
+    ----------
+    stores : Stores
+    backend : Backend
+        Not entered; in ``asking`` it is.
+    context : DriftContext
+        From `begin` on.
+    scorer : Scorer
+        Within ``asking``.
+    cluster : LazyCluster or None
+        What works on tasks that compute; None for this process.
+    token_parts : Path
+        On this machine's disk.
+    check_lock : callable
+        Raises `backends.storage.LeaseLostError` if the folder is not this run's any more.
+    """
+
+    context: DriftContext
+    scorer: Scorer
+    check_lock: Callable[[], None]
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.stores: Stores = comparison.folder.stores()
+        self.backend = comparison.build_backend(flow_run.id)
+        self.cluster: LazyCluster | None = None
+        self.token_parts: Path = comparison.folder.token_parts
+        self._session: BackendSession | None = None
+        self._started = datetime.now(UTC)
+        self._proven: str | None = None
+        self._plan: Plan
+        self._outcomes: list[GroupOutcome] = []
+        self._error: Exception | None = None
+        self._report: dict[str, Any] = {}
+        self._was_unfinished = False
+
+    def begin(self) -> None:
+        """Say what is not used, read what the end of the run needs; the folder's lock is held."""
+        for note in self.comparison.notes:
+            logger.warning("%s", note)
+        self.context = drift_context(self.comparison)
+        unfinished = self.comparison.folder.unfinished
+        self._was_unfinished = exists(unfinished)
+        remove_folder(unfinished)  # of a run that did not end
+
+    def stop(self) -> None:
+        """Stop what is being asked; from any thread."""
+        if self._session is not None:
+            self._session.cancel()
+
+    @contextmanager
+    def asking(self, plan: Plan) -> Generator[None]:
+        """While groups are scored: the session with the backend, signals, progress, and what works on the tasks.
+
+        Raises
+        ------
+        RunEndedError
+            At the end, if nothing is measured yet.
+        InterruptedRunError
+            At the end, if the user stopped the run.
+        """
+        self._plan = plan
+        self._check(plan)
+        self._session = BackendSession(self.backend)
+        with self._session as session:
+            self._preflight(plan, session)
+            _log_plan(plan)
+            with stop_on_signal(session) as stopped:
+                with self._scoring(plan, session):
+                    yield
+                if stopped.is_set():
+                    line = session.interrupt() or "nothing goes on elsewhere."
+                    raise InterruptedRunError(line, self.comparison.config)
+            self._report = self.backend.report()
+        if self._error is not None:
+            raise self._error
+        self.check_lock()
+        self.stores.scores.compact_all()
+        self._end_if_pending(plan)
+
+    def _check(self, plan: Plan) -> None:
+        config = self.comparison.config
+        # A collect makes follow-up jobs at most, for what was within the limit when it was submitted.
+        if config.stage != "collect":
+            check_cost(plan, config.max_cost_usd)
+        if self.cluster is not None and plan.files and (plan.groups or len(plan.files) > FILES_PER_PART):
+            needs = Needs(absolute(plan.files[0].path), absolute(config.output_dir))
+            check_workers(self.cluster.get(), config.task_runner.kind, needs)
+
+    def _preflight(self, plan: Plan, session: BackendSession) -> None:
+        config = self.comparison.config
+        if config.preflight and config.stage != "collect" and plan.n_to_ask > plan.n_in_flight:
+            self._proven = session.run(self.backend.preflight(config.model2))
+
+    @contextmanager
+    def _scoring(self, plan: Plan, session: BackendSession) -> Generator[None]:
+        config = self.comparison.config
+        with (
+            ProgressReporter(_COUNTED[config.stage], plan.n_to_ask) as progress,
+            progress_artifact(config, progress),
+        ):
+            if self.cluster is not None and not self.comparison.backend.capabilities.remote:
+                self.scorer = TravellingScorer(self.comparison.made_absolute(), self.stores, progress.advance)
+                with self.cluster.get().tasks():
+                    yield
+                return
+            self.scorer = StoringScorer(self.comparison, self.stores, session, progress.advance)
+            workers = max(1, min(len(plan.groups), self.backend.parallel_groups()))
+            with ThreadPoolTaskRunner(workers) as runner, tasks_run_by(runner):
+                yield
+
+    def take(self, futures: list[PrefectFuture[Any]]) -> None:
+        """Take home what each group's task found, as it ends."""
+        groups, session = self._plan.groups, self._session
+        for number, result in results_of(futures, lambda: session is not None and session.cancelled):
+            if isinstance(result, Exception):
+                self._note_failure(groups[number], result)
+            else:
+                self._outcomes.append(self.scorer.keep(groups[number], result))
+
+    def _note_failure(self, group: Group, error: Exception) -> None:
+        if isinstance(error, SessionClosedError):
+            return  # the user stopped the run, or another group has the reason
+        if isinstance(error, ConfigError | OSError):
+            self._error = self._error or error  # it holds for every group
+            self.stop()
+            return
+        line = " ".join(str(error).split()) or type(error).__name__
+        logger.error("a group of responses was not scored: %s: %s", group.name, line)
+
+    def _end_if_pending(self, plan: Plan) -> None:
+        comparison = self.comparison
+        state = pending_state(comparison.config, plan, self._outcomes, self._report)
+        if state is None and not self._was_unfinished:
+            state = unchanged_state(comparison, plan)
+        if state is not None:
+            remove_folder(comparison.folder.unfinished)
+            raise RunEndedError(state)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says of how the results came about."""
+        plan, outcomes, comparison = self._plan, self._outcomes, self.comparison
+        return {
+            "started_at": self._started.isoformat(timespec="seconds"),
+            "contexts": plan.n_contexts,
+            "contexts_on_disk": plan.n_stored,
+            "contexts_in_earlier_jobs": plan.n_in_flight,
+            "contexts_asked": plan.n_to_ask,
+            "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
+            "estimate": asdict(plan.estimate),
+            "preflight_version": self._proven,
+            "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
+            "backend_report": self._report,
+            "spent": self.spent(),
+            "folders": folder_record(comparison.written, comparison.config),
+        }
+
+    def spent(self) -> dict[str, Any]:
+        """What this run was charged for, by the service's own counts; answers that failed are not among them."""
+        spent: dict[str, Any] = {}
+        for model in sorted({model for outcome in self._outcomes for model in outcome.tokens}):
+            counts = [outcome.tokens[model] for outcome in self._outcomes if model in outcome.tokens]
+            n_in, n_out = sum(count[0] for count in counts), sum(count[1] for count in counts)
+            cost = self.comparison.backend.cost_usd(self.comparison.options, model, n_in, n_out)
+            spent[model] = {"input_tokens": n_in, "output_tokens": n_out, "cost_usd": cost}
+        return spent
+
+    def end(self, outcome: RunOutcome) -> RunReport | State[RunReport]:
+        """Show what was found; gives what the flow returns."""
+        show_report(outcome.report, self.comparison.config, self.spent())
+        return outcome.result
+
+
+def _log_plan(plan: Plan) -> None:
+    defects = [problem for problem in plan.problems if not problem.repaired]
+    for problem in defects[:_PROBLEMS_SHOWN]:
+        logger.warning("%s", problem.message)
+    if len(defects) > _PROBLEMS_SHOWN:
+        logger.warning("… and %d more; responses.parquet names them all", len(defects) - _PROBLEMS_SHOWN)
+    logger.info(
+        "%d responses in %d files: %d positions, %d contexts, %d of them on disk, %d to ask in %d groups",
+        plan.n_responses, len(plan.files), plan.n_positions, plan.n_contexts, plan.n_stored, plan.n_to_ask,
+        len(plan.groups),
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The stages of a run as Prefect tasks.
+
+In a module of their own because a deployment loads the flow's module as a script, under a name that workers do not
+know.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+from prefect.states import State
+
+from flows.stages.inputs import find_inputs
+from flows.stages.measuring import Measured
+from flows.stages.open_run import OpenRun
+from flows.stages.passes import measure_files
+from flows.stages.plan import Group, Plan, make_plan
+from flows.stages.reuse import reuse_raw
+from flows.stages.scorers import Answers, Scorer
+from flows.stages.scoring import GroupOutcome
+from flows.stages.writing import write_results
+from flows.watch.ending import RunOutcome, finish_run
+from flows.watch.report import note_written
+
+logger = logging.getLogger(__name__)
+
+
+def _group_name() -> str:
+    group = task_run.get_parameters()["group"]
+    assert isinstance(group, Group)
+    return group.name
+
+
+@task(cache_policy=NO_CACHE)
+def read(run: OpenRun) -> Plan:
+    """Read all responses, find what is on disk already, and plan what is asked."""
+    comparison, scores, backend = run.comparison, run.stores.scores, run.backend
+    recovered = scores.recover()
+    if recovered:
+        logger.info("%d scores of a run that was stopped were taken in", recovered)
+    scores.prefetch()
+    files = find_inputs(comparison.config)
+    if comparison.config.reuse_raw is not None:
+        reuse_raw(comparison.config.reuse_raw, files, comparison, scores)
+    return make_plan(files, comparison, scores, backend.in_flight(), backend.parallel_groups())
+
+
+@task(task_run_name=_group_name, cache_policy=NO_CACHE, persist_result=False)
+def score(group: Group, scorer: Scorer) -> GroupOutcome | Answers | State[Any]:
+    """Ask the backend for one group of responses."""
+    return scorer.score(group)
+
+
+@task(cache_policy=NO_CACHE)
+def measure(run: OpenRun, plan: Plan) -> Measured:
+    """Turn both models' lists into one table of tokens per input file."""
+    run.check_lock()
+    return measure_files(plan.files, run.comparison, run.stores, run.token_parts, run.cluster)
+
+
+@task(cache_policy=NO_CACHE)
+def write(run: OpenRun, measured: Measured) -> RunOutcome:
+    """Write the results: per file, per token, per response, for the data set, and how they stand to earlier ones."""
+    run.check_lock()
+    results = write_results(measured, run.comparison, run.record())
+    outcome = finish_run(run.context, results)
+    note_written(outcome.report)
+    logger.info("the results are in %s", run.comparison.folder.path)
+    return outcome
