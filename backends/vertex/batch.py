@@ -1,7 +1,7 @@
 """Vertex AI batch prediction, the default backend: half the price, thousands of requests a job.
 
 Rows → JSONL in the bucket → batch job → poll → output rows matched by key. What a job did not answer goes into a
-follow-up job, a bounded number of times; what finished is kept whatever the job's state. `job_rounds` has the rounds.
+follow-up job, a bounded number of times; what finished is kept whatever the job's state. `jobs.rounds` has the rounds.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
+from backends.base import BackendOptions, Capabilities, ScoreRequest
 from backends.errors import ConfigError
-from backends.scores.raw_log import RawLog
-from backends.vertex import wire as gemini
-from backends.vertex.calls import prove_usable
-from backends.vertex.client import PENDING_STATES, BatchJobs, check_location, make_client, require_project
+from backends.vertex import wire
+from backends.vertex.gemini import GeminiBackend
 from backends.vertex.jobs.bucket import BatchBucket, check_bucket_name
 from backends.vertex.jobs.ledger import JobLedger
+from backends.vertex.jobs.remote import PENDING_STATES, BatchJobs
 from backends.vertex.jobs.rounds import JobRounds
-from backends.vertex.jobs.rows import RowSet, read_row
+from backends.vertex.jobs.rows import RowSet
 from backends.vertex.jobs.work import Stage
 from backends.vertex.merging import merged
 from backends.vertex.options import VertexBatchOptions
-from backends.vertex.prices import BATCH_SHARE, price_of, token_cost
+from backends.vertex.prices import BATCH_SHARE
+from backends.vertex.service.client import check_location, make_client, require_project
 from kl.records import Score, ScoreFailure
 
 __all__ = ["VertexBatchBackend", "VertexBatchOptions"]
 
 
-class VertexBatchBackend(Backend):
+class VertexBatchBackend(GeminiBackend):
     """Scores through batch prediction jobs."""
 
     Options: ClassVar[type[BackendOptions]] = VertexBatchOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=gemini.MAX_TOP_LOGPROBS, deferred=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS, deferred=True)
     options: VertexBatchOptions
+    price_share = BATCH_SHARE
 
     def __init__(self, options: VertexBatchOptions, state_dir: Path | None = None) -> None:
         super().__init__(options, state_dir)
@@ -48,7 +49,6 @@ class VertexBatchBackend(Backend):
         self._place = f"{project}/{location}/{bucket}"
         self._project, self._location, self._bucket_name = project, location, bucket
         self._ledger = JobLedger(state_dir / "jobs")
-        self._raw = RawLog(state_dir / "raw") if options.keep_raw else None
         self._rounds: JobRounds | None = None
         self._only_looks = False
 
@@ -65,27 +65,8 @@ class VertexBatchBackend(Backend):
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self._ledger.close)
-        await self._client.aclose()
         self._bucket.close()
-        if self._raw is not None:
-            self._raw.close()
-
-    @classmethod
-    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
-        """The generation settings; online and batch requests share their scores."""
-        return gemini.request_identity(request)
-
-    @classmethod
-    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
-        """The list price, at half for batch; caches that the service applies by itself would lower it."""
-        assert isinstance(options, VertexBatchOptions)
-        price = price_of(model, options.prices)
-        return token_cost(price, input_tokens, output_tokens, BATCH_SHARE)
-
-    @classmethod
-    def request_bytes(cls, request: ScoreRequest) -> int:
-        """The size of the requests as JSON lines."""
-        return sum(gemini.BatchRows(request).sizes())
+        await super().__aexit__(*exc)
 
     def parallel_groups(self) -> int:
         """One group per job in flight."""
@@ -99,11 +80,6 @@ class VertexBatchBackend(Backend):
     def report(self) -> dict[str, Any]:
         """The jobs of this run with their states."""
         return {"bucket": self._bucket_name, "jobs": list(self._rounds.reported.values()) if self._rounds else []}
-
-    @classmethod
-    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
-        """Read a row that was kept."""
-        return read_row(key, row)
 
     async def interrupted(self) -> str | None:
         """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
@@ -145,7 +121,7 @@ class VertexBatchBackend(Backend):
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill, and the bucket."""
-        version = await prove_usable(self._client, model, self.options.retry_deadline_s)
+        version = await super().preflight(model)
         await self._bucket.ensure()
         return version
 

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from google.genai import types
-from pydantic import Field
 
-from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
-from backends.errors import BackendError, ConfigError, RetryableBackendError
-from backends.scores.raw_log import RawLog
-from backends.vertex import wire as gemini
-from backends.vertex.calls import generate, prove_usable
-from backends.vertex.client import ServiceClient, async_transport, check_location, make_client, require_project
-from backends.vertex.jobs.rows import read_row
-from backends.vertex.limit import CallLimit
+from backends.base import BackendOptions, Capabilities, ScoreRequest
+from backends.errors import BackendError, RetryableBackendError
+from backends.vertex import wire
+from backends.vertex.gemini import GeminiBackend
 from backends.vertex.merging import merged
-from backends.vertex.prices import Price, price_of, token_cost
-from backends.vertex.retry import DailyQuotaError, StatusError, translated, with_retries
+from backends.vertex.options import VertexOnlineOptions
+from backends.vertex.service.calls import generate
+from backends.vertex.service.client import ServiceClient, async_transport, check_location, make_client, require_project
+from backends.vertex.service.limit import CallLimit
+from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -33,37 +31,11 @@ _FEWEST_GROUPS = 8
 _MOST_GROUPS = 50
 
 
-class VertexOnlineOptions(BackendOptions):
-    """Settings of the backend ``vertex_online``."""
-
-    project_id: str | None = Field(
-        default=None,
-        description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT; without one, GOOGLE_API_KEY or "
-        "GEMINI_API_KEY selects the Gemini Developer API.",
-    )
-    location: str = Field(default="us-central1", min_length=1, description="Vertex AI location.")
-    max_concurrent: int = Field(
-        default=10, ge=1, le=1000, description="Calls in flight over all responses, 1 to 1000; fewer under throttling."
-    )
-    retry_deadline_s: float = Field(
-        default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
-    )
-    prices: dict[str, Price] = Field(
-        default_factory=dict[str, Price],
-        description="USD per million tokens by model, online list price, in place of the built-in table: "
-        "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
-    )
-    keep_raw: bool = Field(
-        default=False, description="Keep the service's own rows, compressed, in scores/raw (--reuse-raw reads them)."
-    )
-    request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
-
-
-class VertexOnlineBackend(Backend):
+class VertexOnlineBackend(GeminiBackend):
     """Scores through ``generateContent``, one call a context."""
 
     Options: ClassVar[type[BackendOptions]] = VertexOnlineOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=gemini.MAX_TOP_LOGPROBS)
+    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS)
     options: VertexOnlineOptions
 
     def __init__(self, options: VertexOnlineOptions, state_dir: Path | None = None) -> None:
@@ -72,9 +44,6 @@ class VertexOnlineBackend(Backend):
         if options.project_id or not self._api_key:
             self._project = require_project(options.project_id)
             self._location = check_location(options.location)
-        if options.keep_raw and state_dir is None:
-            raise ConfigError("keep_raw needs a folder to keep the rows in.")
-        self._raw = RawLog(state_dir / "raw") if options.keep_raw and state_dir is not None else None
         self._calls: Counter[str] = Counter()
         self._quota_used: str | None = None
 
@@ -90,28 +59,6 @@ class VertexOnlineBackend(Backend):
         with translated("connect to the Gemini Developer API"):
             http = types.HttpOptions(timeout=int(self.options.request_timeout_s * 1000))
             return ServiceClient(async_transport(most), http, vertexai=False, api_key=self._api_key)
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._client.aclose()
-        if self._raw is not None:
-            self._raw.close()
-
-    @classmethod
-    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
-        """The generation settings; online and batch requests share their scores."""
-        return gemini.request_identity(request)
-
-    @classmethod
-    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
-        """The list price; caches that the service applies by itself would lower it."""
-        assert isinstance(options, VertexOnlineOptions)
-        price = price_of(model, options.prices)
-        return token_cost(price, input_tokens, output_tokens)
-
-    @classmethod
-    def request_bytes(cls, request: ScoreRequest) -> int:
-        """The size of the requests as JSON lines."""
-        return sum(gemini.BatchRows(request).sizes())
 
     def parallel_groups(self) -> int:
         """Enough groups to keep every place among the calls in flight taken.
@@ -130,15 +77,6 @@ class VertexOnlineBackend(Backend):
     def report(self) -> dict[str, Any]:
         """How many calls were made, repeated ones included, by outcome."""
         return {"calls": dict(sorted(self._calls.items()))}
-
-    @classmethod
-    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
-        """Read a row that was kept."""
-        return read_row(key, row)
-
-    async def preflight(self, model: str) -> str | None:
-        """One tiny request with a prefill."""
-        return await prove_usable(self._client, model, self.options.retry_deadline_s)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for every context; as many calls are prepared as may be in flight."""
@@ -159,7 +97,7 @@ class VertexOnlineBackend(Backend):
         try:
             answer = await with_retries(
                 self._attempts(model, body),
-                what=f"ask {gemini.model_id(model)}",
+                what=f"ask {wire.model_id(model)}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
             )
@@ -177,7 +115,7 @@ class VertexOnlineBackend(Backend):
         row = {"response": answer}
         if self._raw is not None:
             self._raw.add(key, row)
-        return read_row(key, row)
+        return wire.read_row(key, row)
 
     def _attempts(self, model: str, body: dict[str, Any]) -> Callable[[], Awaitable[dict[str, Any]]]:
         """Each call starts an attempt; all but the first go before what waits."""
@@ -213,8 +151,8 @@ def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[tuple[str, str, dict
     """(model, key, body) of each distinct context; bodies are built when they are due."""
     seen: set[str] = set()
     for request in requests:
-        config = gemini.generation_config(request.model, request.top_logprobs)
+        config = wire.generation_config(request.model, request.top_logprobs)
         for _, key, prefix in request.contexts():
             if key not in seen:
                 seen.add(key)
-                yield request.model, key, gemini.request_body(request.prompt, prefix, config)
+                yield request.model, key, wire.request_body(request.prompt, prefix, config)

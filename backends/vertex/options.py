@@ -1,4 +1,4 @@
-"""The settings of the backend ``vertex_batch``."""
+"""The settings of the Vertex backends."""
 
 from __future__ import annotations
 
@@ -10,11 +10,41 @@ from backends.base import BackendOptions
 from backends.vertex.prices import Price
 
 
-class VertexBatchOptions(BackendOptions):
-    """Settings of the backend ``vertex_batch``."""
+class GeminiOptions(BackendOptions):
+    """Settings of both backends."""
 
     project_id: str | None = Field(default=None, description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT.")
-    location: str = Field(default="us-central1", min_length=1, description="Vertex AI location of the jobs.")
+    location: str = Field(default="us-central1", min_length=1, description="Vertex AI location.")
+    retry_deadline_s: float = Field(
+        default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
+    )
+    request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
+    prices: dict[str, Price] = Field(
+        default_factory=dict[str, Price],
+        description="USD per million tokens by model, online list price, in place of the built-in table: "
+        "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
+    )
+    keep_raw: bool = Field(
+        default=False, description="Keep the service's own rows, compressed, in scores/raw (--reuse-raw reads them)."
+    )
+
+
+class VertexOnlineOptions(GeminiOptions):
+    """Settings of the backend ``vertex_online``."""
+
+    project_id: str | None = Field(
+        default=None,
+        description="Google Cloud project. Default: GOOGLE_CLOUD_PROJECT; without one, GOOGLE_API_KEY or "
+        "GEMINI_API_KEY selects the Gemini Developer API.",
+    )
+    max_concurrent: int = Field(
+        default=10, ge=1, le=1000, description="Calls in flight over all responses, 1 to 1000; fewer under throttling."
+    )
+
+
+class VertexBatchOptions(GeminiOptions):
+    """Settings of the backend ``vertex_batch``."""
+
     bucket_name: str | None = Field(
         default=None, description="Bucket for batch files; made when absent. Default: {project_id}-kl-batch."
     )
@@ -32,18 +62,6 @@ class VertexBatchOptions(BackendOptions):
     output_deadline_s: float = Field(
         default=30.0, ge=0, description="Seconds after a job's end within which its output must appear."
     )
-    retry_deadline_s: float = Field(
-        default=600.0, gt=0, description="Seconds for which one call is repeated under throttling and faults."
-    )
-    prices: dict[str, Price] = Field(
-        default_factory=dict[str, Price],
-        description="USD per million tokens by model, online list price, in place of the built-in table: "
-        "{gemini-2.5-flash: {input: 0.30, output: 2.50}}.",
-    )
-    keep_raw: bool = Field(
-        default=False, description="Keep the service's own rows, compressed, in scores/raw (--reuse-raw reads them)."
-    )
-    request_timeout_s: float = Field(default=120.0, gt=0, description="Seconds until one call counts as lost.")
     on_cancel: Literal["leave", "cancel"] = Field(
         default="leave", description="What becomes of running jobs when the run is stopped: leave or cancel."
     )

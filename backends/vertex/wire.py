@@ -20,8 +20,10 @@ from kl.records import Candidate, Prompt, Score, ScoreFailure
 MAX_TOP_LOGPROBS = 20
 # Masked tokens are reported as float32 -2**100; a real log-probability is never near this.
 _SENTINEL_BELOW = -1e20
-# Answers that end for one of these reasons were refused, and would be again.
+# What reading a JSON value of an unforeseen shape raises.
+SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
 _DECISIVE_FIELDS = frozenset({"contents", "systemInstruction", "generationConfig"})
+# Answers that end for one of these reasons were refused, and would be again.
 _BLOCKING_REASONS = frozenset(
     {"SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"}
 )
@@ -214,3 +216,21 @@ def _parse_token(item: dict[str, Any]) -> Candidate | None:
         return None
     token_id = item.get("tokenId")
     return Candidate(item.get("token") or "", float(logprob), token_id if isinstance(token_id, int) else None)
+
+
+def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+    """One output row: the service's error if it has one, else its answer."""
+    status = row.get("status")
+    if status:
+        text = status if isinstance(status, str) else json.dumps(status)
+        reason = "daily-quota" if is_daily_quota(text) else "row-error"
+        return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
+    try:
+        return parse_response(key, row.get("response"))
+    except SHAPE_ERRORS as error:
+        return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")
+
+
+def is_daily_quota(text: str) -> bool:
+    """Whether an error text speaks of a limit per day: "daily limit", "requests per day", ``…RequestsPerDay…``."""
+    return re.search(r"\bdaily\b|per[ _-]?day", text, re.IGNORECASE) is not None

@@ -19,8 +19,9 @@ from google.cloud import storage
 from backends.errors import BackendError, ConfigError
 from backends.vertex.cleaning.lifecycle import LifecycleState, lifecycle_state, read_rules, write_rule
 from backends.vertex.cleaning.survey import PREFIXES, BucketFile, Decision, Deletion, Fate, Survey, Totals
-from backends.vertex.client import BatchJobs, RemoteJob, make_client
-from backends.vertex.retry import StatusError, translated, with_retries
+from backends.vertex.jobs.remote import BatchJobs, RemoteJob
+from backends.vertex.service.client import make_client
+from backends.vertex.service.retry import StatusError, translated, with_retries
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

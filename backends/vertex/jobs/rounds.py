@@ -16,13 +16,13 @@ from typing import Any
 from backends.base import NOT_SUBMITTED, WAITING
 from backends.errors import BackendError, ModelNotUsableError, RetryableBackendError
 from backends.scores.raw_log import RawLog
-from backends.vertex.client import DELETED, BatchJobs, RemoteJob
 from backends.vertex.jobs.bucket import BatchBucket, OtherContentError, lacks_shards
 from backends.vertex.jobs.ledger import JobEntry, JobLedger, job_paths
+from backends.vertex.jobs.remote import DELETED, BatchJobs, RemoteJob
 from backends.vertex.jobs.rows import OutputReader, RowSet, split_rows
 from backends.vertex.jobs.work import BatchWork, Stage, ended_first
 from backends.vertex.options import VertexBatchOptions
-from backends.vertex.retry import DailyQuotaError, StatusError
+from backends.vertex.service.retry import DailyQuotaError, StatusError
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)

@@ -12,15 +12,11 @@ from typing import Any
 
 from backends.base import ScoreRequest
 from backends.scores.raw_log import RawLog
-from backends.vertex import wire as gemini
+from backends.vertex import wire
 from backends.vertex.jobs.bucket import lines_of
-from backends.vertex.retry import is_daily_quota
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
-
-# What reading a JSON value of an unforeseen shape raises.
-_SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
 
 
 class RowSet:
@@ -46,7 +42,7 @@ class RowSet:
 
     def __iter__(self) -> Iterator[bytes]:
         for request in self.requests:
-            yield from gemini.BatchRows(request)
+            yield from wire.BatchRows(request)
 
     def only(self, keys: Collection[str]) -> RowSet:
         """The rows of these keys."""
@@ -63,7 +59,7 @@ class RowSet:
 
 
 def _digest(request: dict[str, Any]) -> bytes:
-    return hashlib.blake2b(gemini.canonical_request(request).encode("ascii"), digest_size=16).digest()
+    return hashlib.blake2b(wire.canonical_request(request).encode("ascii"), digest_size=16).digest()
 
 
 def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:
@@ -96,7 +92,7 @@ def split_rows(rows: RowSet, max_rows: int, max_bytes: int) -> Iterator[RowSet]:
         for request in rows.requests:
             if request.model != model:
                 continue
-            for key, length in zip(request.keys, gemini.BatchRows(request).sizes(), strict=True):
+            for key, length in zip(request.keys, wire.BatchRows(request).sizes(), strict=True):
                 if keys and (len(keys) == max_rows or size + length > max_bytes):
                     yield rows.only(keys)
                     keys, size = [], 0
@@ -142,7 +138,7 @@ class OutputReader:
                 continue
             if self._raw is not None:
                 self._raw.add(key, row)
-            result = read_row(key, row)
+            result = wire.read_row(key, row)
             if isinstance(result, Score) or result.final:
                 self._wanted.discard(key)
             yield result
@@ -161,7 +157,7 @@ class OutputReader:
             self._by_request = self._rows.key_by_request()
         try:
             key = self._by_request.get(_digest(echo))
-        except _SHAPE_ERRORS:
+        except wire.SHAPE_ERRORS:
             return None
         return key if key in self._wanted else None
 
@@ -179,16 +175,3 @@ def _echo(row: dict[str, Any]) -> dict[str, Any] | None:
     while isinstance(echo, dict) and "contents" not in echo and isinstance(echo.get("request"), dict):
         echo = echo["request"]
     return echo if isinstance(echo, dict) else None
-
-
-def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
-    """One output row: the service's error if it has one, else its answer."""
-    status = row.get("status")
-    if status:
-        text = status if isinstance(status, str) else json.dumps(status)
-        reason = "daily-quota" if is_daily_quota(text) else "row-error"
-        return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
-    try:
-        return gemini.parse_response(key, row.get("response"))
-    except _SHAPE_ERRORS as error:
-        return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from backends.base import WAITING
-from backends.vertex.client import DELETED, PENDING_STATES, TERMINAL_STATES, RemoteJob
 from backends.vertex.jobs.ledger import JobEntry
+from backends.vertex.jobs.remote import DELETED, PENDING_STATES, TERMINAL_STATES, RemoteJob
 from backends.vertex.jobs.rows import RowSet
 from kl.records import ScoreFailure
 

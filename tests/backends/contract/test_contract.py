@@ -19,7 +19,7 @@ from backends.local.backend import LocalBackend
 from backends.local.tokenizer import PromptRefusedError
 from backends.vertex.batch import VertexBatchBackend
 from backends.vertex.online import VertexOnlineBackend
-from backends.vertex.retry import DailyQuotaError, StatusError
+from backends.vertex.service.retry import DailyQuotaError, StatusError
 from kl.records import Prompt, Turn
 from tests.backends.contract.breaches import (
     BREACHES,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
-from backends.vertex import wire as gemini
+from backends.vertex import wire
 from kl.records import Candidate, Prompt, Score, ScoreFailure, Turn
 
 PROMPT = Prompt((Turn("user", "Hi"), Turn("model", "Hello"), Turn("user", 'Say "x"\n')), system="Be brief")
@@ -29,7 +29,7 @@ def request(tokens: list[str], prompt: Prompt = PROMPT, model: str = "gemini-2.5
 
 
 def test_a_body_pins_the_sampling_and_switches_thinking_off() -> None:
-    body = gemini.request_body(PROMPT, "He", gemini.generation_config("gemini-2.5-flash", 5))
+    body = wire.request_body(PROMPT, "He", wire.generation_config("gemini-2.5-flash", 5))
     assert body == {
         "contents": [
             {"role": "user", "parts": [{"text": "Hi"}]},
@@ -51,29 +51,29 @@ def test_a_body_pins_the_sampling_and_switches_thinking_off() -> None:
 
 @pytest.mark.parametrize("model", ["gemini-2.0-flash", "gemini-3.5-flash", "my-tuned-model"])
 def test_models_without_a_budget_get_none(model: str) -> None:
-    assert "thinkingConfig" not in gemini.generation_config(model, 20)
+    assert "thinkingConfig" not in wire.generation_config(model, 20)
 
 
 @pytest.mark.parametrize("model", ["gemini-2.5-pro", "publishers/google/models/gemini-2.5-pro", "gemini-2.5-pro-002"])
 def test_a_model_that_always_thinks_is_refused(model: str) -> None:
     with pytest.raises(ModelNotUsableError, match="always thinks"):
-        gemini.generation_config(model, 20)
+        wire.generation_config(model, 20)
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=4), min_size=1, max_size=12))
 def test_lines_are_the_bodies_of_their_prefixes(tokens: list[str]) -> None:
     asked = request(tokens, Prompt((Turn("user", 'tricky "],"generationConfig":'),), '"],"generationConfig":{}'))
-    rows = gemini.BatchRows(asked)
+    rows = wire.BatchRows(asked)
     lines = list(rows)
     assert [len(line) for line in lines] == list(rows.sizes())
-    config = gemini.generation_config("gemini-2.5-flash", 20)
+    config = wire.generation_config("gemini-2.5-flash", 20)
     for position, line in enumerate(lines):
         assert line.endswith(b"\n")
         assert line.count(b"\n") == 1
         row = json.loads(line)
         assert row == {
             "key": str(position),
-            "request": gemini.request_body(asked.prompt, "".join(tokens[:position]), config),
+            "request": wire.request_body(asked.prompt, "".join(tokens[:position]), config),
         }
 
 
@@ -85,7 +85,7 @@ class Echo:
     body: dict[str, Any]
 
 
-BODY = gemini.request_body(PROMPT, "He", gemini.generation_config("gemini-2.5-flash", 20))
+BODY = wire.request_body(PROMPT, "He", wire.generation_config("gemini-2.5-flash", 20))
 ECHOES = [
     Echo("as sent", BODY),
     Echo("keys in another order", dict(reversed(BODY.items()))),
@@ -118,18 +118,18 @@ ECHOES = [
 
 @pytest.mark.parametrize("echo", ECHOES, ids=lambda echo: echo.id)
 def test_spellings_of_one_request_have_one_canonical_form(echo: Echo) -> None:
-    assert gemini.canonical_request(echo.body) == gemini.canonical_request(BODY)
+    assert wire.canonical_request(echo.body) == wire.canonical_request(BODY)
 
 
 def test_other_requests_have_other_canonical_forms() -> None:
-    config = gemini.generation_config("gemini-2.5-flash", 20)
+    config = wire.generation_config("gemini-2.5-flash", 20)
     others = [
-        gemini.request_body(PROMPT, "Hel", config),
-        gemini.request_body(PROMPT, "", config),
-        gemini.request_body(Prompt(PROMPT.turns), "He", config),
-        gemini.request_body(PROMPT, "He", config | {"logprobs": 19}),
+        wire.request_body(PROMPT, "Hel", config),
+        wire.request_body(PROMPT, "", config),
+        wire.request_body(Prompt(PROMPT.turns), "He", config),
+        wire.request_body(PROMPT, "He", config | {"logprobs": 19}),
     ]
-    assert len({gemini.canonical_request(body) for body in [BODY, *others]}) == 5
+    assert len({wire.canonical_request(body) for body in [BODY, *others]}) == 5
 
 
 def answer(top: list[dict[str, Any]], **candidate: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def token(text: str | None, logprob: Any, token_id: int | None = 5) -> dict[str,
 
 
 def test_a_plain_answer_is_read_whole() -> None:
-    result = gemini.parse_response("k", answer([token("a", -0.1, 3), token("b", -2.5, 4)]))
+    result = wire.parse_response("k", answer([token("a", -0.1, 3), token("b", -2.5, 4)]))
     assert result == Score(
         "k", (Candidate("a", -0.1, 3), Candidate("b", -2.5, 4)), Candidate("a", -0.1, 3), "gemini-2.5-flash-001",
         "MAX_TOKENS", 7, 1, 0,
@@ -156,7 +156,7 @@ def test_a_plain_answer_is_read_whole() -> None:
 
 
 def test_an_integer_zero_is_a_certain_token_and_an_absent_text_the_empty_one() -> None:
-    result = gemini.parse_response("k", answer([token(None, 0, 9)]))
+    result = wire.parse_response("k", answer([token(None, 0, 9)]))
     assert isinstance(result, Score)
     assert result.top == (Candidate("", 0.0, 9),)
     assert isinstance(result.top[0].logprob, float)
@@ -164,14 +164,14 @@ def test_an_integer_zero_is_a_certain_token_and_an_absent_text_the_empty_one() -
 
 def test_masked_and_unreported_candidates_are_dropped_and_counted() -> None:
     top = [token("a", -0.5), token("b", -1.2676506e30), token("c", None), token("d", True), token("e", -99.0)]
-    result = gemini.parse_response("k", answer(top))
+    result = wire.parse_response("k", answer(top))
     assert isinstance(result, Score)
     assert [item.token for item in result.top] == ["a", "e"]
     assert result.n_dropped == 3
 
 
 def test_lists_are_sorted() -> None:
-    result = gemini.parse_response("k", answer([token("b", -2.0), token("a", -0.1), token("c", 0)]))
+    result = wire.parse_response("k", answer([token("b", -2.0), token("a", -0.1), token("c", 0)]))
     assert isinstance(result, Score)
     assert [item.token for item in result.top] == ["c", "a", "b"]
 
@@ -196,12 +196,45 @@ FAILURES: list[tuple[str, Any, str, bool]] = [
 
 @pytest.mark.parametrize(("response", "reason", "final"), [case[1:] for case in FAILURES], ids=[c[0] for c in FAILURES])
 def test_an_answer_without_a_list_is_a_failure_with_its_reason(response: Any, reason: str, final: bool) -> None:
-    result = gemini.parse_response("k", response)
+    result = wire.parse_response("k", response)
     assert isinstance(result, ScoreFailure)
     assert (result.reason, result.final) == (reason, final)
 
 
 def test_an_answer_that_stops_at_once_still_has_its_list() -> None:
-    result = gemini.parse_response("k", answer([token(None, -0.2, 1), token("a", -1.9, 2)], finishReason="STOP"))
+    result = wire.parse_response("k", answer([token(None, -0.2, 1), token("a", -1.9, 2)], finishReason="STOP"))
     assert isinstance(result, Score)
     assert result.finish_reason == "STOP"
+
+
+SHAPES: list[Any] = [
+    None, {}, "text", [], [1], 3, True, {"candidates": "x"}, {"candidates": ["x"]}, {"candidates": {}},
+    {"candidates": [None]}, {"promptFeedback": "x"}, {"candidates": [{"logprobsResult": "x"}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": "x"}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": ["x"]}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": ["x"]}]}}]},
+    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": [{"token": "a"}]}]}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["", None])
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, status: Any) -> None:
+    result = wire.read_row("key", {"status": status, "response": shape})
+    assert isinstance(result, ScoreFailure)
+    assert not result.final
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ('Bad Request: {"error":{"code":400,"message":"no","status":"FAILED_PRECONDITION"}}', "row-error"),
+        ({"code": 8, "message": "RESOURCE_EXHAUSTED"}, "row-error"),
+        ("429 RESOURCE_EXHAUSTED: the daily limit of logprobs requests", "daily-quota"),
+        ("429 Quota exceeded for metric LogprobsRequestsPerDayPerProject", "daily-quota"),
+    ],
+)
+def test_a_row_error_says_what_the_service_said(status: Any, reason: str) -> None:
+    result = wire.read_row("key", {"status": status, "response": None})
+    assert isinstance(result, ScoreFailure)
+    assert (result.reason, result.final) == (reason, False)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from backends.base import ScoreRequest
-from backends.vertex import wire as gemini
-from backends.vertex.jobs.rows import OutputReader, RowSet, read_row, split_rows
+from backends.vertex import wire
+from backends.vertex.jobs.rows import OutputReader, RowSet, split_rows
 from kl.records import Prompt, Score, ScoreFailure, Turn
 
 TEXT = "Größe «x»\u2028🙂 end"
@@ -90,39 +90,6 @@ def test_foreign_doubled_and_unreadable_lines_answer_nothing(tmp_path: Path) -> 
     assert [result.key for result in results] == [rows.keys[0], rows.keys[1], rows.keys[1]]
 
 
-SHAPES: list[Any] = [
-    None, {}, "text", [], [1], 3, True, {"candidates": "x"}, {"candidates": ["x"]}, {"candidates": {}},
-    {"candidates": [None]}, {"promptFeedback": "x"}, {"candidates": [{"logprobsResult": "x"}]},
-    {"candidates": [{"logprobsResult": {"topCandidates": "x"}}]},
-    {"candidates": [{"logprobsResult": {"topCandidates": ["x"]}}]},
-    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": ["x"]}]}}]},
-    {"candidates": [{"logprobsResult": {"topCandidates": [{"candidates": [{"token": "a"}]}]}}]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("status", ["", None])
-@pytest.mark.parametrize("shape", SHAPES, ids=repr)
-def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, status: Any) -> None:
-    result = read_row("key", {"status": status, "response": shape})
-    assert isinstance(result, ScoreFailure)
-    assert not result.final
-
-
-@pytest.mark.parametrize(
-    ("status", "reason"),
-    [
-        ('Bad Request: {"error":{"code":400,"message":"no","status":"FAILED_PRECONDITION"}}', "row-error"),
-        ({"code": 8, "message": "RESOURCE_EXHAUSTED"}, "row-error"),
-        ("429 RESOURCE_EXHAUSTED: the daily limit of logprobs requests", "daily-quota"),
-        ("429 Quota exceeded for metric LogprobsRequestsPerDayPerProject", "daily-quota"),
-    ],
-)
-def test_a_row_error_says_what_the_service_said(status: Any, reason: str) -> None:
-    result = read_row("key", {"status": status, "response": None})
-    assert isinstance(result, ScoreFailure)
-    assert (result.reason, result.final) == (reason, False)
-
-
 def test_equal_contexts_are_one_row_and_models_do_not_share_a_file() -> None:
     rows = RowSet([request(), request(), request(model="gemini-2.5-flash-lite")])
     assert len(rows.keys) == 2 * len(TEXT)
@@ -144,5 +111,5 @@ def test_lengths_are_known_without_making_the_lines() -> None:
     asked = replace(
         request(), positions=(0, 3, 9), keys=request().keys[:1] + request().keys[3:4] + request().keys[9:10]
     )
-    rows = gemini.BatchRows(asked)
+    rows = wire.BatchRows(asked)
     assert [len(line) for line in rows] == list(rows.sizes())

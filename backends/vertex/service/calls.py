@@ -9,8 +9,8 @@ from google import genai
 from google.genai import types
 
 from backends.errors import BackendError, ModelNotUsableError
-from backends.vertex import wire as gemini
-from backends.vertex.retry import StatusError, with_retries
+from backends.vertex import wire
+from backends.vertex.service.retry import StatusError, with_retries
 from kl.records import Prompt, ScoreFailure, Turn
 
 _USABLE = "Known to work: gemini-2.5-flash and gemini-2.5-flash-lite, in projects that used them before."
@@ -53,8 +53,8 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
     ModelNotUsableError
         With what the model cannot do and which models can.
     """
-    name = gemini.model_id(model)
-    body = gemini.request_body(_PROBE, _PROBE_PREFIX, gemini.generation_config(model, gemini.MAX_TOP_LOGPROBS))
+    name = wire.model_id(model)
+    body = wire.request_body(_PROBE, _PROBE_PREFIX, wire.generation_config(model, wire.MAX_TOP_LOGPROBS))
     for attempt in range(_PROBES):
         try:
             answer = await with_retries(
@@ -62,7 +62,7 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
             )
         except StatusError as error:
             raise ModelNotUsableError(_why_not(name, error), model=model) from error
-        result = gemini.parse_response("preflight", answer)
+        result = wire.parse_response("preflight", answer)
         if not isinstance(result, ScoreFailure):
             return result.model_version
         if result.final or attempt == _PROBES - 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import email.utils
 import json
 import logging
-import re
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.genai import errors as genai_errors
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
+from backends.vertex.wire import is_daily_quota
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -128,11 +128,6 @@ def translated(what: str) -> Generator[None]:
         raise RetryableBackendError(f"{what}: the answer is not JSON") from error
     except _TRANSPORT_ERRORS as error:
         raise RetryableBackendError(f"{what}: {type(error).__name__}: {_line(error)}") from error
-
-
-def is_daily_quota(text: str) -> bool:
-    """Whether an error text speaks of a limit per day: "daily limit", "requests per day", ``…RequestsPerDay…``."""
-    return re.search(r"\bdaily\b|per[ _-]?day", text, re.IGNORECASE) is not None
 
 
 def _from_status(

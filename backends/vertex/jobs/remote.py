@@ -1,134 +1,26 @@
-"""The google-genai client as both Vertex backends use it, and the batch jobs it manages."""
+"""Batch jobs as the service has them: made, found, watched, cancelled."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 import google.auth
 import google.auth.transport.requests
-import httpx2
 import pydantic
 from google import genai
 from google.genai import types
 
-from backends.errors import BackendError, ConfigError, RetryableBackendError
-from backends.vertex.retry import StatusError, translated, with_retries
-
-logger = logging.getLogger(__name__)
-
-_API_VERSION = "v1beta1"
-_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+from backends.errors import BackendError, RetryableBackendError
+from backends.vertex.service.client import SCOPE, api_version, base_url
+from backends.vertex.service.retry import StatusError, with_retries
 
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.
 TERMINAL_STATES = frozenset({"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"})
 # No state of the service: a job that was made and is not there any more. Its output may be.
 DELETED = "DELETED"
-
-
-def require_project(project_id: str | None) -> str:
-    """The project, or one clear line.
-
-    Raises
-    ------
-    ConfigError
-        If no project is set anywhere.
-    """
-    if not project_id:
-        raise ConfigError("no Google Cloud project: set --project-id or GOOGLE_CLOUD_PROJECT.")
-    return project_id
-
-
-class ServiceClient(genai.Client):
-    """The SDK's client with a transport that is given to it, and which it leaves open."""
-
-    def __init__(self, transport: httpx2.AsyncClient, http_options: types.HttpOptions, **settings: Any) -> None:
-        options = http_options.model_copy(update={"httpx_async_client": transport})
-        super().__init__(http_options=options, **settings)
-        self._transport = transport
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self.aio.aclose()
-        await self._transport.aclose()
-        self.close()
-
-
-def make_client(project_id: str, location: str, timeout_s: float, max_calls: int = 100) -> ServiceClient:
-    """A Vertex client without retries of its own; every call has a timeout.
-
-    Parameters
-    ----------
-    project_id, location : str
-    timeout_s : float
-        Seconds until a call counts as lost.
-    max_calls : int
-        How many calls may be in flight; as many connections are kept.
-
-    Raises
-    ------
-    ConfigError
-        If there are no credentials.
-    """
-    with translated("connect to Vertex AI"):
-        credentials, _ = google.auth.default(scopes=[_SCOPE])
-        return ServiceClient(
-            async_transport(max_calls, _RenewedToken(credentials)),
-            types.HttpOptions(timeout=int(timeout_s * 1000), api_version=_api_version()),
-            vertexai=True,
-            project=project_id,
-            location=location,
-            credentials=credentials,
-        )
-
-
-def async_transport(max_calls: int, auth: httpx2.Auth | None = None) -> httpx2.AsyncClient:
-    """The HTTP client of the asynchronous calls, with a connection for each call in flight.
-
-    It is given to the SDK, which would else use aiohttp wherever that happens to be installed, and on that path repeats
-    a call by itself after a broken connection: a job could be made twice.
-    """
-    limits = httpx2.Limits(max_connections=max_calls, max_keepalive_connections=max_calls)
-    return httpx2.AsyncClient(limits=limits, auth=auth, follow_redirects=True)
-
-
-class _RenewedToken(httpx2.Auth):
-    """A token that the service refuses before it has expired by this machine's clock is renewed, once a call."""
-
-    def __init__(self, credentials: Any) -> None:
-        self._credentials = credentials
-        self._renewal = asyncio.Lock()
-
-    async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
-        answer = yield request
-        if answer.status_code != 401:
-            return
-        async with self._renewal:
-            if request.headers.get("Authorization") == f"Bearer {self._credentials.token}":
-                renew = google.auth.transport.requests.Request()
-                await asyncio.to_thread(self._credentials.refresh, renew)
-        request.headers["Authorization"] = f"Bearer {self._credentials.token}"
-        yield request
-
-
-def _api_version() -> str:
-    return os.environ.get("GOOGLE_GENAI_API_VERSION") or _API_VERSION
-
-
-def _base_url(location: str) -> str:
-    custom = os.environ.get("GOOGLE_VERTEX_BASE_URL")
-    if custom:
-        return custom.rstrip("/")
-    if location == "global":
-        return "https://aiplatform.googleapis.com"
-    if location in ("us", "eu"):
-        return f"https://aiplatform.{location}.rep.googleapis.com"
-    return f"https://{location}-aiplatform.googleapis.com"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +31,6 @@ class RemoteJob:
     display_name: str
     state: str
     create_time: str
-    input_uris: tuple[str, ...] = ()
     output_directory: str | None = None
     error: str | None = None
     error_code: int | None = None
@@ -183,7 +74,7 @@ class BatchJobs:
     ) -> None:
         self._client = client
         self._parent = f"projects/{project_id}/locations/{location}"
-        self._url = f"{_base_url(location)}/{_api_version()}"
+        self._url = f"{base_url(location)}/{api_version()}"
         self._deadline_s = deadline_s
         self._timeout_s = timeout_s
 
@@ -266,7 +157,7 @@ class BatchJobs:
             parameters = parameters | {"pageToken": page["nextPageToken"]}
 
     def _raw_get(self, path: str, parameters: dict[str, str]) -> dict[str, Any]:
-        credentials, _ = google.auth.default(scopes=[_SCOPE])
+        credentials, _ = google.auth.default(scopes=[SCOPE])
         with google.auth.transport.requests.AuthorizedSession(credentials) as session:
             answer = session.get(f"{self._url}/{path}", params=parameters, timeout=self._timeout_s)
             if not answer.ok:
@@ -283,7 +174,6 @@ def _from_sdk(job: types.BatchJob) -> RemoteJob:
         display_name=job.display_name or "",
         state=state.removeprefix("JOB_STATE_"),
         create_time=job.create_time.isoformat() if job.create_time else "",
-        input_uris=tuple((job.src.gcs_uri if job.src else None) or ()),
         output_directory=job.output_info.gcs_output_directory if job.output_info else None,
         error=_error_text(job.error.model_dump()) if job.error else None,
         error_code=job.error.code if job.error else None,
@@ -298,7 +188,6 @@ def _from_json(job: dict[str, Any]) -> RemoteJob:
         display_name=job.get("displayName", ""),
         state=job.get("state", "JOB_STATE_UNSPECIFIED").removeprefix("JOB_STATE_"),
         create_time=job.get("createTime", ""),
-        input_uris=tuple(job.get("inputConfig", {}).get("gcsSource", {}).get("uris", ())),
         output_directory=job.get("outputInfo", {}).get("gcsOutputDirectory"),
         error=_error_text(error) if error else None,
         error_code=error.get("code") if error else None,
@@ -313,16 +202,3 @@ def _known_count(value: int | str | None) -> int | None:
 
 def _error_text(error: dict[str, Any]) -> str:
     return f"{error.get('message') or 'no message'} (code {error.get('code')})"
-
-
-def check_location(location: str) -> str:
-    """Refuse a location that could not be part of a host name.
-
-    Raises
-    ------
-    ConfigError
-        With the value.
-    """
-    if not location.replace("-", "").isalnum():
-        raise ConfigError(f"location {location!r} is not a Vertex AI location such as us-central1 or global.")
-    return location

@@ -17,7 +17,7 @@ import requests
 from google.genai import errors
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
-from backends.vertex.retry import DailyQuotaError, StatusError, translated, with_retries
+from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
 
 
 def api_error(code: int, message: str = "no", headers: dict[str, str] | None = None, **fields: Any) -> errors.APIError:

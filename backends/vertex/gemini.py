@@ -1,0 +1,61 @@
+"""What is the same however a Gemini model is asked: the requests, their identity and price, the proof of an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from backends.base import Backend, BackendOptions, ScoreRequest
+from backends.errors import ConfigError
+from backends.scores.raw_log import RawLog
+from backends.vertex import wire
+from backends.vertex.options import GeminiOptions
+from backends.vertex.prices import price_of, token_cost
+from backends.vertex.service.calls import prove_usable
+from backends.vertex.service.client import ServiceClient
+from kl.records import Score, ScoreFailure
+
+
+class GeminiBackend(Backend):
+    """A backend whose model is asked by ``generateContent`` requests; subclasses make the client and send them."""
+
+    price_share: ClassVar[float] = 1.0  # of the list price
+
+    _client: ServiceClient
+
+    def __init__(self, options: GeminiOptions, state_dir: Path | None = None) -> None:
+        super().__init__(options, state_dir)
+        if options.keep_raw and state_dir is None:
+            raise ConfigError("keep_raw needs a folder to keep the rows in.")
+        self._retry_deadline_s = options.retry_deadline_s
+        self._raw = RawLog(state_dir / "raw") if options.keep_raw and state_dir is not None else None
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.aclose()
+        if self._raw is not None:
+            self._raw.close()
+
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        """The generation settings; online and batch requests share their scores."""
+        return wire.request_identity(request)
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """The list price, or the share of it that is charged; caches that the service applies would lower it."""
+        assert isinstance(options, GeminiOptions)
+        return token_cost(price_of(model, options.prices), input_tokens, output_tokens, cls.price_share)
+
+    @classmethod
+    def request_bytes(cls, request: ScoreRequest) -> int:
+        """The size of the requests as JSON lines."""
+        return sum(wire.BatchRows(request).sizes())
+
+    @classmethod
+    def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """Read a row that was kept."""
+        return wire.read_row(key, row)
+
+    async def preflight(self, model: str) -> str | None:
+        """One tiny online request with a prefill."""
+        return await prove_usable(self._client, model, self._retry_deadline_s)

@@ -1,0 +1,135 @@
+"""The google-genai client as both Vertex backends use it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import google.auth
+import google.auth.transport.requests
+import httpx2
+from google import genai
+from google.genai import types
+
+from backends.errors import ConfigError
+from backends.vertex.service.retry import translated
+
+_API_VERSION = "v1beta1"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+
+def require_project(project_id: str | None) -> str:
+    """The project, or one clear line.
+
+    Raises
+    ------
+    ConfigError
+        If no project is set anywhere.
+    """
+    if not project_id:
+        raise ConfigError("no Google Cloud project: set --project-id or GOOGLE_CLOUD_PROJECT.")
+    return project_id
+
+
+class ServiceClient(genai.Client):
+    """The SDK's client with a transport that is given to it, and which it leaves open."""
+
+    def __init__(self, transport: httpx2.AsyncClient, http_options: types.HttpOptions, **settings: Any) -> None:
+        options = http_options.model_copy(update={"httpx_async_client": transport})
+        super().__init__(http_options=options, **settings)
+        self._transport = transport
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.aio.aclose()
+        await self._transport.aclose()
+        self.close()
+
+
+def make_client(project_id: str, location: str, timeout_s: float, max_calls: int = 100) -> ServiceClient:
+    """A Vertex client without retries of its own; every call has a timeout.
+
+    Parameters
+    ----------
+    project_id, location : str
+    timeout_s : float
+        Seconds until a call counts as lost.
+    max_calls : int
+        How many calls may be in flight; as many connections are kept.
+
+    Raises
+    ------
+    ConfigError
+        If there are no credentials.
+    """
+    with translated("connect to Vertex AI"):
+        credentials, _ = google.auth.default(scopes=[SCOPE])
+        return ServiceClient(
+            async_transport(max_calls, _RenewedToken(credentials)),
+            types.HttpOptions(timeout=int(timeout_s * 1000), api_version=api_version()),
+            vertexai=True,
+            project=project_id,
+            location=location,
+            credentials=credentials,
+        )
+
+
+def async_transport(max_calls: int, auth: httpx2.Auth | None = None) -> httpx2.AsyncClient:
+    """The HTTP client of the asynchronous calls, with a connection for each call in flight.
+
+    It is given to the SDK, which would else use aiohttp wherever that happens to be installed, and on that path repeats
+    a call by itself after a broken connection: a job could be made twice.
+    """
+    limits = httpx2.Limits(max_connections=max_calls, max_keepalive_connections=max_calls)
+    return httpx2.AsyncClient(limits=limits, auth=auth, follow_redirects=True)
+
+
+class _RenewedToken(httpx2.Auth):
+    """A token that the service refuses before it has expired by this machine's clock is renewed, once a call."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+        self._renewal = asyncio.Lock()
+
+    async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
+        answer = yield request
+        if answer.status_code != 401:
+            return
+        async with self._renewal:
+            if request.headers.get("Authorization") == f"Bearer {self._credentials.token}":
+                renew = google.auth.transport.requests.Request()
+                await asyncio.to_thread(self._credentials.refresh, renew)
+        request.headers["Authorization"] = f"Bearer {self._credentials.token}"
+        yield request
+
+
+def api_version() -> str:
+    """The version of the service's interface."""
+    return os.environ.get("GOOGLE_GENAI_API_VERSION") or _API_VERSION
+
+
+def base_url(location: str) -> str:
+    """Where the service is."""
+    custom = os.environ.get("GOOGLE_VERTEX_BASE_URL")
+    if custom:
+        return custom.rstrip("/")
+    if location == "global":
+        return "https://aiplatform.googleapis.com"
+    if location in ("us", "eu"):
+        return f"https://aiplatform.{location}.rep.googleapis.com"
+    return f"https://{location}-aiplatform.googleapis.com"
+
+
+def check_location(location: str) -> str:
+    """Refuse a location that could not be part of a host name.
+
+    Raises
+    ------
+    ConfigError
+        With the value.
+    """
+    if not location.replace("-", "").isalnum():
+        raise ConfigError(f"location {location!r} is not a Vertex AI location such as us-central1 or global.")
+    return location
