@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.programs import prefect_api, process_worker, run_program
+from tests.programs import prefect_api, process_worker, run_process, run_program, start_program
 
-__all__ = ["prefect_api", "process_worker", "run_program"]
+__all__ = ["prefect_api", "process_worker", "run_process", "run_program", "start_program"]
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
 

@@ -1,7 +1,10 @@
-"""A real Prefect server for the whole session, and the real command line against it."""
+"""A real Prefect server for the whole session, and the real command lines against it: here, or each a process."""
 
+import io
+import logging
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -9,12 +12,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prefect.context import use_profile
+from prefect.events.worker import EventsWorker
+from prefect.logging.configuration import setup_logging
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import Profile
 
+from flows.runtime.environment import prepare_environment
 from tests import ROOT
 from tests.process_worker import ProcessWorker, kill_group, started_worker
 
@@ -71,6 +80,9 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prefect server with a database of its own."""
     with started_server(tmp_path_factory.mktemp("prefect"), free_port()) as server:
         yield server.url
+        # What programs that were run in this process still have to send; they would try for minutes.
+        APILogWorker.drain_all()
+        EventsWorker.drain_all()
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -96,17 +108,110 @@ class Done:
 
 
 Run = Callable[..., Done]
+Process = subprocess.Popen[str]
+Start = Callable[..., Process]
 
 
 @pytest.fixture
 def run_program(prefect_api: str, tmp_path: Path) -> Run:
-    """``run_program("flows.run", "--flag", …, env={…})``: a program as a user starts it, with the session's server."""
+    """``run_program("flows.run", "--flag", …, env={…})``: what ``python -m flows.run --flag …`` does, in this process.
 
-    def run(module: str, *arguments: object, env: Mapping[str, str] | None = None, timeout_s: float = 240) -> Done:
+    It finds what a process of its own would: environment, working directory, standard streams, the settings that
+    Prefect reads when it is imported. It is quicker by the imports, and by what earlier calls keep in memory.
+    """
+
+    def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
         environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **(env or {}))
-        command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
-        return Done(done.returncode, done.stdout, done.stderr)
+        with _as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return Done(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
+
+
+@contextmanager
+def _as_a_new_process(environment: Mapping[str, str], argv: list[str]) -> Iterator[tuple[io.StringIO, io.StringIO]]:
+    """While this is entered, this process is as a program finds it that is started; yields its two streams."""
+    with ExitStack() as stack:
+        stack.enter_context(_only_environment(environment))
+        stack.enter_context(chdir(ROOT))
+        out = stack.enter_context(redirect_stdout(io.StringIO()))
+        err = stack.enter_context(redirect_stderr(io.StringIO()))
+        stack.enter_context(_restored_loggers("flows", "backends", "kl"))
+        prepare_environment()
+        stack.callback(setup_logging)  # with the settings of this process again
+        stack.enter_context(use_profile(Profile(name="newcomer"), include_current_context=False))
+        setup_logging()
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(os, "_exit", sys.exit)  # how a program leaves whose server does not answer
+        yield out, err
+
+
+@contextmanager
+def _only_environment(environment: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _restored_loggers(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.level, logger.propagate, [*logger.handlers]) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
+
+
+@pytest.fixture
+def start_program(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
+    """``start_program("flows.run", "--flag", …, env={…})``: a program as a user starts it, in its own process group.
+
+    ``api=None`` is a user without a server. What is left of it is killed after the test.
+    """
+    started: list[Process] = []
+
+    def start(
+        module: str, *arguments: object, env: Mapping[str, str] | None = None, api: str | None = prefect_api
+    ) -> Process:
+        server = {"PREFECT_API_URL": api} if api else {}
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env=clean_environment(tmp_path / "home", **server, **(env or {})),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            kill_group(process)
+        process.communicate()
+
+
+def finish(process: Process, timeout_s: float = 250) -> Done:
+    """Wait for a program's end."""
+    out, err = process.communicate(timeout=timeout_s)
+    return Done(process.returncode, out, err)
+
+
+@pytest.fixture
+def run_process(start_program: Start) -> Run:
+    """As `run_program`, in a process of its own."""
+
+    def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
+        return finish(start_program(module, *arguments, env=env))
 
     return run
 
