@@ -112,8 +112,14 @@ Process = subprocess.Popen[str]
 Start = Callable[..., Process]
 
 
+def _server_for(module: str, request: pytest.FixtureRequest, wanted: bool = True) -> dict[str, str]:
+    """The session's server, for programs that run a flow; it is started when the first of them is."""
+    needed = wanted and module in ("flows.run", "flows.sample")
+    return {"PREFECT_API_URL": request.getfixturevalue("prefect_api")} if needed else {}
+
+
 @pytest.fixture
-def run_program(prefect_api: str, tmp_path: Path) -> Run:
+def run_program(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     """``run_program("flows.run", "--flag", …, env={…})``: what ``python -m flows.run --flag …`` does, in this process.
 
     It finds what a process of its own would: environment, working directory, standard streams, the settings that
@@ -121,7 +127,7 @@ def run_program(prefect_api: str, tmp_path: Path) -> Run:
     """
 
     def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
-        environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **(env or {}))
+        environment = clean_environment(tmp_path / "home", **_server_for(module, request), **(env or {}))
         with _as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
             with pytest.raises(SystemExit) as end:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -174,20 +180,17 @@ def _restored_loggers(*names: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def start_program(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
+def start_program(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     """``start_program("flows.run", "--flag", …, env={…})``: a program as a user starts it, in its own process group.
 
-    ``api=None`` is a user without a server. What is left of it is killed after the test.
+    ``server=False`` is a user who was told of no Prefect server. What is left of it is killed after the test.
     """
     started: list[Process] = []
 
-    def start(
-        module: str, *arguments: object, env: Mapping[str, str] | None = None, api: str | None = prefect_api
-    ) -> Process:
-        server = {"PREFECT_API_URL": api} if api else {}
+    def start(module: str, *arguments: object, env: Mapping[str, str] | None = None, server: bool = True) -> Process:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
-            env=clean_environment(tmp_path / "home", **server, **(env or {})),
+            env=clean_environment(tmp_path / "home", **_server_for(module, request, server), **(env or {})),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
         started.append(process)

@@ -16,9 +16,9 @@ from google.cloud import storage
 
 from backends.vertex.jobs.ledger import JobLedger
 from flows.clean import CleanConfig, parse_duration
-from flows.config.models import build_config
+from flows.config.reading import build_config
 from tests import ROOT
-from tests.programs import Done, clean_environment
+from tests.programs import Done, Run
 from tests.vertex_world.fixtures import in_vertex_world, vertex_world
 from tests.vertex_world.testing import FLASH, genai_client, scoring_request
 from tests.vertex_world.world import VertexWorld
@@ -31,16 +31,13 @@ Clean = Callable[..., Done]
 
 
 @pytest.fixture
-def clean(tmp_path: Path) -> Clean:
+def clean(run_program: Run) -> Clean:
     """The program in a newcomer's environment."""
 
     def run(*arguments: object, world: VertexWorld | None = None, **environment: str) -> Done:
-        place = world.environment() if world else {}
-        command = [sys.executable, "-m", "flows.clean", *(str(argument) for argument in arguments)]
-        variables = clean_environment(tmp_path / "home", **place | environment)
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, cwd=ROOT)
-        assert "Traceback" not in done.stderr
-        return Done(done.returncode, done.stdout, done.stderr)
+        done = run_program("flows.clean", *arguments, env=(world.environment() if world else {}) | environment)
+        assert "Traceback" not in done.err
+        return done
 
     return run
 
@@ -72,8 +69,8 @@ def rules() -> list[dict]:
         return [dict(rule) for rule in client.get_bucket(BUCKET).lifecycle_rules]
 
 
-def test_help_is_quick_to_read_and_loads_no_sdk(clean: Clean) -> None:
-    done = clean("--help")
+def test_help_is_quick_to_read_and_loads_no_sdk(run_process: Run) -> None:
+    done = run_process("flows.clean", "--help")
     assert done.code == 0
     for text in ("--older-than", "--yes", "--set-lifecycle", "--lifecycle-days", "--output-dir", "exit codes"):
         assert text in done.out
