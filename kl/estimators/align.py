@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kl.estimators.list_checks import check_lengths, check_lists
 from kl.estimators.token_keys import (
     AlignKey,
     Candidates,
@@ -101,7 +102,7 @@ class Aligned:
         return np.where(self.index_q >= 0, found, -np.inf)
 
 
-class Side(NamedTuple):
+class _KeyedList(NamedTuple):
     """One list of one position: keys and log-probabilities, still with repeated keys and keys of several tokens."""
 
     keys: list[Key | None]
@@ -130,43 +131,40 @@ def align(
     lists_q: Sequence[Candidates],
     sampled_p: Sequence[Candidate | None] | None = None,
     sampled_q: Sequence[Candidate | None] | None = None,
-    choice: KeyChoice | None = None,
 ) -> Aligned:
     """Match the lists of P and Q, position by position.
 
     Parameters
     ----------
     lists_p, lists_q : sequences of T candidate lists
-        As `listed` returns them: known log-probabilities only, at least one entry each.
+        As `listed` returns them: the k best by falling log-probability, known values only, at least one entry each.
     sampled_p : sequence of T candidates, optional
         The token that P sampled; it need not be listed.
     sampled_q : sequence of T candidates, optional
         What Q reports beside its list. It is used where it is the token that P sampled, and only there.
-    choice : KeyChoice, optional
-        What to match by; default `choose_key` of these lists.
 
     Raises
     ------
+    CandidateListError
+        If a list is empty, holds a value that is not known, does not fall, or has a mass above 1.
     ValueError
-        If the numbers of lists differ, or a list is empty.
+        If there are not T of each.
     """
-    if not len(lists_p) == len(lists_q):
-        raise ValueError(f"{len(lists_p)} lists of P but {len(lists_q)} of Q; give one of each per position.")
-    empty = [t for t, pair in enumerate(zip(lists_p, lists_q, strict=True)) if not (pair[0] and pair[1])]
-    if empty:
-        raise ValueError(f"position {empty[0]} has an empty list; that is missing data: leave the position out.")
-    chosen = choose_key(lists_p, lists_q) if choice is None else choice
-    key_p, key_q = key_functions(chosen.key, lists_p, lists_q)
+    check_lengths(lists_p, lists_q, sampled_p, sampled_q)
+    check_lists(lists_p, "P")
+    check_lists(lists_q, "Q")
+    choice = choose_key(lists_p, lists_q)
+    key_p, key_q = key_functions(choice.key, lists_p, lists_q)
     nobody = [None] * len(lists_p)
     rows = [
-        _match(cands_p, cands_q, key_p, key_q, chosen.key, sample_p, sample_q)
+        _match(cands_p, cands_q, key_p, key_q, choice.key, sample_p, sample_q)
         for cands_p, cands_q, sample_p, sample_q in zip(
             lists_p, lists_q, sampled_p or nobody, sampled_q or nobody, strict=True
         )
     ]
     caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
     caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
-    return _stack(rows, caps_p, caps_q, chosen)
+    return _stack(rows, caps_p, caps_q, choice)
 
 
 def _match(
@@ -178,8 +176,8 @@ def _match(
     sample_p: Candidate | None,
     sample_q: Candidate | None,
 ) -> _Row:
-    side_p = Side([key_p(c) for c in cands_p], [logprob_of(c) for c in cands_p], tuple(cands_p))
-    side_q = Side([key_q(c) for c in cands_q], [logprob_of(c) for c in cands_q], tuple(cands_q))
+    side_p = _KeyedList([key_p(c) for c in cands_p], [logprob_of(c) for c in cands_p], tuple(cands_p))
+    side_q = _KeyedList([key_q(c) for c in cands_q], [logprob_of(c) for c in cands_q], tuple(cands_q))
     ends = end_roles(side_p.keys, side_q.keys) if kind == "text" else frozenset[Key]()
     if ends:
         side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
@@ -195,7 +193,7 @@ def _match(
     return _Row(keys_p, keys_q, logp, logq, open_p, open_q, n_open_p, n_open_q, top_open, n_duplicates, sampled)
 
 
-def _several(side: Side) -> set[Key | None]:
+def _several(side: _KeyedList) -> set[Key | None]:
     """Keys of one list that stand for more than one token; ``None`` is the key of all unidentified ones."""
     if len(set(side.keys)) == len(side.keys):
         return {None} if None in side.keys else set()
@@ -209,7 +207,7 @@ def _several(side: Side) -> set[Key | None]:
     return {key for key, count in counts.items() if (count > 1 and key not in repeats) or key is None}
 
 
-def _split(side: Side, several: set[Key | None]) -> tuple[list[Key], list[float], float, int, int]:
+def _split(side: _KeyedList, several: set[Key | None]) -> tuple[list[Key], list[float], float, int, int]:
     """Keys and log-probabilities of clear tokens; mass and number of the other keys; number of repeated entries."""
     if not several and len(set(side.keys)) == len(side.keys):
         return [key for key in side.keys if key is not None], side.logs, 0.0, 0, 0
@@ -226,7 +224,7 @@ def _split(side: Side, several: set[Key | None]) -> tuple[list[Key], list[float]
     return list(clear), list(clear.values()), math.fsum(other.values()), n_open, len(keyed) - len(set(keyed))
 
 
-def _sampled_key(sample: Candidate, side: Side, key_of: KeyFunction) -> Key | None:
+def _sampled_key(sample: Candidate, side: _KeyedList, key_of: KeyFunction) -> Key | None:
     """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
     key = key_of(sample)
     if key is not None:
@@ -255,7 +253,7 @@ def _sampled(
 def _lookup(own: float | None, wanted: Key | None, clear: bool, keys: list[Key], logs: list[float]) -> float:
     if clear and wanted in keys:
         return logs[keys.index(wanted)]
-    return own if own is not None and is_known(own) else math.nan
+    return own if is_known(own) else math.nan
 
 
 def _stack(rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, choice: KeyChoice) -> Aligned:

@@ -302,38 +302,6 @@ def _water_level(weights: FloatArray, cap: FloatArray, outside: FloatArray, tota
     return np.where(right.any(axis=1), found, np.inf)
 
 
-def upper_floor(cell: Cells, smallest_q: float) -> FloatArray:
-    """KL at most this, if Q gives every token at least ``smallest_q``. Nats, shape (T,).
-
-    P's rest is put on as few tokens as its cap allows.
-    """
-    if not 0 < smallest_q <= 1:
-        raise ValueError(f"smallest_q={smallest_q} must be a probability above 0.")
-    log_floor = np.log(smallest_q)
-    only_p = np.where(cell.a > 0, cell.a * (np.log(np.maximum(cell.a, SMALLEST)) - log_floor), 0.0).sum(axis=1)
-    n_full = np.floor(cell.rest_p / cell.cap_p)
-    part = np.maximum(cell.rest_p - n_full * cell.cap_p, 0.0)
-    rest = n_full * cell.cap_p * (np.log(cell.cap_p) - log_floor) + rel_entr(part, smallest_q)
-    return cell.head + only_p + rest + rel_entr(cell.open_p, smallest_q)
-
-
-def upper_ratio(cell: Cells, largest_log_ratio: float) -> FloatArray:
-    """KL at most this, if ``log p/q <= largest_log_ratio`` on every token that is not shared. Nats, shape (T,)."""
-    return cell.head + largest_log_ratio * cell.hidden_p
-
-
-def upper_range(cell: Cells, width: float | FloatArray) -> FloatArray:
-    """KL at most this, if ``log p/q`` of the tokens not shared spans at most ``width``. Nats, shape (T,).
-
-    Hoeffding's lemma on the log-ratio inside the hidden part, whose mean of q/p is known.
-    """
-    if np.any(np.asarray(width) < 0):
-        raise ValueError(f"width={width} must be at least 0.")
-    # Without the slack, which would lower the bound; inf where Q has no mass left for what P may have there.
-    grouped = cell.head + rel_entr(cell.hidden_p, cell.hidden_q)
-    return grouped + cell.hidden_p * np.square(width) / 8.0
-
-
 def upper_subgauss(cell: Cells, variance: FloatArray, factor: float) -> FloatArray:
     """KL at most this, if ``log p/q`` of the tokens not shared is sub-Gaussian with proxy ``factor * variance``.
 

@@ -132,7 +132,7 @@ class ListMeasures:
         return PointEstimates(*(np.maximum(values, 0.0) for values in chosen))
 
 
-def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = REST_SLACK) -> ListMeasures:
+def measure(aligned: Aligned, prior: tobit.SpreadPrior | None) -> ListMeasures:
     """All estimates and bounds of T aligned positions, each position for itself.
 
     Parameters
@@ -140,10 +140,8 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None, slack: float = RE
     prior : SpreadPrior, optional
         From `kl.estimators.censored.pooled_prior` over the whole data set; ``None`` if no position of it has a
         variance.
-    slack : float
-        See `kl.estimators.bounds.cells`.
     """
-    cell = cells(aligned, slack)
+    cell = cells(aligned)
     low, grouped = lower_bounds(cell), bucket(cell)
     model = tobit.fit(aligned, prior)
     complete = (cell.hidden_p <= NEGLIGIBLE_MASS) & (cell.hidden_q <= NEGLIGIBLE_MASS)

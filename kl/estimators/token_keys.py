@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 from kl.records import END_TOKENS, UNKNOWN_LOGPROB, Candidate
 
@@ -30,7 +30,7 @@ class Listed(NamedTuple):
     n_dropped: int
 
 
-def is_known(logprob: float | None) -> bool:
+def is_known(logprob: float | None) -> TypeGuard[float]:
     """Whether a reported log-probability is one; not if it is missing, NaN or a sentinel of -1000 or less."""
     return logprob is not None and logprob > UNKNOWN_LOGPROB
 

@@ -243,7 +243,7 @@ def test_lists_of_unequal_length_are_padded():
     ("lists_p", "lists_q", "message"),
     [
         ([candidates(a=-0.5)], [], "1 lists of P but 0 of Q"),
-        ([candidates(a=-0.5)], [()], "position 0 has an empty list"),
+        ([candidates(a=-0.5)], [()], "position 0: the list of Q is empty"),
     ],
 )
 def test_lists_that_cannot_be_paired_are_refused(lists_p, lists_q, message):

@@ -210,8 +210,8 @@ class TestShortLists:
         assert values.upper_plausible[0] == 0.0
 
     def test_fewer_than_three_shared_tokens_have_no_plausible_upper(self):
-        top_p = candidates(**{f"p{i}": math.log(0.1) for i in range(4)}, a=math.log(0.3), b=math.log(0.2))
-        top_q = candidates(**{f"q{i}": math.log(0.1) for i in range(4)}, a=math.log(0.3), b=math.log(0.2))
+        top_p = candidates(a=math.log(0.3), b=math.log(0.2), **{f"p{i}": math.log(0.1) for i in range(4)})
+        top_q = candidates(a=math.log(0.3), b=math.log(0.2), **{f"q{i}": math.log(0.1) for i in range(4)})
         values = measure(align([top_p], [top_q]), SpreadPrior(0.3))
         assert np.isnan(values.upper_plausible[0])
         assert values.censored.kl[0] >= values.lower.kl[0] > 0

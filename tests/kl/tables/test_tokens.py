@@ -9,7 +9,6 @@ import pytest
 
 from kl.estimators.censored import SpreadPrior, pooled_prior
 from kl.estimators.divergence import exact_kl
-from kl.estimators.token_keys import KeyChoice
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
 from kl.tables.schemas import TOKENS
 from kl.tables.tokens import align_response, measure_response, response_diagnostic, response_spread
@@ -148,7 +147,7 @@ class TestMissing:
         tops_p = [tops[0][0], (*top_p,), tops[0][2]]
         response = response_of(tops_p, [Candidate("x", -0.5)] * 3)
         scores = scores_of([tops[1][0], top_q, tops[1][2]])
-        frame = measure_response(response, scores, estimator="censored", prior=PRIOR, choice=KeyChoice("text", 0, 0))
+        frame = measure_response(response, scores, estimator="censored", prior=PRIOR)
         assert frame["reason"].to_list() == [None, reason, None]
         assert len(frame["error"][1]) > 20
         assert_not_measured(frame.row(1, named=True))
