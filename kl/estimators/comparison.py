@@ -1,0 +1,126 @@
+"""Two sets of top-k lists in, what they say of the divergence at every position out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align
+from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
+from kl.estimators.divergence import measure
+from kl.estimators.list_checks import check_lengths, check_lists, part_appended
+from kl.estimators.token_keys import Candidates
+from kl.records import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class PositionDivergences:
+    """What the lists of P and Q say of T positions; arrays of shape (T,), named as the columns of `tokens.parquet`.
+
+    Divergences are float64 in nats, and NaN where the lists do not determine one.
+
+    Attributes
+    ----------
+    kl_estimate : KL(P‖Q) by the ``censored`` estimator; needs 5 listed tokens of each side
+    kl_lower : certified, no completion of the two lists has a smaller KL
+    kl_upper_plausible : a limit under the model of the estimate and no certificate; needs 3 shared tokens
+    kl_floor, kl_bucket : by these estimators, for comparison; ``kl_floor`` can be negative
+    reverse_kl_estimate, reverse_kl_lower : KL(Q‖P)
+    js_estimate, js_lower : Jensen-Shannon divergence, at most log 2
+    tv_lower : certified lower bound of the total variation distance, in probability
+    coverage_p, coverage_q : float64, listed probability
+    overlap : int64, tokens that both sides list
+    appended_p, appended_q : bool
+        Whether the last entry of the list was left out, as it may be a sampled token beside the k best.
+    prior : SpreadPrior or None
+        What the estimates were drawn to.
+    aligned : Aligned
+        The matched lists, for `sampled_token`, `diagnose` and whatever else is wanted.
+    """
+
+    kl_estimate: FloatArray
+    kl_lower: FloatArray
+    kl_upper_plausible: FloatArray
+    kl_floor: FloatArray
+    kl_bucket: FloatArray
+    reverse_kl_estimate: FloatArray
+    reverse_kl_lower: FloatArray
+    js_estimate: FloatArray
+    js_lower: FloatArray
+    tv_lower: FloatArray
+    coverage_p: FloatArray
+    coverage_q: FloatArray
+    overlap: IntArray
+    appended_p: BoolArray
+    appended_q: BoolArray
+    prior: SpreadPrior | None
+    aligned: Aligned
+
+
+def compare(
+    lists_p: Sequence[Candidates],
+    lists_q: Sequence[Candidates],
+    sampled: Sequence[Candidate | None] | None = None,
+    prior: SpreadPrior | Literal["pooled"] | None = "pooled",
+) -> PositionDivergences:
+    """Match the lists of P and Q at T positions and estimate every divergence, each position for itself.
+
+    Parameters
+    ----------
+    lists_p, lists_q : sequences of T candidate lists
+        The k best of each side by falling log-probability (natural logarithms), known values only, at least one entry.
+        All positions together decide what tokens are matched by.
+    sampled : sequence of T candidates, optional
+        The tokens that P sampled; ``None`` is not known. A list of either side that ends with its sampled token, is
+        longer than any that does not, and leaves more probability over than this token has, may be a list of k with the
+        token added; its last entry would be no limit for the tokens not listed. It is left out, and says of the sampled
+        token alone: bounds are certified either way.
+    prior : SpreadPrior, "pooled" or None
+        The variance of log p/q to expect of a position: ``"pooled"`` takes it from these positions. Pass the
+        `pooled_prior` of a whole data set where these are a part of it. ``None``: each position is left to itself.
+
+    Raises
+    ------
+    CandidateListError
+        If a list is empty, holds None, NaN or a sentinel, does not fall, or adds up to more than 1.01.
+    ValueError
+        If there are not T of each.
+    """
+    tokens = [None] * len(lists_p) if sampled is None else sampled
+    check_lengths(lists_p, lists_q, tokens)
+    check_lists(lists_p, "P")
+    check_lists(lists_q, "Q")
+    side_p, side_q = part_appended(lists_p, tokens), part_appended(lists_q, tokens)
+    sampled_p = [_known(*pair) for pair in zip(tokens, side_p.added, strict=True)]
+    aligned = align(side_p.lists, side_q.lists, sampled_p, side_q.added)
+    expected = pooled_prior(SpreadEvidence.of(aligned)) if prior == "pooled" else prior
+    found = measure(aligned, expected)
+    return PositionDivergences(
+        kl_estimate=found.censored.kl,
+        kl_lower=found.lower.kl,
+        kl_upper_plausible=found.upper_plausible,
+        kl_floor=found.floor.kl,
+        kl_bucket=found.bucket.kl,
+        reverse_kl_estimate=found.censored.reverse_kl,
+        reverse_kl_lower=found.lower.reverse_kl,
+        js_estimate=found.censored.js,
+        js_lower=found.lower.js,
+        tv_lower=found.lower.tv,
+        coverage_p=aligned.coverage_p,
+        coverage_q=aligned.coverage_q,
+        overlap=aligned.overlap,
+        appended_p=np.array([entry is not None for entry in side_p.added], dtype=np.bool_),
+        appended_q=np.array([entry is not None for entry in side_q.added], dtype=np.bool_),
+        prior=expected,
+        aligned=aligned,
+    )
+
+
+def _known(sampled: Candidate | None, added: Candidate | None) -> Candidate | None:
+    """The sampled token, with the value that P's list gave it where it has none of its own."""
+    if sampled is None or added is None or sampled.logprob is not None:
+        return sampled
+    return sampled._replace(logprob=added.logprob)
