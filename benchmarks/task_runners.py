@@ -32,12 +32,14 @@ prepare_environment()
 
 from prefect import flow  # noqa: E402 - its settings were prepared above
 
-from flows.cluster.runners import LazyCluster, TaskRunnerConfig  # noqa: E402
-from flows.config.models import RunConfig, resolve_backend  # noqa: E402
+from flows.cluster.runners import LazyCluster  # noqa: E402
+from flows.config.comparison import Comparison  # noqa: E402
+from flows.config.models import RunConfig  # noqa: E402
+from flows.config.runner import TaskRunnerConfig  # noqa: E402
+from flows.config.templates import RunValues  # noqa: E402
 from flows.stages.inputs import find_inputs  # noqa: E402
 from flows.stages.passes import FILES_PER_PART, measure_files  # noqa: E402
-from flows.stages.plan import Asker, make_plan, requests_of  # noqa: E402
-from flows.stages.scoring import Stores  # noqa: E402
+from flows.stages.plan import make_plan, requests_of  # noqa: E402
 from kl.records import Candidate, Score  # noqa: E402
 
 K = 20
@@ -84,22 +86,22 @@ def _response(noise: np.random.Generator, n_tokens: int) -> dict[str, Any]:
 
 def write_scores(config: RunConfig) -> None:
     """An answer of Q to every context."""
-    asker, stores = asker_of(config), Stores.of(config.output_dir)
+    comparison = comparison_of(config)
+    scores = comparison.folder.stores().scores
     noise = np.random.default_rng(2)
-    for group in make_plan(find_inputs(config), asker, stores.scores, {}).groups:
-        for prompt_id, request in requests_of(group, asker):
+    for group in make_plan(find_inputs(config), comparison, scores, {}, 50).groups:
+        for prompt_id, request in requests_of(group, comparison):
             answers = [
                 Score(key, tuple(Candidate(f" t{token}", logprob, token) for token, logprob in top(noise, 0.3)))
                 for key in request.keys
             ]
-            stores.scores.append(prompt_id, request.model, answers)
-    stores.scores.compact_all()
+            scores.append(prompt_id, request.model, answers)
+    scores.compact_all()
 
 
-def asker_of(config: RunConfig) -> Asker:
-    """What asks for a run."""
-    backend, options, _ = resolve_backend(config)
-    return Asker(config, backend, options)
+def comparison_of(config: RunConfig) -> Comparison:
+    """What is measured."""
+    return Comparison.of(config, RunValues.of_a_dry_run())
 
 
 def peak_mb() -> float:
@@ -110,17 +112,18 @@ def peak_mb() -> float:
 @flow(name="benchmark")
 def measure_on(config: RunConfig, workers: int) -> Row:
     """Measure all files with so many workers; 0: in this process."""
-    files, asker, stores = find_inputs(config), asker_of(config), Stores.of(config.output_dir)
+    files, comparison = find_inputs(config), comparison_of(config)
+    given = (comparison, comparison.folder.stores(), comparison.folder.token_parts)
     if not workers:
         began = time.monotonic()
-        measure_files(files, asker, stores)
+        measure_files(files, *given)
         return Row("in this process", 0.0, time.monotonic() - began, peak_mb(), None)
     began = time.monotonic()
     runner = TaskRunnerConfig(kind="dask", workers=workers, threads_per_worker=1)
     with LazyCluster(runner) as cluster:
-        measure_files(files[: 2 * FILES_PER_PART * workers], asker, stores, cluster)  # the workers load the program
+        measure_files(files[: 2 * FILES_PER_PART * workers], *given, cluster)  # the workers load the program
         started = time.monotonic()
-        measure_files(files, asker, stores, cluster)
+        measure_files(files, *given, cluster)
         ended = time.monotonic()
         worker_mb = max(cluster.get().everywhere(peak_mb))
     return Row(f"dask, {workers} workers", started - began, ended - started, peak_mb(), worker_mb)

@@ -1,8 +1,8 @@
-"""Our own log lines in the log of the Prefect run: of the flow, of its tasks, and of tasks in other processes.
+"""Our own log lines in the log of the Prefect run.
 
 Prefect sends what its own loggers get, and what the loggers in PREFECT_LOGGING_EXTRA_LOGGERS get in processes that had
-that setting when they started; the workers of a cluster have not. Here the same handler is attached to our loggers for
-as long as a run or task is at work. Lines of threads that know no run (a backend's own) go to the only one at work.
+that setting when they started. Here the same handler is attached to our loggers for as long as a run is at work. Lines
+of threads that know no run (a backend's own) go to the only one at work.
 """
 
 from __future__ import annotations
@@ -14,28 +14,23 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.logging.handlers import APILogHandler, APILogWorker
+from prefect.logging.handlers import APILogHandler
 
 _OUR_LOGGERS = ("flows", "backends", "kl")
-_FLUSH_S = 5.0
 
 
 class _RunLogHandler(APILogHandler):
     """Sends lines to the run in whose context they were written, else to the only one at work."""
-
-    waiting = False  # lines that may not have arrived yet
 
     def emit(self, record: logging.LogRecord) -> None:
         if _sent_by_prefect(record.name):
             return
         if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
             super().emit(record)
-            self.waiting = True
             return
         at_work = list(_at_work.values())
         if len({run for run, _ in at_work}) == 1:
             at_work[0][1].copy().run(super().emit, record)
-            self.waiting = True
 
 
 _handler = _RunLogHandler()
@@ -54,14 +49,8 @@ def _sent_by_prefect(name: str) -> bool:
 
 
 @contextmanager
-def run_logging(*, flush: bool = False) -> Generator[None]:
-    """While this is entered, inside a flow or task run, our log lines go to the run's log from INFO on.
-
-    Parameters
-    ----------
-    flush : bool
-        Wait at the end until the lines have arrived: for a process that may end with its task.
-    """
+def run_logging() -> Generator[None]:
+    """While this is entered, inside a flow run, our log lines go to the run's log from INFO on."""
     me = object()
     with _lock:
         _at_work[me] = _flow_run(), contextvars.copy_context()
@@ -79,25 +68,8 @@ def run_logging(*, flush: bool = False) -> Generator[None]:
             if not _at_work:
                 for name in _OUR_LOGGERS:
                     logging.getLogger(name).removeHandler(_handler)
-        if flush and _handler.waiting:
-            _handler.waiting = False
-            _flush()
-
-
-def _flush() -> None:
-    """Send what waits; a server that does not answer is not waited for."""
-    drain = threading.Thread(target=contextvars.copy_context().run, args=(_drain,), daemon=True)
-    drain.start()
-    drain.join(_FLUSH_S)
-
-
-def _drain() -> None:
-    # Not `APILogWorker.drain_all`, which ends Prefect's other services too: they would connect anew for every task.
-    APILogWorker.instance().drain()
 
 
 def _flow_run() -> str:
-    task, flow = TaskRunContext.get(), FlowRunContext.get()
-    if task is not None:
-        return str(task.task_run.flow_run_id)
-    return str(flow.flow_run.id) if flow is not None and flow.flow_run is not None else ""
+    run = FlowRunContext.get()
+    return str(run.flow_run.id) if run is not None and run.flow_run is not None else ""

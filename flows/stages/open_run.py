@@ -32,7 +32,6 @@ from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
 from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
-from flows.stages.passes import FILES_PER_PART
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
@@ -196,7 +195,8 @@ class OpenRun:
         # A collect makes follow-up jobs at most, for what was within the limit when it was submitted.
         if config.stage != "collect":
             check_cost(plan, config.max_cost_usd)
-        if self.cluster is not None and plan.files and (plan.groups or len(plan.files) > FILES_PER_PART):
+        # Workers that the run starts itself have its folders and programs; they begin when there is work for them.
+        if self.cluster is not None and config.task_runner.address is not None:
             needs = Needs(absolute(plan.files[0].path), absolute(config.output_dir))
             check_workers(self.cluster.get(), config.task_runner.kind, needs)
 

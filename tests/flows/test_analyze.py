@@ -8,7 +8,8 @@ import sys
 import polars as pl
 import pytest
 
-from flows.analyze import comparable_column, main, verdict
+from flows.analyze import main
+from flows.commands.two_runs import comparable_column, verdict
 from flows.folder.finished import load_run, summary_from_json, worst_positions
 from kl.output.files import write_part, write_responses, write_run_info, write_summary, write_tokens
 from kl.output.headline import headline

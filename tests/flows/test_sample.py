@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from flows.config.models import SampleConfig, validate
+from flows.config.models import SampleConfig
+from flows.config.reading import validate
 from flows.sample import sample
 
 

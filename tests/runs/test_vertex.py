@@ -75,17 +75,17 @@ def floors(folder: Path, tokens: pl.DataFrame) -> list[float]:
     for row in scores.iter_rows(named=True):
         pairs = zip(row["token_ids"], row["logprobs"], strict=True)
         by_list[row["key"]] = [{"token_id": token, "logprob": logprob} for token, logprob in pairs]
-    from flows.config.models import RunConfig, resolve_backend
+    from flows.config.comparison import Comparison
+    from flows.config.models import RunConfig
+    from flows.config.templates import RunValues
     from flows.stages.inputs import find_inputs, read_input
-    from flows.stages.plan import Asker
 
     config = RunConfig(input_dir=folder / "in", output_dir=folder / "out", model2=Q, project_id="stand-in-project")
-    backend, options, _ = resolve_backend(config)
-    asker = Asker(config, backend, options)
+    comparison = Comparison.of(config, RunValues.of_a_dry_run())
     values: list[float] = []
     for file in find_inputs(config):
         for response in read_input(file).responses:
-            request = asker.request(response, "q")
+            request = comparison.request(response, "q")
             for position, key in zip(response.positions, request.keys, strict=True):
                 top_p = [{"token_id": item.token_id, "logprob": item.logprob} for item in position.top]
                 values.append(floor_by_hand(top_p, by_list[key]))

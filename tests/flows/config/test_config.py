@@ -7,7 +7,8 @@ import pytest
 
 from backends.errors import ConfigError
 from flows.commands.arguments import make_parser, parse_config
-from flows.config.models import RunConfig, check_capabilities, resolve_backend
+from flows.config.backend import check_capabilities, resolve_backend
+from flows.config.models import RunConfig
 
 
 def config_of(*arguments: str) -> RunConfig:

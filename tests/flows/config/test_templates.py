@@ -9,16 +9,10 @@ import pytest
 
 from backends.errors import ConfigError
 from flows.config.alert import AlertConfig, Baseline
-from flows.config.models import RunConfig, validate
-from flows.config.templates import (
-    RunValues,
-    differs_between_runs,
-    doubtful_braces,
-    fill,
-    folder_record,
-    pinning_flags,
-    resolve_folders,
-)
+from flows.config.folders import folder_record, pinning_flags, resolve_folders
+from flows.config.models import RunConfig
+from flows.config.reading import validate
+from flows.config.templates import RunValues, differs_between_runs, double_brace_warning, fill
 
 NEW_YEAR = RunValues(
     datetime(2027, 1, 1, 3, 5, tzinfo=UTC),
@@ -162,8 +156,8 @@ def test_an_interrupted_run_is_gone_on_with_in_its_own_folders():
 
 
 def test_double_braces_around_a_field_are_doubtful():
-    assert "{{ date:%Y }} is a name with braces in it" in str(doubtful_braces("a/{{ date:%Y }}"))
-    assert doubtful_braces("a/{date}/{{x}}") is None
+    assert "{{ date:%Y }} is a name with braces in it" in str(double_brace_warning("a/{{ date:%Y }}"))
+    assert double_brace_warning("a/{date}/{{x}}") is None
 
 
 def alert(**settings: object) -> AlertConfig:

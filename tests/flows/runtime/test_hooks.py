@@ -16,15 +16,15 @@ from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Cancelling, Crashed, Failed
 
 from backends.base import ScoreRequest
-from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.jobs.ledger import JobLedger
+from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
+from flows.config.templates import RunValues
 from flows.folder.lock import run_lock
 from flows.run import kl_divergence
 from flows.runtime.hooks import settle_jobs
 from flows.stages.inputs import find_inputs
-from flows.stages.plan import Asker, make_plan, requests_of
-from flows.stages.scoring import Stores
+from flows.stages.plan import make_plan, requests_of
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
@@ -67,15 +67,12 @@ def make_jobs(world: VertexWorld, folder: Path, out: str, run_id: UUID) -> None:
     """A job in the records of an output folder, as a run with this id that was killed leaves it."""
     world.write_responses(folder / "in", P, ["One"], n=1, max_tokens=5, seed=4)
     config = RunConfig.model_validate(parameters(folder, out)["config"])
-    options = VertexBatchOptions(project_id=world.project)
-    asker = Asker(config, VertexBatchBackend, options)
-    plan = make_plan(find_inputs(config), asker, Stores.of(config.output_dir).scores, {})
-    requests: list[ScoreRequest] = [request for group in plan.groups for _, request in requests_of(group, asker)]
+    comparison = Comparison.of(config, RunValues.of_a_dry_run())
+    plan = make_plan(find_inputs(config), comparison, comparison.folder.stores().scores, {}, 50)
+    requests: list[ScoreRequest] = [request for group in plan.groups for _, request in requests_of(group, comparison)]
 
     async def submit() -> None:
-        backend = VertexBatchBackend(options, config.output_dir / "scores")
-        backend.run_id = str(run_id)
-        async with backend:
+        async with comparison.build_backend(str(run_id)) as backend:
             assert [result async for result in backend.submit(requests)]
 
     asyncio.run(submit())

@@ -7,7 +7,8 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.storage import as_location, remove_folder, write_bytes_atomic
-from flows.config.models import RunConfig, validate
+from flows.config.models import RunConfig
+from flows.config.reading import validate
 from flows.stages.inputs import file_defect, find_inputs, read_ahead, read_input
 
 

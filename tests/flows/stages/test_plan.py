@@ -11,12 +11,15 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.scores.store import ScoreStore
-from flows.config.models import RunConfig, resolve_backend, validate
+from flows.config.comparison import Comparison
+from flows.config.models import RunConfig
+from flows.config.reading import validate
+from flows.config.templates import RunValues
 from flows.stages.inputs import find_inputs, read_input
-from flows.stages.plan import Asker, Plan, make_plan, requests_of
+from flows.stages.plan import Plan, make_plan, requests_of
 from kl.records import Candidate, Score
 
-MakePlan = Callable[..., tuple[Plan, Asker, ScoreStore]]
+MakePlan = Callable[..., tuple[Plan, Comparison, ScoreStore]]
 
 
 def response(tokens: list[str], **fields: Any) -> dict[str, Any]:
@@ -31,8 +34,11 @@ def plan_of(tmp_path: Path) -> MakePlan:
     """Write files of (prompt, token lists) and plan a run of the online backend over them."""
 
     def make(
-        files: dict[str, tuple[str, list[list[str]]]], in_flight: dict[str, str] | None = None, **settings: Any
-    ) -> tuple[Plan, Asker, ScoreStore]:
+        files: dict[str, tuple[str, list[list[str]]]],
+        in_flight: dict[str, str] | None = None,
+        at_once: int = 50,
+        **settings: Any,
+    ) -> tuple[Plan, Comparison, ScoreStore]:
         folder = tmp_path / "in"
         for name, (prompt, responses) in files.items():
             path = folder / name
@@ -45,28 +51,28 @@ def plan_of(tmp_path: Path) -> MakePlan:
             "pattern": "**/*.json",
         }
         config = validate(RunConfig, values | {"backend": "vertex_online", "project_id": "p"} | settings)
-        backend, options, _ = resolve_backend(config)
-        asker, store = Asker(config, backend, options), ScoreStore(tmp_path / "out" / "scores")
-        return make_plan(find_inputs(config), asker, store, in_flight or {}), asker, store
+        comparison = Comparison.of(config, RunValues.of_a_dry_run())
+        store = ScoreStore(comparison.folder.scores)
+        return make_plan(find_inputs(config), comparison, store, in_flight or {}, at_once), comparison, store
 
     return make
 
 
-def asked(plan: Plan, asker: Asker) -> list[str]:
-    return [key for group in plan.groups for _, request in requests_of(group, asker) for key in request.keys]
+def asked(plan: Plan, comparison: Comparison) -> list[str]:
+    return [key for group in plan.groups for _, request in requests_of(group, comparison) for key in request.keys]
 
 
 def test_one_group_per_response_and_every_position_once(plan_of: MakePlan) -> None:
-    plan, asker, _ = plan_of({"a.json": ("Hi", [["x", "y"], ["z"]]), "b.json": ("Ho", [["x", "y", "z"]])})
+    plan, comparison, _ = plan_of({"a.json": ("Hi", [["x", "y"], ["z"]]), "b.json": ("Ho", [["x", "y", "z"]])})
     assert [group.name for group in plan.groups] == ["a.json#0", "b.json#0"]
     assert (plan.n_responses, plan.n_positions, plan.n_contexts) == (3, 6, 5)  # both samples begin with one context
-    assert len(asked(plan, asker)) == len(set(asked(plan, asker))) == plan.n_to_ask == 5
+    assert len(asked(plan, comparison)) == len(set(asked(plan, comparison))) == plan.n_to_ask == 5
 
 
 def test_equal_prompts_in_two_files_share_their_contexts(plan_of: MakePlan) -> None:
-    plan, asker, _ = plan_of({"a.json": ("Hi", [["x", "y", "z"]]), "deep/b.json": ("Hi", [["xy", "z"]])})
+    plan, comparison, _ = plan_of({"a.json": ("Hi", [["x", "y", "z"]]), "deep/b.json": ("Hi", [["xy", "z"]])})
     assert plan.n_contexts == 3  # "", "x", "xy"
-    assert sorted(asked(plan, asker)) == sorted(set(asked(plan, asker)))
+    assert sorted(asked(plan, comparison)) == sorted(set(asked(plan, comparison)))
 
 
 def test_empty_tokens_change_no_context(plan_of: MakePlan) -> None:
@@ -76,55 +82,84 @@ def test_empty_tokens_change_no_context(plan_of: MakePlan) -> None:
 
 def test_responses_are_grouped_as_configured(plan_of: MakePlan) -> None:
     files = {f"{index}.json": (f"Prompt {index}", [["a", "b"]]) for index in range(5)}
-    plan, asker, _ = plan_of(files, responses_per_job=2)
+    plan, comparison, _ = plan_of(files, responses_per_job=2)
     assert [(group.name, group.n_positions) for group in plan.groups] == [
         ("0.json#0 +1", 4),
         ("2.json#0 +1", 4),
         ("4.json#0", 2),
     ]
-    assert len(set(asked(plan, asker))) == 10
+    assert len(set(asked(plan, comparison))) == 10
+
+
+@pytest.mark.parametrize(
+    ("n", "at_once", "in_jobs", "sizes"),
+    [
+        (3, 50, 0, [1, 1, 1]),
+        (5, 5, 0, [1, 1, 1, 1, 1]),
+        (6, 5, 0, [2, 2, 2]),  # equal parts that fit in flight at once
+        (11, 4, 0, [3, 3, 3, 2]),
+        (4, 3, 1, [1, 2, 1]),  # the job of an earlier run takes a place
+        (3, 1, 0, [3]),
+    ],
+)
+def test_jobs_go_in_one_wave(n: int, at_once: int, in_jobs: int, sizes: list[int], plan_of: MakePlan) -> None:
+    files = {f"{index}.json": (f"Prompt {index}", [["a", "b"]]) for index in range(n)}
+    batch = {"backend": "vertex_batch", "at_once": at_once}
+    plan, comparison, _ = plan_of(files, **batch)
+    earlier = {key: "job" for key in asked(plan, comparison)[: 2 * in_jobs]}
+    plan, _, _ = plan_of(files, in_flight=earlier, **batch)
+    assert [group.n_responses for group in plan.groups] == sizes
+    as_set, _, _ = plan_of(files, responses_per_job=1, **batch)
+    assert [group.n_responses for group in as_set.groups] == [1] * n
 
 
 def test_what_is_on_disk_is_not_asked(plan_of: MakePlan) -> None:
     files = {"a.json": ("Hi", [["x", "y", "z"]])}
-    plan, asker, store = plan_of(files)
-    keys = asked(plan, asker)
+    plan, comparison, store = plan_of(files)
+    keys = asked(plan, comparison)
     prompt_id = read_input(plan.files[0]).responses[0].prompt.prompt_id
     store.append(prompt_id, "q", [Score(key, (Candidate("x", -0.1),)) for key in keys[:2]])
-    again, asker, _ = plan_of(files)
-    assert asked(again, asker) == keys[2:]
+    again, comparison, _ = plan_of(files)
+    assert asked(again, comparison) == keys[2:]
     assert (again.n_contexts, again.n_stored, again.n_to_ask) == (3, 2, 1)
     assert again.estimate.requests == 1
 
 
 def test_what_an_earlier_job_answers_is_one_group_of_its_own(plan_of: MakePlan) -> None:
     files = {"a.json": ("Hi", [["x", "y"]]), "b.json": ("Ho", [["x", "y"]])}
-    plan, asker, _ = plan_of(files)
-    keys = asked(plan, asker)
-    again, asker, _ = plan_of(files, in_flight={keys[1]: "job-1", keys[2]: "job-1"})
-    groups = [[key for _, request in requests_of(group, asker) for key in request.keys] for group in again.groups]
+    plan, comparison, _ = plan_of(files)
+    keys = asked(plan, comparison)
+    again, comparison, _ = plan_of(files, in_flight={keys[1]: "job-1", keys[2]: "job-1"})
+    groups = [[key for _, request in requests_of(group, comparison) for key in request.keys] for group in again.groups]
     assert sorted(map(sorted, groups)) == sorted(map(sorted, [keys[1:3], keys[:1], keys[3:]]))
     assert again.n_in_flight == 2
+
+
+def sides(plan: Plan) -> list[str]:
+    return [selection.side for group in plan.groups for selection in group.selections]
 
 
 def test_the_full_vocabulary_asks_both_models_where_the_backend_has_both(plan_of: MakePlan, tmp_path: Path) -> None:
     files = {"a.json": ("Hi", [["x", "y"]])}
     full = {"backend": "local", "model2": "smollm2-135m@int8", "top_logprobs": "full", "project_id": None}
     plan, _, _ = plan_of(files, **full)
-    assert (plan.n_contexts, [ask.side for group in plan.groups for ask in group.asks]) == (2, ["q"])
+    assert (plan.n_contexts, sides(plan)) == (2, ["q"])
     document = json.loads((tmp_path / "in" / "a.json").read_text())
     document["responses"][0]["model"] = "smollm2-135m"
     (tmp_path / "in" / "a.json").write_text(json.dumps(document))
     plan, _, _ = plan_of({}, **full)
-    assert (plan.n_contexts, [ask.side for group in plan.groups for ask in group.asks]) == (4, ["q", "p"])
+    assert (plan.n_contexts, [selection.side for group in plan.groups for selection in group.selections]) == (
+        4,
+        ["q", "p"],
+    )
     with pytest.raises(ConfigError, match="unknown model 'nobody'"):
         plan_of(files, **full | {"model2": "nobody"})
 
 
 def test_a_sample_asks_its_positions_only(plan_of: MakePlan) -> None:
     files = {"a.json": ("Hi", [[str(digit) for digit in range(10)]])}
-    plan, asker, _ = plan_of(files, positions={"fraction": 0.3})
-    assert (plan.n_positions, plan.n_selected, len(asked(plan, asker))) == (10, 3, 3)
+    plan, comparison, _ = plan_of(files, positions={"fraction": 0.3})
+    assert (plan.n_positions, plan.n_selected, len(asked(plan, comparison))) == (10, 3, 3)
 
 
 def test_results_in_a_folder_below_the_input_are_not_read_as_responses(plan_of: MakePlan, tmp_path: Path) -> None:
@@ -144,6 +179,6 @@ def test_a_position_inside_a_character_cannot_be_asked_by_text(plan_of: MakePlan
     ]
     document = {"prompt": "Hi", "responses": [{"text": "🙂!", "logprobs": {"content": content}}]}
     (folder / "a.json").write_text(json.dumps(document))
-    plan, asker, _ = plan_of({})
-    (request,) = [request for group in plan.groups for _, request in requests_of(group, asker)]
+    plan, comparison, _ = plan_of({})
+    (request,) = [request for group in plan.groups for _, request in requests_of(group, comparison)]
     assert request.positions == (0, 2)

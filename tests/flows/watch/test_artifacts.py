@@ -7,10 +7,11 @@ import logging
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows.config.models import RunConfig, validate
-from flows.progress import ProgressReporter
-from flows.stages.report import RunReport
+from flows.config.models import RunConfig
+from flows.config.reading import validate
+from flows.runtime.terminal import ProgressReporter
 from flows.watch.artifacts import artifact_key, console_link, markdown_of, progress_artifact, show_report
+from flows.watch.report import RunReport
 from tests.programs import free_port
 
 
