@@ -9,6 +9,8 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
+from flows.watch.markdown import escaped, one_line
+
 _LONGEST_VALUE = 500
 
 
@@ -23,18 +25,9 @@ def drift_alert(event: str, payload: dict[str, Any]) -> None:
     payload
         What the event carries: figures, models, folders.
     """
-    rows = [(name, _text(value)) for name, value in payload.items()]
+    rows = [(name, one_line(str(value), _LONGEST_VALUE)) for name, value in payload.items()]
     get_run_logger().warning("%s: %s", event, ", ".join(f"{name} = {text}" for name, text in rows))
-    table = "\n".join(f"| {name} | {_escaped(text)} |" for name, text in rows)
+    table = "\n".join(f"| {name} | {escaped(text)} |" for name, text in rows)
     create_markdown_artifact(
         f"# {event}\n\n| | |\n|---|---|\n{table}\n", key=re.sub(r"[^a-z0-9]+", "-", event.lower()), description=event
     )
-
-
-def _text(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)

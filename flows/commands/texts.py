@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from kl.output.digits import rounded
 from kl.statistics.intervals import CONFIDENCE, Estimate
 from kl.statistics.summary import Summary
 
 INTERVAL = f"{100 * CONFIDENCE:.0f} % CI"
 
 
-def rounded(value: float, estimate: Estimate) -> str:
-    """With two digits of the standard error."""
-    if not estimate.se:
-        return number_text(value)
-    return f"{value:,.{max(0, 1 - math.floor(math.log10(estimate.se)))}f}"
-
-
 def signed(value: float, estimate: Estimate) -> str:
-    """As `rounded`, with the sign of a positive value."""
-    return rounded(value, estimate) if value <= 0 else f"+{rounded(value, estimate)}"
+    """A difference with two digits of its standard error, and the sign of a positive one."""
+    text = rounded(value, estimate.se)
+    return text if value <= 0 else f"+{text}"
 
 
 def number_text(value: float | None, unknown: str = "") -> str:
     """Four digits, or all that stand before the point; ``unknown`` for None."""
-    if value is None:
-        return unknown
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return unknown if value is None else rounded(value)
 
 
 def quoted(text: str) -> str:

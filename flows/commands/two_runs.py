@@ -9,9 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from flows.commands.texts import INTERVAL, number_text, rounded, signed, warnings_of
+from flows.commands.texts import INTERVAL, number_text, signed, warnings_of
 from flows.folder.finished import FinishedRun, load_run
 from flows.runtime.terminal import console, print_lines
+from kl.output.digits import rounded
 from kl.statistics.intervals import Estimate
 from kl.statistics.paired import PairedDifference, paired_difference
 from kl.statistics.summary import Summary
@@ -109,7 +110,7 @@ def verdict(difference: Estimate, unit: str) -> str:
             f"({interval}, {difference.n_clusters:,} prompts; above 0 B is nearer to P)."
         )
     near, far = sorted((abs(low), abs(high)))
-    size, near_text, far_text = (rounded(number, difference) for number in (abs(value), near, far))
+    size, near_text, far_text = (rounded(number, difference.se) for number in (abs(value), near, far))
     return (
         f"{further} is further from P than {nearer} by {size} nats per {unit} "
         f"({INTERVAL} {near_text} to {far_text}, {difference.n_clusters:,} prompts)."
@@ -119,10 +120,10 @@ def verdict(difference: Estimate, unit: str) -> str:
 def _value_text(estimate: Estimate) -> str:
     if estimate.value is None:
         return f"not known: {estimate.no_interval}"
-    text = f"{rounded(estimate.value, estimate)} nats per token"
+    text = f"{rounded(estimate.value, estimate.se)} nats per token"
     if estimate.ci_low is None or estimate.ci_high is None:
         return f"{text} (no interval: {estimate.no_interval})"
-    return f"{text} ({INTERVAL} {rounded(estimate.ci_low, estimate)} to {rounded(estimate.ci_high, estimate)})"
+    return f"{text} ({INTERVAL} {rounded(estimate.ci_low, estimate.se)} to {rounded(estimate.ci_high, estimate.se)})"
 
 
 def _measure_name(summary: Summary, column: str) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from backends.base import ScoreRequest, WorkEstimate
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
-from flows.stages.inputs import InputFile, read_ahead, read_input
+from flows.stages.inputs import InputFile, read_ahead, read_input, read_response
 from kl.input.problems import InputProblem
 
 
@@ -170,8 +170,7 @@ def _group(selections: Iterable[Selection]) -> Group:
 def requests_of(group: Group, comparison: Comparison) -> Iterator[tuple[str, ScoreRequest]]:
     """(prompt id, request) of each part of a group, read back from the input files."""
     for selection in group.selections:
-        parsed = read_input(selection.file)
-        response = next((item for item in parsed.responses if item.response_idx == selection.response_idx), None)
+        response = read_response(selection.file, selection.response_idx)
         request = comparison.request(response, selection.side) if response is not None else None
         if response is None or request is None:
             continue  # the file changed under the run; measuring reports its positions as not scored

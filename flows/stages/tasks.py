@@ -55,11 +55,17 @@ def score(group: Group, scorer: Scorer) -> GroupOutcome | Answers | State[Any]:
     return scorer.score(group)
 
 
-@task(cache_policy=NO_CACHE)
 def measure(run: OpenRun, plan: Plan) -> Measured:
-    """Turn both models' lists into one table of tokens per input file."""
+    """Turn both models' lists into one table of tokens per input file: one task here, on a cluster one for each part."""
     run.check_lock()
+    if run.cluster is None:
+        return _measure_here(run, plan)
     return measure_files(plan.files, run.comparison, run.stores, run.token_parts, run.cluster)
+
+
+@task(name="measure", cache_policy=NO_CACHE)
+def _measure_here(run: OpenRun, plan: Plan) -> Measured:
+    return measure_files(plan.files, run.comparison, run.stores, run.token_parts)
 
 
 @task(cache_policy=NO_CACHE)

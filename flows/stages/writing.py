@@ -24,7 +24,8 @@ from flows.watch.report import RunReport
 from kl.output.files import result_paths, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.output.kl_json import ResponseText, write_kl_json
-from kl.statistics.summary import RunFacts, Summary, summarise_dataset
+from kl.statistics.dataset import summarise_dataset
+from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
 

@@ -29,6 +29,7 @@ from prefect.settings import get_current_settings
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.runtime.terminal import ProgressReporter
+from flows.watch.markdown import escaped, one_line
 from flows.watch.report import RunReport
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"figure": label, "value": _cut(text)} for label, text in rows]
+    return [{"figure": label, "value": one_line(text, _LONGEST_LINE)} for label, text in rows]
 
 
 def console_link(address: str) -> str | None:
@@ -186,10 +187,4 @@ def _section(title: str, lines: list[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text from outside as one line that Markdown leaves as it is."""
-    line = _cut(" ".join(text.split()))
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_LINE else text[: _LONGEST_LINE - 1] + "…"
+    return escaped(one_line(text, _LONGEST_LINE))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import polars as pl
 
 from flows.config.alert import AlertConfig
 from flows.watch.reference import Reference
+from kl.output.digits import rounded
 from kl.statistics.drift import Change, Direction, DriftDecision, change
 
 
@@ -43,7 +43,7 @@ class Verdict:
         return f"{self.decision}: KL per token {self._figures(found, found.value, found.low, found.high)}"
 
     def _figures(self, found: Change, value: float, low: float, high: float) -> str:
-        show = _formatter(found.se)
+        show = partial(rounded, se=found.se)
         prompts = found.n_shared + found.n_only_run + found.n_only_reference
         interval = f"{100 * found.level:g} % interval {show(low)} to {show(high)}, {prompts:,} prompts"
         limit = f"{self.alert.kl_per_token:g}"
@@ -99,13 +99,3 @@ def decide(alert: AlertConfig, responses: pl.DataFrame, reference: Reference | N
 def undecided(alert: AlertConfig, reason: str, *, warn: bool = True) -> Verdict:
     """The verdict where there is nothing to compare with."""
     return Verdict(alert, None, None, reason, [f"drift is undecided: {reason}"] if warn else [])
-
-
-def _formatter(se: float | None) -> Callable[[float], str]:
-    """Two digits of the standard error; without one, four digits."""
-    decimals = max(0, 1 - math.floor(math.log10(se))) if se else None
-
-    def show(value: float) -> str:
-        return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
-
-    return show
