@@ -1,4 +1,4 @@
-"""Writes the results of a data set: `tokens.parquet`, `responses.parquet`, `summary.json` and `run.json`.
+"""Writes the results of a data set: `tokens.parquet`, `responses.parquet` and `summary.json`.
 
 Every file appears whole or not at all. JSON is strict (no NaN, no infinity) and UTF-8.
 """
@@ -6,9 +6,8 @@ Every file appears whole or not at all. JSON is strict (no NaN, no infinity) and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import polars as pl
 
@@ -95,8 +94,3 @@ def write_responses(responses: pl.DataFrame, target: Path) -> None:
 def write_summary(summary: Summary, target: Path) -> None:
     """Write `summary.json`."""
     write_json_atomic(target, summary.to_json())
-
-
-def write_run_info(run: Mapping[str, Any], target: Path) -> None:
-    """Write `run.json`."""
-    write_json_atomic(target, dict(run))

@@ -11,11 +11,13 @@ import pytest
 from flows.analyze import main
 from flows.commands.two_runs import comparable_column, verdict
 from flows.folder.finished import load_run, summary_from_json, worst_positions
-from kl.output.files import write_part, write_responses, write_run_info, write_summary, write_tokens
+from kl.output.atomic import write_json_atomic
+from kl.output.files import write_part, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.records import Sampling
 from kl.statistics.intervals import Estimate
-from kl.statistics.summary import RunFacts, summarise_dataset
+from kl.statistics.dataset import summarise_dataset
+from kl.statistics.summary import RunFacts
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
 from tests import ROOT
@@ -43,7 +45,7 @@ def write_run(folder, answers, *, model="q-model", estimator="censored", top_log
     facts = RunFacts("p-model", model, estimator, top_logprobs, 0.2, [Sampling(1.0, 1.0, 0)], alignment)
     write_responses(summarise_responses(stored, infos), folder / "responses.parquet")
     write_summary(summarise_dataset(stored, infos, facts), folder / "summary.json")
-    write_run_info({"model2": model}, folder / "run.json")
+    write_json_atomic(folder / "run.json", {"model2": model})
     return folder
 
 

@@ -8,7 +8,9 @@ import polars as pl
 
 from kl.output.headline import headline
 from kl.records import Sampling
-from kl.statistics.summary import ResponseInfo, RunFacts, summarise_dataset
+from kl.statistics.dataset import summarise_dataset
+from kl.statistics.summary import RunFacts
+from kl.tables.responses import ResponseInfo
 
 Build = Callable[..., pl.DataFrame]
 FIVE = [

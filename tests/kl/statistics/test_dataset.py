@@ -14,7 +14,9 @@ import polars as pl
 import pytest
 
 from kl.records import Sampling
-from kl.statistics.summary import ResponseInfo, RunFacts, Summary, summarise_dataset
+from kl.statistics.dataset import summarise_dataset
+from kl.statistics.summary import RunFacts, Summary
+from kl.tables.responses import ResponseInfo
 from kl.tables.totals import TokenTableError
 
 Build = Callable[..., pl.DataFrame]
@@ -278,7 +280,8 @@ SCRIPT = """
 import sys, polars as pl
 from pathlib import Path
 from kl.output.files import write_summary, write_tokens
-from kl.statistics.summary import RunFacts, summarise_dataset
+from kl.statistics.dataset import summarise_dataset
+from kl.statistics.summary import RunFacts
 parts, out = sorted(Path(sys.argv[1]).glob("*.parquet")), Path(sys.argv[2])
 write_tokens(parts, out / "tokens.parquet")
 facts = RunFacts(None, "q", "censored", 20, None, (), None)

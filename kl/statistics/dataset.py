@@ -1,0 +1,241 @@
+"""From the token table to the summary of the data set.
+
+Every mean is Horvitz-Thompson over the positions that were measured; intervals are clustered by prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+import polars as pl
+
+from kl.estimators.divergence import MIN_LISTED
+from kl.records import Sampling
+from kl.statistics.breakdowns import (
+    bounds_only_by_reason,
+    by_prompt,
+    by_token_and_position,
+    kl_distribution,
+    missing_by_reason,
+)
+from kl.statistics.clusters import per_response, per_token, prompts_needed
+from kl.statistics.summary import (
+    FORMAT,
+    Counts,
+    DeltaP,
+    Divergence,
+    Identification,
+    RunFacts,
+    SampledToken,
+    Summary,
+)
+from kl.tables.responses import ResponseInfo, info_frame, response_rows
+from kl.tables.totals import response_totals
+
+AMBIGUOUS_MASS_WARNING = 0.01
+
+
+def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], facts: RunFacts) -> Summary:
+    """Summary of a data set: means with intervals clustered by prompt, bounds, percentiles, counts and warnings.
+
+    Reads the token table a few times in batches; holds a row per response and one or two float64 per position.
+
+    Raises
+    ------
+    TokenTableError
+        If the token table contradicts itself.
+    """
+    totals = response_totals(tokens)
+    counts = _counts(tokens, response_rows(totals, info_frame(responses)))
+    distribution, share = kl_distribution(tokens)
+    token_rows, position_rows = by_token_and_position(tokens)
+    summary = Summary(
+        format=FORMAT,
+        model_p=facts.model_p,
+        model_q=facts.model_q,
+        estimator=facts.estimator,
+        top_logprobs=facts.top_logprobs,
+        prior_var=facts.prior_var,
+        sampling=[asdict(sampling) for sampling in facts.samplings],
+        alignment=None if facts.alignment is None else dict(facts.alignment),
+        counts=counts,
+        warnings=[],
+        kl_per_token=_per_token_divergence(totals),
+        kl_per_response=_per_response_divergence(totals),
+        identification=_identification(totals),
+        token_kl=distribution,
+        kl_share_of_top_1_percent=share,
+        reverse_kl_per_token=per_token(totals, "reverse_kl_estimate"),
+        reverse_kl_lower_per_token=per_token(totals, "reverse_kl_lower"),
+        js_per_token=per_token(totals, "js_estimate"),
+        js_lower_per_token=per_token(totals, "js_lower"),
+        tv_lower_per_token=per_token(totals, "tv_lower"),
+        same_top_p=per_token(totals, "same_top_token"),
+        delta_p=_delta_p(totals),
+        sampled_token=_sampled_token(totals, facts.samplings),
+        mean_rest_mass_p=_mean(totals, "rest_mass_p"),
+        mean_rest_mass_q=_mean(totals, "rest_mass_q"),
+        mean_p_mass_missing_in_q=_mean(totals, "p_mass_missing_in_q"),
+        mean_q_mass_missing_in_p=_mean(totals, "q_mass_missing_in_p"),
+        mean_ambiguous_mass_p=_mean(totals, "ambiguous_mass_p"),
+        mean_ambiguous_mass_q=_mean(totals, "ambiguous_mass_q"),
+        mean_entropy_p=_mean(totals, "entropy_p"),
+        mean_entropy_q=_mean(totals, "entropy_q"),
+        prompts_for_10_percent=prompts_needed(totals, 0.10),
+        prompts_for_5_percent=prompts_needed(totals, 0.05),
+        by_token=token_rows,
+        by_position=position_rows,
+        by_prompt=by_prompt(totals),
+    )
+    summary.warnings.extend(_warnings(summary, facts))
+    return summary
+
+
+def _per_token_divergence(totals: pl.DataFrame) -> Divergence:
+    names = ("kl_estimate", "kl_lower", "kl_upper_plausible", "kl_exact", "kl_floor", "kl_bucket", "kl_censored")
+    return Divergence(*(per_token(totals, name) for name in names))
+
+
+def _per_response_divergence(totals: pl.DataFrame) -> Divergence:
+    return Divergence(
+        per_response(totals, "kl_estimate"),
+        per_response(totals, "kl_lower", extrapolate=False),
+        *(
+            per_response(totals, name)
+            for name in ("kl_upper_plausible", "kl_exact", "kl_floor", "kl_bucket", "kl_censored")
+        ),
+    )
+
+
+def _mean(totals: pl.DataFrame, metric: str) -> float | None:
+    return per_token(totals, metric).value
+
+
+def _identification(totals: pl.DataFrame) -> Identification:
+    upper = per_token(totals, "identified_upper")
+    lower, estimate = _mean(totals, "identified_lower"), _mean(totals, "identified_estimate")
+    share = None
+    if upper.value is not None and lower is not None:
+        # 1 - (U - L)/U = L/U; where even the upper limit is 0 nothing is left open.
+        share = lower / upper.value if upper.value > 0 else 1.0
+    return Identification(share, upper.n, upper.n_unknown, estimate, lower, upper.value)
+
+
+def _delta_p(totals: pl.DataFrame) -> DeltaP:
+    square = _mean(totals, "delta_p_squared")
+    return DeltaP(per_token(totals, "delta_p"), None if square is None else math.sqrt(square))
+
+
+def _sampled_token(totals: pl.DataFrame, samplings: Sequence[Sampling]) -> SampledToken:
+    measured, censored = int(totals["n_measured"].sum()), int(totals["n_k1_censored"].sum())
+    share = censored / measured if measured else None
+    obstacle = _sampling_obstacle(samplings)
+    if obstacle is not None:
+        return SampledToken(None, None, None, None, False, censored, share, obstacle)
+    return SampledToken(
+        per_token(totals, "logratio_k1"),
+        per_response(totals, "logratio_k1"),
+        per_token(totals, "k3"),
+        per_response(totals, "k3"),
+        censored > 0,
+        censored,
+        share,
+        None,
+    )
+
+
+def _sampling_obstacle(samplings: Sequence[Sampling]) -> str | None:
+    """Why k1 and k3 would be biased: P's tokens were not drawn from the law that its log-probabilities state."""
+    for sampling in samplings or (Sampling(),):
+        if sampling.temperature is None or sampling.top_p is None:
+            return "the temperature and top_p with which the responses were sampled are not all stated"
+        if sampling.temperature != 1:
+            return f"the responses were sampled at temperature {sampling.temperature:g}, not 1"
+        if sampling.top_p != 1:
+            return f"the responses were sampled with top_p {sampling.top_p:g}, not 1"
+        if sampling.top_k is not None and sampling.top_k > 0:
+            return f"the responses were sampled with top_k {sampling.top_k}, not without it"
+    return None
+
+
+def _counts(tokens: pl.LazyFrame, rows: pl.DataFrame) -> Counts:
+    responses = rows.filter(pl.col("response_idx").is_not_null())
+    left_out = (pl.col("n_positions") > 0) & (pl.col("n_selected") == 0)
+    measured = pl.col("n_measured").fill_null(0)
+    scored = responses.filter((measured > 0) | left_out.fill_null(False))
+    not_scored = responses.filter((measured == 0) & ~left_out.fill_null(False))
+    reasons = not_scored.group_by(pl.col("reason").fill_null("no-positions")).len()
+    return Counts(
+        files=rows["source_file"].n_unique(),
+        files_unreadable=rows.height - responses.height,
+        prompts=responses["prompt_id"].drop_nulls().n_unique(),
+        responses=responses.height,
+        responses_complete=scored.filter(pl.col("n_missing") == 0).height,
+        responses_partial=scored.filter(pl.col("n_missing") > 0).height,
+        responses_not_scored=not_scored.height,
+        responses_not_scored_by_reason=dict(reasons.sort(["len", "reason"], descending=[True, False]).iter_rows()),
+        positions=int(rows["n_positions"].sum()),
+        selected=int(rows["n_selected"].sum()),
+        measured=int(rows["n_measured"].sum()),
+        missing=int(rows["n_missing"].sum()),
+        missing_by_reason=missing_by_reason(tokens),
+        bounds_only=int((rows["n_measured"] - rows["n_estimated"]).sum()),
+        bounds_only_by_reason=bounds_only_by_reason(tokens),
+    )
+
+
+def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
+    yield from _missing_warnings(summary.counts)
+    yield from _sampling_warnings(facts.samplings)
+    estimate = summary.kl_per_token.estimate
+    if estimate.no_interval is not None:
+        yield f"KL per token: no interval: {estimate.no_interval}."
+    counts = summary.counts
+    if counts.bounds_only:
+        yield (
+            f"{counts.bounds_only:,} of {counts.measured:,} measured positions have bounds and no point estimate "
+            f"({_listed(counts.bounds_only_by_reason)}); estimates are over the others, the certified lower bound is "
+            "over all."
+        )
+    unidentified = summary.identification.n_unidentified
+    if unidentified:
+        yield (
+            f"{unidentified:,} measured positions have no plausible upper limit (too few shared tokens); "
+            "the upper limit of the data set is not known, `identification` is over the other positions."
+        )
+    if facts.top_logprobs < MIN_LISTED:
+        yield f"top_logprobs = {facts.top_logprobs}: lists that short say nothing of the tail; use the bounds."
+    for side, mass in (("P", summary.mean_ambiguous_mass_p), ("Q", summary.mean_ambiguous_mass_q)):
+        if mass is not None and mass > AMBIGUOUS_MASS_WARNING:
+            yield f"{mass:.1%} of {side}'s mass is on tokens whose text does not tell them apart; bounds stay valid."
+
+
+def _missing_warnings(counts: Counts) -> Iterator[str]:
+    if counts.files_unreadable:
+        yield f"{counts.files_unreadable:,} of {counts.files:,} files could not be read and take no part."
+    if counts.responses_not_scored:
+        reasons = _listed(counts.responses_not_scored_by_reason)
+        yield f"{counts.responses_not_scored:,} of {counts.responses:,} responses could not be scored ({reasons})."
+    if counts.missing:
+        yield (
+            f"{counts.missing:,} of {counts.selected:,} positions asked were not measured "
+            f"({_listed(counts.missing_by_reason)}); means are over the measured ones, and sums per response are "
+            "extrapolated over them, except the certified lower bound."
+        )
+
+
+def _sampling_warnings(samplings: Sequence[Sampling]) -> Iterator[str]:
+    obstacle = _sampling_obstacle(samplings)
+    if obstacle is not None:
+        yield (
+            f"k1 and k3 are not computed: {obstacle}. The KL is the mean over the prefixes that P visited, which for "
+            "other settings than temperature 1, top_p 1 is not the KL of the two models' laws of whole responses."
+        )
+    elif any(sampling.top_k is None for sampling in samplings):
+        yield "top_k is not stated for the responses; k1 and k3 assume that it was off."
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {n:,}" for reason, n in reasons.items())

@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all, and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from kl.output.atomic import write_json_atomic
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_refuses_what_is_not_a_number_and_leaves_the_old_file(tmp_path: Path, value: float):
+    target = tmp_path / "x.json"
+    write_json_atomic(target, {"x": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json_atomic(target, {"x": [value]})
+    assert json.loads(target.read_text()) == {"x": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_json_keeps_text_as_it_is(tmp_path: Path):
+    text = "Grüße 東京 🎈 \ud83d \\ \u2028 \x00"  # with half of a surrogate pair
+    write_json_atomic(tmp_path / "x.json", {"text": text})
+    data = (tmp_path / "x.json").read_bytes()
+    assert "Grüße 東京 🎈".encode() in data
+    assert json.loads(data.decode("utf-8"))["text"] == text
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path):
+    write_json_atomic(tmp_path / "sub" / "run.json", {"a": 1})
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "sub" / "run.json").stat().st_mode == plain.stat().st_mode
