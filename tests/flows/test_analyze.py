@@ -15,8 +15,8 @@ from kl.output.atomic import write_json_atomic
 from kl.output.files import write_part, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.records import Sampling
-from kl.statistics.intervals import Estimate
 from kl.statistics.dataset import summarise_dataset
+from kl.statistics.intervals import Estimate
 from kl.statistics.summary import RunFacts
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
