@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -197,16 +198,18 @@ def _measure_response(
         measured.versions_p.add(response.model_version)
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
-    exact_kl = _exact_kl(response, comparison, found, scores, measured) if comparison.config.full_vocabulary else None
+    whole = comparison.config.full_vocabulary
+    exact = _exact_kl(response, comparison, found, scores, measured) if whole else _Exact(None, None)
     drawn = comparison.drawn(response)
     return measure_response(
         response,
         results,
         estimator=comparison.config.estimator,
         prior=measured.prior,
-        exact_kl=exact_kl,
+        exact_kl=exact.kl,
         selected=None if drawn is None else drawn.selected,
         pi=None if drawn is None else drawn.pi,
+        vocabulary=exact.vocabulary,
     )
 
 
@@ -232,20 +235,28 @@ def _results(response: Response, comparison: Comparison, found: Answers) -> Resu
     return results
 
 
+class _Exact(NamedTuple):
+    """Exact KL per position, shape (T,), NaN where it is not known; how many tokens P has, if they were all seen."""
+
+    kl: NDArray[np.float64] | None
+    vocabulary: int | None
+
+
 def _exact_kl(
     response: Response, comparison: Comparison, found: Answers, scores: ScoreStore, measured: Measured
-) -> NDArray[np.float64]:
-    """Exact KL per position, shape (T,): NaN where a full vocabulary is missing or P is not the model on record."""
+) -> _Exact:
+    """What full vocabularies say: nothing where one is missing or P is not the model on record."""
     values = np.full(len(response.positions), np.nan)
+    vocabulary = None
     request_p, request_q = comparison.request(response, "p"), comparison.request(response, "q")
     if request_p is None or request_q is None:
         measured.other_writers.append(f"{response.name}: the file names no model that this backend has")
-        return values
+        return _Exact(values, None)
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
     keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
     if not _wrote_it(response, request_p, found):
         measured.other_writers.append(f"{response.name}: {request_p.model} gives other values than those on record")
-        return values
+        return _Exact(values, None)
     both = [position for position in keys_q if position in keys_p]
     prompt_id = response.prompt.prompt_id
     for start in range(0, len(both), _FULL_CHUNK):
@@ -256,7 +267,8 @@ def _exact_kl(
             row_p, row_q = full_p.get(keys_p[position]), full_q.get(keys_q[position])
             if row_p is not None and row_q is not None and row_p.shape == row_q.shape:
                 values[position] = exact_kl(row_p[None, :], row_q[None, :])[0]
-    return values
+                vocabulary = len(row_p)
+    return _Exact(values, vocabulary)
 
 
 def _wrote_it(response: Response, request: ScoreRequest, found: Answers) -> bool:

@@ -56,7 +56,7 @@ def score(group: Group, scorer: Scorer) -> GroupOutcome | Answers | State[Any]:
 
 
 def measure(run: OpenRun, plan: Plan) -> Measured:
-    """Turn both models' lists into one table of tokens per input file: one task here, on a cluster one for each part."""
+    """Turn both models' lists into a table of tokens per input file: one task here, on a cluster one for each part."""
     run.check_lock()
     if run.cluster is None:
         return _measure_here(run, plan)
