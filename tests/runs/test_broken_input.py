@@ -82,25 +82,25 @@ def test_nothing_usable_at_all_is_still_a_finished_run(run_program: Run, tmp_pat
     assert json.loads((output / "summary.json").read_text())["counts"]["files_unreadable"] == 1
 
 
-def usage_mistake(run_program: Run, *arguments: object) -> str:
-    done = run_program("flows.run", *arguments)
+def usage_mistake(run: Run, *arguments: object) -> str:
+    done = run("flows.run", *arguments)
     assert done.code == 2, done.err
     assert done.out == ""
     assert len(done.err.strip().splitlines()) == 1, done.err
     return done.err
 
 
-def test_usage_mistakes_are_one_line_and_exit_code_2(run_program: Run, tmp_path: Path) -> None:
+def test_usage_mistakes_are_one_line_and_exit_code_2(run_program: Run, run_process: Run, tmp_path: Path) -> None:
     output = tmp_path / "out"
     local = ("--backend", "local", "--output-dir", output, "--model2", "smollm2-135m")
     examples = ROOT / "examples/responses"
-    assert "input_dir is not set" in usage_mistake(run_program)
+    assert "input_dir is not set" in usage_mistake(run_process)
     assert "does not exist" in usage_mistake(run_program, "--input-dir", tmp_path / "nowhere", *local)
     assert "matches '*.jsonl'" in usage_mistake(run_program, "--input-dir", examples, "--pattern", "*.jsonl", *local)
     assert "no Google Cloud project" in usage_mistake(
         run_program, "--input-dir", examples, "--output-dir", output, "--model2", "gemini-2.5-flash"
     )
     assert "smollm2-135m" in usage_mistake(run_program, "--input-dir", examples, *local[:-1], "smollm-135m")
-    assert "no Google credentials" in usage_mistake(
-        run_program, "--input-dir", examples, "--output-dir", output, "--model2", "m", "--project-id", "p"
+    assert "no Google credentials" in usage_mistake(  # looked for beyond this machine, which no test may do
+        run_process, "--input-dir", examples, "--output-dir", output, "--model2", "m", "--project-id", "p"
     )

@@ -140,7 +140,7 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from flows.config.models import RunConfig
 from flows.watch.history import read_history, record_row
-from flows.stages.report import RunReport
+from flows.watch.report import RunReport
 from flows.run import kl_divergence
 config = RunConfig(input_dir=sys.argv[1], output_dir=sys.argv[2], model2=sys.argv[3], fail_on_drift=True,
                    backend={"name": "vertex_online"}, alert={"kl_per_token": 0.001})

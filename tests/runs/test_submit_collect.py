@@ -14,9 +14,12 @@ import pytest
 from backends.errors import ConfigError
 from backends.registry import deferred_backends
 from flows.commands.run import without_flag
-from flows.config.models import RunConfig, check_capabilities, resolve_backend, validate
+from flows.config.backend import check_capabilities, resolve_backend
+from flows.config.models import RunConfig
+from flows.config.reading import validate
+from flows.folder.layout import OutputFolder
 from flows.folder.lock import run_lock
-from flows.stages.report import PendingReport
+from flows.watch.report import PendingReport
 from tests import ROOT
 from tests.process_worker import kill_group, wait_for
 from tests.programs import Done, Run, clean_environment
@@ -104,7 +107,7 @@ def test_a_collect_that_finds_the_folder_in_use_or_nothing_submitted_changes_not
     world = make_vertex_world()
     world.write_responses(tmp_path / "in", P, PROMPTS[:1], n=1, max_tokens=5, seed=4)
     collect = [*flags(tmp_path, "out"), "--stage", "collect"]
-    with run_lock(tmp_path / "out"):
+    with run_lock(OutputFolder(tmp_path / "out")):
         skipped = run_program("flows.run", *collect, env=world.environment())
     assert skipped.code == 5, skipped.err
     assert "skipped: another run is using" in skipped.out

@@ -20,6 +20,7 @@ from backends.vertex.jobs.ledger import JobLedger
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
+from flows.folder.layout import OutputFolder
 from flows.folder.lock import run_lock
 from flows.run import kl_divergence
 from flows.runtime.hooks import settle_jobs
@@ -120,7 +121,7 @@ def test_jobs_that_another_run_uses_are_left_to_it(
 ) -> None:
     run = run_of(parameters(tmp_path))
     make_jobs(world, tmp_path, "out", run.id)
-    with caplog.at_level(logging.INFO, logger="prefect.flow_runs"), run_lock(tmp_path / "out"):
+    with caplog.at_level(logging.INFO, logger="prefect.flow_runs"), run_lock(OutputFolder(tmp_path / "out")):
         settle_jobs(kl_divergence, run, Crashed())
     assert states(world) == [False]
     assert "left to the run that uses them now" in caplog.text
