@@ -67,9 +67,8 @@ def _settle(comparison: Comparison, run_id: str) -> str | None:
     # A collect waits for nothing: its jobs are meant to go on without it.
     if comparison.config.stage == "collect" or comparison.backend.abandoned is Backend.abandoned:
         return None
-    built = comparison.build_backend(run_id)
-    if not built.in_flight():
+    if not comparison.build_backend().in_flight():
         return None
-    # A run that holds the folder has attached to the jobs by now.
-    with run_lock(comparison.folder), BackendSession(built) as session:
-        return session.run(built.abandoned(run_id))
+    # A run that holds the folder has attached to the jobs by now. What is on record is read when nobody else writes it.
+    with run_lock(comparison.folder), BackendSession(comparison.build_backend(run_id)) as session:
+        return session.run(session.backend.abandoned(run_id))

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from backends.base import Backend
 from backends.errors import ConfigError
 from backends.session import BackendSession, SessionClosedError
 from backends.storage import exists, is_remote, remove_folder, scratch_folder
@@ -114,7 +115,7 @@ class OpenRun:
     ----------
     stores : Stores
     backend : Backend
-        Not entered; in ``asking`` it is.
+        From `begin` on; entered within ``asking``.
     context : DriftContext
         From `begin` on.
     scorer : Scorer
@@ -127,14 +128,14 @@ class OpenRun:
         Raises `backends.storage.LeaseLostError` if the folder is not this run's any more.
     """
 
+    stores: Stores
+    backend: Backend
     context: DriftContext
     scorer: Scorer
     check_lock: Callable[[], None]
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.stores: Stores = comparison.folder.stores()
-        self.backend = comparison.build_backend(flow_run.id)
         self.cluster: LazyCluster | None = None
         self.token_parts: Path = comparison.folder.token_parts
         self._session: BackendSession | None = None
@@ -147,7 +148,12 @@ class OpenRun:
         self._was_unfinished = False
 
     def begin(self) -> None:
-        """Say what is not used, read what the end of the run needs; the folder's lock is held."""
+        """Read what is on record, for the answers and for the end of the run.
+
+        Only when the folder's lock is held: a run that had it before may have written until then.
+        """
+        self.stores = self.comparison.folder.stores()
+        self.backend = self.comparison.build_backend(flow_run.id)
         for note in self.comparison.notes:
             logger.warning("%s", note)
         self.context = drift_context(self.comparison)
