@@ -64,7 +64,6 @@ class VertexBatchBackend(GeminiBackend):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.to_thread(self._ledger.close)
         self._bucket.close()
         await super().__aexit__(*exc)
 
@@ -74,7 +73,6 @@ class VertexBatchBackend(GeminiBackend):
 
     def in_flight(self) -> Mapping[str, str]:
         """Keys in jobs that this output folder has on record."""
-        self._ledger.refresh()
         return self._ledger.in_flight(self._place)
 
     def report(self) -> dict[str, Any]:
@@ -95,7 +93,6 @@ class VertexBatchBackend(GeminiBackend):
 
     async def abandoned(self, run_id: str) -> str | None:
         """Leave the jobs on record that the run made or waited for, or cancel those that still run."""
-        await asyncio.to_thread(self._ledger.refresh)
         entries = [
             entry
             for entry in self._ledger.entries()
@@ -147,7 +144,6 @@ class VertexBatchBackend(GeminiBackend):
     async def _results(self, requests: Sequence[ScoreRequest], stage: Stage) -> AsyncGenerator[Score | ScoreFailure]:
         assert self._rounds is not None, "enter the backend first"
         await self._bucket.ensure()
-        await asyncio.to_thread(self._ledger.refresh)  # another process may have asked for some of it meanwhile
         work = [self._rounds.results(part) for part in self._rounds.work(RowSet(requests), stage)]
         async with aclosing(merged(work)) as results:
             async for result in results:

@@ -1,9 +1,8 @@
 """Which remote jobs answer which keys, on disk before a job is made.
 
 A run that is killed leaves its jobs running; the next run reads here what is under way and waits for that instead of
-buying it again, also when responses are grouped otherwise or files have other names. Several processes may share the
-folder: what one has recorded the others see at `JobLedger.refresh`, and of those that want the same row one makes the
-job.
+buying it again, also when responses are grouped otherwise or files have other names. A ledger is read when it is made
+and written by one process at a time: whoever makes jobs holds the lock of the output folder.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from backends.errors import ConfigError
-from backends.storage import is_remote, list_remote, local_copies, write_bytes_atomic
-from backends.vertex.jobs.claims import Claims
+from backends.storage import files_in, local_copies, write_bytes_atomic
 
 _PREFIX, _SUFFIX = "tokenkl-", ".json"
 
@@ -30,7 +29,7 @@ class JobEntry:
 
     ``sequence`` orders the entries of one folder. ``ended`` means that the job was seen in a terminal state and all its
     rows were read: what is still missing of it needs another job. ``flow_run_id`` is the run that made the job, or
-    waits for it now; ``maker`` the process that is making it at this moment.
+    waits for it now. Without a ``job_name`` it is not known whether the job was made.
     """
 
     job_key: str
@@ -44,12 +43,14 @@ class JobEntry:
     state: str | None = None
     ended: bool = False
     flow_run_id: str | None = None
-    maker: str | None = None
 
     @property
     def age_s(self) -> float:
         """Seconds since the job was recorded."""
         return (datetime.now(UTC) - datetime.fromisoformat(self.recorded_at)).total_seconds()
+
+
+_NAMES = frozenset(field.name for field in fields(JobEntry))
 
 
 class JobLedger:
@@ -59,36 +60,24 @@ class JobLedger:
     ----------
     folder : Path
         Local or in a bucket; made when the first job is recorded.
+
+    Raises
+    ------
+    ConfigError
+        If an entry cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.flow_run_id: str | None = None
-        self._claims = Claims(folder / "locks")
-        self._mutex = threading.RLock()
-        self._versions: dict[str, str] = {}  # file name → what changes with its content
+        self._mutex = threading.Lock()
         self._entries: dict[str, JobEntry] = {}
         self._latest: dict[str, dict[str, str]] = {}  # place → score key → newest job
         self._tries: dict[str, Counter[str]] = {}  # place → score key → jobs that have ended
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take in what other processes have recorded since.
-
-        Raises
-        ------
-        ConfigError
-            If an entry cannot be read.
-        """
-        with self._mutex:
-            changed = {path: version for path, version in self._files() if self._versions.get(path.name) != version}
-            for path, copy in local_copies(sorted(changed)):
-                self._take(_read(path, copy))
-                self._versions[path.name] = changed[path]
-
-    def close(self) -> None:
-        """Say that no more jobs are made in this process."""
-        self._claims.close()
+        self._last = 0
+        paths = (path for path in files_in(folder, _SUFFIX) if path.name.startswith(_PREFIX))
+        for path, copy in local_copies(paths):
+            self._take(_read(path, copy))
 
     def entries(self) -> list[JobEntry]:
         """All entries, oldest first."""
@@ -108,6 +97,12 @@ class JobLedger:
         """The newest job at ``place`` that was to answer a score key."""
         job_key = self._latest.get(place, {}).get(key)
         return None if job_key is None else self._entries[job_key]
+
+    def to_read(self, place: str, keys: Iterable[str], read: Container[str]) -> JobEntry | None:
+        """The newest job that is to answer one of the keys, of those that were not read to their end (``read``)."""
+        newest = (self.newest(place, key) for key in keys)
+        left = [entry for entry in newest if entry is not None and not (entry.ended and entry.job_key in read)]
+        return max(left, key=lambda entry: entry.sequence, default=None)
 
     def tries(self, place: str, key: str) -> int:
         """How many jobs that were to answer a score key have ended."""
@@ -130,12 +125,8 @@ class JobLedger:
                 return name
             generation += 1
 
-    def claim(self, place: str, keys: Sequence[str], name: str, read: Collection[str] = ()) -> tuple[JobEntry, bool]:
-        """The job that is to answer these keys, and whether it is for this process to make it.
-
-        If a job is to answer one of the keys, and has not ended and been read here, it is that job; another process may
-        just be making it. Else a new one over all of them is recorded. What is for this process to make is its own
-        until `release`.
+    def next_entry(self, place: str, keys: Sequence[str], name: str) -> JobEntry:
+        """The job over these keys that is to be made now, known here at once; `update` puts it on disk.
 
         Parameters
         ----------
@@ -143,61 +134,38 @@ class JobLedger:
             Project, location and bucket.
         keys : sequence of str
         name : str
-            What the files of a new job are called, before its key.
-        read : collection of str
-            Jobs that have ended, and of which it is known that they left these keys out.
+            What its files are called, before its key.
         """
-        with self._claims.writing(), self._mutex:
-            self.refresh()
-            newest = [entry for key in keys if (entry := self.newest(place, key)) is not None]
-            newest = [entry for entry in newest if not entry.ended or entry.job_key not in read]
-            if not newest:
-                return self._record(place, keys, name), True
-            entry = max(newest, key=lambda entry: entry.sequence)
-            if entry.ended or entry.job_name is not None or self._claims.lives(entry.maker):
-                return entry, False
-            return self._save(replace(entry, maker=self._claims.token, flow_run_id=self.flow_run_id)), True
-
-    def replaced(self, entry: JobEntry, keys: Sequence[str], name: str) -> JobEntry:
-        """A new job in place of a claimed one that was never made, where other keys are wanted now."""
-        with self._claims.writing(), self._mutex:
-            self.refresh()
-            new = self._record(entry.backend_place, keys, name)
-            self.release(entry)
-            return new
-
-    def release(self, entry: JobEntry) -> None:
-        """Leave a job that was claimed and could not be made to whoever wants it."""
+        job_key = self.job_key(place, keys)
+        entry = self._entry(job_key, place, *job_paths(name, job_key), keys)
         with self._mutex:
-            now = self._entries[entry.job_key]
-            if now.job_name is None and now.maker is not None:
-                self._save(replace(now, maker=None))
+            known = self._entries.get(job_key)
+            if known is not None:
+                entry = replace(
+                    known, sequence=entry.sequence, recorded_at=entry.recorded_at, flow_run_id=entry.flow_run_id
+                )
+            self._take(entry)
+        return entry
 
     def record(self, job_key: str, place: str, input_path: str, output_prefix: str, keys: Sequence[str]) -> JobEntry:
-        """Put a job on disk that nobody here is making."""
-        with self._claims.writing(), self._mutex:
-            self.refresh()
-            known = self._entries.get(job_key)
-            return known or self._save(self._entry(job_key, place, input_path, output_prefix, keys))
+        """Put a job on disk; one that is there stays as it is."""
+        return self.get(job_key) or self.update(self._entry(job_key, place, input_path, output_prefix, keys))
 
     def update(self, entry: JobEntry) -> JobEntry:
-        """Keep the changed state of a job; one that has ended stays so."""
+        """Keep a job, new or changed, known to all callers at once and then on disk; one that has ended stays so."""
         with self._mutex:
             before = self._entries.get(entry.job_key)
             if before is not None and before.ended:
                 entry = replace(entry, ended=True)
-            return entry if entry == before else self._save(entry)
-
-    def _record(self, place: str, keys: Sequence[str], name: str) -> JobEntry:
-        """A job over these keys that this process is making; one of this name that was never made is taken up."""
-        job_key = self.job_key(place, keys)
-        known = self._entries.get(job_key)
-        paths = (known.input_path, known.output_prefix) if known else job_paths(name, job_key)
-        entry = self._entry(job_key, place, *paths, keys)
-        return self._save(replace(entry, job_name=known.job_name if known else None, maker=self._claims.token))
+            self._take(entry)
+        # Also where nothing changed: an earlier attempt to write it may have failed.
+        write_bytes_atomic(self.folder / f"{entry.job_key}{_SUFFIX}", json.dumps(asdict(entry)).encode("utf-8"))
+        return entry
 
     def _entry(self, job_key: str, place: str, input_path: str, output_prefix: str, keys: Sequence[str]) -> JobEntry:
-        sequence = 1 + max((entry.sequence for entry in self._entries.values()), default=0)
+        with self._mutex:
+            self._last += 1
+            sequence = self._last
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return JobEntry(
             job_key, sequence, place, input_path, output_prefix, tuple(keys), now, flow_run_id=self.flow_run_id
@@ -207,6 +175,7 @@ class JobLedger:
         """Index an entry, new or changed."""
         before = self._entries.get(entry.job_key)
         self._entries[entry.job_key] = entry
+        self._last = max(self._last, entry.sequence)
         if entry.ended and not (before is not None and before.ended):
             self._tries.setdefault(entry.backend_place, Counter()).update(entry.keys)
         latest = self._latest.setdefault(entry.backend_place, {})
@@ -215,34 +184,19 @@ class JobLedger:
             if known is None or self._entries[known].sequence <= entry.sequence:
                 latest[key] = entry.job_key
 
-    def _save(self, entry: JobEntry) -> JobEntry:
-        write_bytes_atomic(self.folder / f"{entry.job_key}{_SUFFIX}", json.dumps(asdict(entry)).encode("utf-8"))
-        self._take(entry)
-        return entry
-
-    def _files(self) -> list[tuple[Path, str]]:
-        """The files of all entries, each with what changes when it is written."""
-        if is_remote(self.folder):
-            files = [(file.path, file.version) for file in list_remote(self.folder, recursive=False)]
-        else:
-            files = [(path, _version(path)) for path in self.folder.glob(f"{_PREFIX}*{_SUFFIX}")]
-        return [item for item in files if item[0].name.startswith(_PREFIX) and item[0].name.endswith(_SUFFIX)]
-
 
 def job_paths(name: str, job_key: str) -> tuple[str, str]:
     """The input file of a job and the folder of its output, in the bucket."""
     return f"batch_input/{name}_{job_key}.jsonl", f"batch_output/{name}_{job_key}"
 
 
-def _version(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_mtime_ns}/{stat.st_size}/{stat.st_ino}"
-
-
 def _read(path: Path, copy: Path) -> JobEntry:
     try:
         values = json.loads(copy.read_text(encoding="utf-8"))
-        return JobEntry(**(values | {"keys": tuple(values["keys"])}))
+        # Other versions have other fields beside these.
+        known: dict[str, Any] = {name: values[name] for name in values if name in _NAMES}
+        known["keys"] = tuple(values["keys"])
+        return JobEntry(**known)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"the job record {path} cannot be read ({error}). Restore it; without it the rows of a job "

@@ -62,7 +62,8 @@ class JobRounds:
         self.options = options
         self.place = place
         self.reported: dict[str, dict[str, Any]] = {}
-        self.making: set[str] = set()
+        # Job key → that the making has ended; what may have been made without this process learning it stays here.
+        self.making: dict[str, asyncio.Event] = {}
         self._ledger = ledger
         self._jobs = jobs
         self._bucket = bucket
@@ -72,15 +73,17 @@ class JobRounds:
 
     def work(self, rows: RowSet, stage: Stage) -> Iterator[BatchWork]:
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
-        by_job: dict[str | None, list[str]] = {}
-        for key in rows.keys:
-            entry = self._ledger.newest(self.place, key)
-            by_job.setdefault(entry.job_key if entry is not None else None, []).append(key)
-        fresh = by_job.pop(None, [])
-        for job_key, keys in by_job.items():
-            yield BatchWork(rows.only(keys), self._ledger.get(job_key or ""), stage)
-        for part in split_rows(rows.only(fresh), self.options.max_rows_per_job, self.options.max_file_bytes):
-            yield BatchWork(part, None, stage)
+        by_job = rows.by(self._job_on_record)
+        fresh = by_job.pop(None, None)
+        for part in by_job.values():
+            yield BatchWork(part, stage)
+        if fresh is not None:
+            for part in split_rows(fresh, self.options.max_rows_per_job, self.options.max_file_bytes):
+                yield BatchWork(part, stage)
+
+    def _job_on_record(self, key: str) -> str | None:
+        entry = self._ledger.newest(self.place, key)
+        return None if entry is None else entry.job_key
 
     async def results(self, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
         """Every row's result; what befalls one job is a failure of its rows and of no others."""
@@ -99,14 +102,10 @@ class JobRounds:
 
     async def _round(self, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
         """Read the jobs that are to answer these rows, or make one; what they leave out stays in ``work``."""
-        entry, jobs = await self._jobs_for(work)
-        if entry is None:
+        found = await self._jobs_for(work)
+        if found is None:
             return
-        if not jobs:
-            job = await self._make(entry, work.rows)
-            work.attempts += 1
-            entry, jobs = await self._update(entry, job_name=job.name, state=job.state, maker=None), [job]
-            logger.info("batch job %s: %d rows, %s", job.name, len(work.rows.keys), job.state)
+        entry, jobs = found
         is_news = not entry.ended
         for job in sorted(jobs, key=ended_first):
             if not work.rows.keys:
@@ -120,7 +119,7 @@ class JobRounds:
                 async for result in results:
                     yield result
             entry = replace(entry, job_name=job.name, state=job.state)
-        await self._update(entry, ended=True, maker=None)
+        await self._update(entry, ended=True)
         work.read.add(entry.job_key)
         work.close_refused()
         if is_news:
@@ -132,98 +131,94 @@ class JobRounds:
             self._quota_used = quota.message
             logger.error("%s No further batch job is made in this run; run again tomorrow.", quota.message)
 
-    async def _jobs_for(self, work: BatchWork) -> tuple[JobEntry | None, list[RemoteJob]]:
-        """All jobs there are for these rows, of an earlier run or of the name that a new one gets; a claim, if none.
+    async def _jobs_for(self, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]] | None:
+        """All jobs there are for these rows, or the one that is made for them; None where ``work`` says why not."""
+        while True:
+            entry = await self._on_record(work)
+            if entry is None and work.stage == "collect" and not self._was_tried(work):
+                entry = await self._by_name(work)
+            if entry is not None and (found := await self._find(entry)):
+                return await self._attached(entry, found, work.stage), found
+            if not self._may_make(work):
+                return None
+            if entry == self._to_read(work) and not self._is_being_made(entry):  # still, after the look-ups
+                return await self._made(entry, work)
 
-        None if no job is to be made for them: ``work`` says why.
-        """
-        earlier, work.earlier = work.earlier, None
-        if earlier is not None:
-            found = await self._find(earlier)
-            if found:
-                names = ", ".join(f"{job.name} ({job.state})" for job in found)
-                logger.info("attaching to batch job %s of an earlier run", names)
-                return await self._attached(earlier, work.stage), found
-        if work.stage == "collect" and not (await self._is_known(work) and self._may_follow_up(work)):
-            return None, []
-        known_absent = earlier.job_key if earlier is not None and not earlier.ended else None
-        entry, jobs = await self._claimed(work, known_absent)
-        return (entry, jobs) if jobs or await self._may_make(work, entry) else (None, [])
+    def _to_read(self, work: BatchWork) -> JobEntry | None:
+        return self._ledger.to_read(self.place, work.rows.keys, work.read)
+
+    async def _on_record(self, work: BatchWork) -> JobEntry | None:
+        """The job on record that is to be read for these rows; one that is just being made is waited for."""
+        while (entry := self._to_read(work)) is not None and self._is_being_made(entry):
+            await self.making[entry.job_key].wait()
+        return entry
+
+    def _is_being_made(self, entry: JobEntry | None) -> bool:
+        made = self.making.get(entry.job_key) if entry is not None else None
+        return made is not None and not made.is_set()
+
+    def _was_tried(self, work: BatchWork) -> bool:
+        return any(self._ledger.tries(self.place, key) for key in work.rows.keys)
+
+    async def _by_name(self, work: BatchWork) -> JobEntry | None:
+        """A job of these rows that is not on record; it is put there."""
+        job_key = self._ledger.job_key(self.place, work.rows.keys)
+        if not await self._jobs.find(job_key):
+            return None
+        paths = job_paths(_slug(work.rows.name), job_key)
+        return await asyncio.to_thread(self._ledger.record, job_key, self.place, *paths, work.rows.keys)
+
+    async def _attached(self, entry: JobEntry, found: list[RemoteJob], stage: Stage) -> JobEntry:
+        names = ", ".join(f"{job.name} ({job.state})" for job in found)
+        logger.info("attaching to batch job %s of an earlier run", names)
+        changes: dict[str, Any] = {}
+        if entry.job_name is None:
+            changes |= {"job_name": found[-1].name, "state": found[-1].state}
+        # A run that waits for a job is the one that leaves or cancels it when it is stopped.
+        if stage == "run" and not entry.ended and entry.flow_run_id != self._ledger.flow_run_id:
+            changes["flow_run_id"] = self._ledger.flow_run_id
+        return await self._update(entry, **changes) if changes else entry
 
     async def _update(self, entry: JobEntry, **changes: Any) -> JobEntry:
         return await asyncio.to_thread(self._ledger.update, replace(entry, **changes))
 
-    async def _attached(self, entry: JobEntry, stage: Stage) -> JobEntry:
-        """A run that waits for a job is the one that leaves or cancels it when it is stopped."""
-        if stage != "run" or entry.ended:
-            return entry
-        return await self._update(entry, flow_run_id=self._ledger.flow_run_id)
-
-    async def _claimed(self, work: BatchWork, known_absent: str | None) -> tuple[JobEntry, list[RemoteJob]]:
-        """The job of these rows and, unless it is for this process to make it, what there is of it."""
-        rows, name = work.rows, _slug(work.rows.name)
-        while True:
-            entry, mine = await self._claim(work, name)
-            try:
-                found = [] if mine and entry.job_key == known_absent else await self._find(entry)
-                if found:
-                    last = found[-1]
-                    return await self._update(entry, job_name=last.name, state=last.state, maker=None), found
-                if mine and set(entry.keys) != set(rows.keys):
-                    return await asyncio.to_thread(self._ledger.replaced, entry, rows.keys, name), []
-            except BaseException:
-                if mine:
-                    self._ledger.release(entry)
-                raise
-            if mine:
-                return entry, []
-            if entry.ended:
-                work.read.add(entry.job_key)  # nothing is left of it
-            else:
-                await asyncio.sleep(_FIRST_POLL_S)  # another process is making it
-
-    async def _claim(self, work: BatchWork, name: str) -> tuple[JobEntry, bool]:
-        claim = asyncio.ensure_future(
-            asyncio.to_thread(self._ledger.claim, self.place, work.rows.keys, name, frozenset(work.read))
-        )
-        try:
-            return await asyncio.shield(claim)
-        except asyncio.CancelledError:
-            claim.add_done_callback(self._unclaim)  # else others would wait for a job that nobody makes
-            raise
-
-    def _unclaim(self, claim: asyncio.Future[tuple[JobEntry, bool]]) -> None:
-        if not claim.cancelled() and claim.exception() is None:
-            entry, mine = claim.result()
-            if mine:
-                self._ledger.release(entry)
-
-    async def _is_known(self, work: BatchWork) -> bool:
-        """Whether a job was ever made for these rows; one that is not on record is found by its name."""
-        if any(self._ledger.tries(self.place, key) for key in work.rows.keys):
-            return True
-        job_key = self._ledger.job_key(self.place, work.rows.keys)
-        if await self._jobs.find(job_key):
-            paths = job_paths(_slug(work.rows.name), job_key)
-            await asyncio.to_thread(self._ledger.record, job_key, self.place, *paths, work.rows.keys)
-            return True
-        work.give_up(NOT_SUBMITTED, "no batch job was made for this row: --stage submit, or run, buys it.")
-        return False
-
-    def _may_follow_up(self, work: BatchWork) -> bool:
-        """Close the rows for which as many jobs have ended as are allowed; whether any are left."""
-        limit = self.options.max_attempts
-        work.close([key for key in work.rows.keys if self._ledger.tries(self.place, key) >= limit])
-        return bool(work.rows.keys)
-
-    async def _may_make(self, work: BatchWork, entry: JobEntry) -> bool:
-        work.given_up = work.attempts == self.options.max_attempts
-        if self._quota_used is None and not work.given_up:
-            return True
-        await asyncio.to_thread(self._ledger.release, entry)
+    def _may_make(self, work: BatchWork) -> bool:
+        """Whether another job may be made; rows for which none may are closed or given up."""
+        if work.stage == "collect":
+            if not self._was_tried(work):
+                work.give_up(NOT_SUBMITTED, "no batch job was made for this row: --stage submit, or run, buys it.")
+                return False
+            limit = self.options.max_attempts
+            work.close([key for key in work.rows.keys if self._ledger.tries(self.place, key) >= limit])
+            if not work.rows.keys:
+                return False
         if self._quota_used is not None:
             raise DailyQuotaError(self._quota_used)
-        return False
+        work.given_up = work.attempts == self.options.max_attempts
+        return not work.given_up
+
+    async def _made(self, left: JobEntry | None, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]]:
+        """A job for these rows: one that a killed run recorded and did not make, or a new one.
+
+        It is on record before it is made. A job of its name may exist all the same, of a run that had another folder.
+        """
+        rows = work.rows
+        if left is not None and not left.ended and set(left.keys) == set(rows.keys):
+            entry, is_new = replace(left, flow_run_id=self._ledger.flow_run_id), False
+        else:
+            entry, is_new = self._ledger.next_entry(self.place, rows.keys, _slug(rows.name)), True
+        made = self.making[entry.job_key] = asyncio.Event()
+        try:
+            entry = await self._update(entry)
+            found = await self._find(entry) if is_new else []
+            if not found:
+                found = [await self._make(entry, rows)]
+                work.attempts += 1
+            entry = await self._update(entry, job_name=found[-1].name, state=found[-1].state)
+        finally:
+            made.set()
+        del self.making[entry.job_key]
+        return entry, found
 
     def _give_up(self, work: BatchWork, error: BackendError) -> None:
         reason, message = self._why_given_up(error)
@@ -256,16 +251,11 @@ class JobRounds:
         return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
 
     async def _make(self, entry: JobEntry, rows: RowSet) -> RemoteJob:
-        self.making.add(entry.job_key)
-        try:
-            uri = await self._upload(entry, rows)
-            destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
-            job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
-        except BaseException:
-            self._ledger.release(entry)
-            raise
+        uri = await self._upload(entry, rows)
+        destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
+        job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
         self._note(job, len(rows.keys))
-        self.making.discard(entry.job_key)
+        logger.info("batch job %s: %d rows, %s", job.name, len(rows.keys), job.state)
         return job
 
     async def _upload(self, entry: JobEntry, rows: RowSet) -> str:

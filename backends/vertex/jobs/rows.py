@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from backends.base import ScoreRequest
 from backends.scores.raw_log import RawLog
@@ -16,6 +16,7 @@ from backends.vertex import wire
 from backends.vertex.jobs.bucket import lines_of
 from kl.records import Score, ScoreFailure
 
+L = TypeVar("L")
 logger = logging.getLogger(__name__)
 
 
@@ -46,8 +47,19 @@ class RowSet:
 
     def only(self, keys: Collection[str]) -> RowSet:
         """The rows of these keys."""
-        wanted = set(keys)
-        return RowSet([_restrict(request, wanted) for request in self.requests])
+        wanted = keys if isinstance(keys, Set) else frozenset(keys)
+        return RowSet([request.only(wanted) for request in self.requests])
+
+    def by(self, label: Callable[[str], L]) -> dict[L, RowSet]:
+        """The rows by what ``label`` says of their keys."""
+        parts: dict[L, list[ScoreRequest]] = {}
+        for request in self.requests:
+            keys: dict[L, set[str]] = {}
+            for key in request.keys:
+                keys.setdefault(label(key), set()).add(key)
+            for name, wanted in keys.items():
+                parts.setdefault(name, []).append(request.only(wanted))
+        return {name: RowSet(requests) for name, requests in parts.items()}
 
     def without(self, keys: Collection[str]) -> RowSet:
         """The rows of all other keys."""
@@ -63,43 +75,38 @@ def _digest(request: dict[str, Any]) -> bytes:
 
 
 def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:
-    fresh: set[str] = set()
-    for key in request.keys:
-        if key not in seen:
-            seen.add(key)
-            fresh.add(key)
-    if len(fresh) == len(request.keys):
-        return request
-    return _restrict(request, fresh)
-
-
-def _restrict(request: ScoreRequest, keys: Collection[str]) -> ScoreRequest:
-    left = set(keys)
-    pairs: list[tuple[int, str]] = []
-    for position, key in zip(request.positions, request.keys, strict=True):
-        if key in left:
-            left.discard(key)
-            pairs.append((position, key))
-    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
+    fresh = set(request.keys) - seen
+    seen |= fresh
+    return request if len(fresh) == len(request.keys) else request.only(fresh)
 
 
 def split_rows(rows: RowSet, max_rows: int, max_bytes: int) -> Iterator[RowSet]:
     """Row sets of one model each, no larger than a job may be; only lengths are kept, never the lines."""
-    models = dict.fromkeys(request.model for request in rows.requests)
-    for model in models:
-        keys: list[str] = []
-        size = 0
-        for request in rows.requests:
-            if request.model != model:
-                continue
-            for key, length in zip(request.keys, wire.BatchRows(request).sizes(), strict=True):
-                if keys and (len(keys) == max_rows or size + length > max_bytes):
-                    yield rows.only(keys)
-                    keys, size = [], 0
-                keys.append(key)
-                size += length
-        if keys:
-            yield rows.only(keys)
+    by_model: dict[str, list[ScoreRequest]] = {}
+    for request in rows.requests:
+        by_model.setdefault(request.model, []).append(request)
+    for requests in by_model.values():
+        yield from _split(requests, max_rows, max_bytes)
+
+
+def _split(requests: Iterable[ScoreRequest], max_rows: int, max_bytes: int) -> Iterator[RowSet]:
+    part: list[ScoreRequest] = []
+    n = size = 0
+    for request in requests:
+        start = 0
+        for index, length in enumerate(wire.BatchRows(request).sizes()):
+            if n and (n == max_rows or size + length > max_bytes):
+                yield RowSet([*part, _between(request, start, index)])
+                part, start, n, size = [], index, 0, 0
+            n += 1
+            size += length
+        part.append(_between(request, start, None))
+    if n:
+        yield RowSet(part)
+
+
+def _between(request: ScoreRequest, start: int, stop: int | None) -> ScoreRequest:
+    return replace(request, positions=request.positions[start:stop], keys=request.keys[start:stop])
 
 
 class OutputReader:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from backends.base import WAITING
-from backends.vertex.jobs.ledger import JobEntry
 from backends.vertex.jobs.remote import DELETED, PENDING_STATES, TERMINAL_STATES, RemoteJob
 from backends.vertex.jobs.rows import RowSet
 from kl.records import ScoreFailure
@@ -31,7 +30,6 @@ class BatchWork:
     """
 
     rows: RowSet
-    earlier: JobEntry | None
     stage: Stage = "run"
     failures: dict[str, ScoreFailure] = field(default_factory=dict[str, ScoreFailure])
     attempts: int = 0

@@ -17,7 +17,6 @@ from backends.errors import ConfigError, RetryableBackendError
 from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.jobs.ledger import JobLedger
 from backends.vertex.jobs.rows import RowSet
-from backends.vertex.jobs.work import BatchWork
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import Results, distinct, request_for, score_all
 from tests.vertex_world.language_model import prompt_turns
@@ -359,7 +358,7 @@ def test_an_input_file_that_a_killed_run_left_in_another_order_is_no_obstacle(
     async def upload_only() -> None:
         async with backend:
             await backend._bucket.ensure()
-            entry, _ = await backend._rounds._jobs_for(BatchWork(rows, None))
+            entry = backend._ledger.update(backend._ledger.next_entry(backend._place, rows.keys, "same"))
             await backend._bucket.upload_once(entry.input_path, rows)
 
     asyncio.run(upload_only())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,8 +197,7 @@ def test_a_submission_killed_before_its_job_was_made_is_no_submission(
     asked = responses(prompts=1, n=1)
     backend = VertexBatchBackend(options(), tmp_path / "state")
     ledger = JobLedger(tmp_path / "state" / "jobs")
-    ledger.claim(backend._place, requests_for(asked)[0].keys, "killed")
-    ledger.close()
+    ledger.update(ledger.next_entry(backend._place, requests_for(asked)[0].keys, "killed"))
     assert set(reasons(ask("collect", asked))) == {"not-submitted"}
     assert set(reasons(ask("submit", asked))) == {"waiting"}
     assert set(reasons(collected(ask, in_vertex_world, asked))) == {"scored"}
@@ -231,81 +232,115 @@ def test_the_jobs_of_an_abandoned_run_are_settled_from_the_record_and_no_others(
         assert [job.cancelled.is_set() for job in world.jobs] == [True, False]
 
 
-SCORE = """
-import asyncio, pickle, sys
+# Imports once, and then is forked for each run that is killed.
+RUNS = """
+import asyncio, json, os, pickle, sys
 from pathlib import Path
 from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
-from kl.records import Score
-folder, requests = Path(sys.argv[1]), pickle.loads(Path(sys.argv[2]).read_bytes())
-async def main():
+async def score(folder, requests):
     options = VertexBatchOptions(project_id="stand-in-project", poll_interval_s=0.05)
     async with VertexBatchBackend(options, folder) as backend:
-        found = [result async for result in backend.score(requests)]
-    print(sum(isinstance(result, Score) for result in found), len(found))
-print("ready", flush=True); sys.stdin.readline()
-asyncio.run(main())
+        async for result in backend.score(requests): pass
+for line in sys.stdin:
+    folder, requests, environment = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.environ.update(environment)
+        asyncio.run(score(Path(folder), pickle.loads(Path(requests).read_bytes())))
+        os._exit(0)
+    print(pid, flush=True)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its number stays taken
+    print("gone", flush=True)
 """
 
 
-def test_two_processes_that_ask_for_the_same_rows_buy_them_once(
-    make_vertex_world, responses, monkeypatch, tmp_path: Path
+@pytest.fixture(scope="module")
+def start_run() -> Iterator[Callable[[Path, Path, VertexWorld], Callable[[], None]]]:
+    """Start a run over a folder for pickled requests in a process of its own; returns how to kill it."""
+    command = [sys.executable, "-c", RUNS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+
+        def start(state: Path, requests: Path, world: VertexWorld) -> Callable[[], None]:
+            process.stdin.write(json.dumps([str(state), str(requests), world.environment()]) + "\n")
+            process.stdin.flush()
+            pid = int(process.stdout.readline())
+
+            def kill() -> None:
+                os.kill(pid, signal.SIGKILL)
+                assert process.stdout.readline() == "gone\n"
+
+            return kill
+
+        yield start
+        process.stdin.close()
+
+
+STEPS: dict[str, Callable[[VertexWorld, Path], bool]] = {
+    "recorded": lambda world, state: any((state / "jobs").glob("tokenkl-*.json")),
+    "uploading": lambda world, state: any("/upload/" in line.path for line in world.requests),
+    "making": lambda world, state: any(line.path.endswith("/batchPredictionJobs") for line in world.requests),
+    "made": lambda world, state: bool(world.jobs),
+    "name recorded": lambda world, state: any(
+        '"job_name": "' in path.read_text() for path in (state / "jobs").glob("tokenkl-*.json")
+    ),
+    "ended": lambda world, state: any(job.settled for job in world.jobs),
+    "reading": lambda world, state: any(line.path.startswith("/download/") for line in world.requests),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_killed_at_any_step_buys_nothing_twice(
+    step: str, make_vertex_world, responses, monkeypatch, tmp_path: Path, start_run: Callable[..., Callable[[], None]]
 ) -> None:
-    """As when a cluster runs a task twice; the second finds part of the rows in the store and asks for the rest."""
-    world = world_for_here(make_vertex_world, monkeypatch, job_seconds=1.0)
-    (request,) = requests_for(responses(prompts=1, n=1))
-    rest = replace(request, positions=request.positions[5:], keys=request.keys[5:])
-    wants = [request, rest, request]
-    processes: list[subprocess.Popen[str]] = []
-    for number, want in enumerate(wants):
-        path = tmp_path / f"{number}.pickle"
-        path.write_bytes(pickle.dumps([want]))
-        command = [sys.executable, "-c", SCORE, str(tmp_path / "state"), str(path)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        processes.append(process)
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process, want in zip(processes, wants, strict=True):
-        out, _ = process.communicate(timeout=60)
-        assert out == f"{len(want.keys)} {len(want.keys)}\n"
+    world = world_for_here(make_vertex_world, monkeypatch, job_seconds=0.3)
+    state, wanted = tmp_path / "state", requests_for(responses(prompts=3, n=1))
+    (tmp_path / "requests").write_bytes(pickle.dumps(wanted))
+    kill = start_run(state, tmp_path / "requests", world)
+    until = time.monotonic() + 60
+    while not STEPS[step](world, state):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    kill()
+    again = score_all(VertexBatchBackend(options(max_rows_per_job=25), state), [[request] for request in wanted])
+    assert set(reasons(again)) == {"scored"}
     assert set(world.rows_bought.values()) == {1}
-    assert len(world.jobs) <= 2  # if the smaller part was first, the others buy what it left out
     assert world.rejected == []
 
 
-def test_what_another_process_bought_while_a_group_waited_for_its_turn_is_read_and_not_bought(
+@pytest.mark.parametrize("at_once", [1, 50])
+def test_groups_that_ask_for_the_same_rows_at_the_same_time_buy_them_once(
+    at_once: int, in_vertex_world, responses, tmp_path: Path
+) -> None:
+    """No flow does so: it plans equal contexts once; others may."""
+    (request,) = requests_for(responses(prompts=1, n=1))
+    rest = request.only(set(request.keys[5:]))
+
+    async def work() -> list[int]:
+        async with VertexBatchBackend(options(max_jobs_in_flight=at_once), tmp_path) as backend:
+            return await asyncio.gather(*(answered(backend, want) for want in (request, rest, request, request)))
+
+    async def answered(backend: VertexBatchBackend, want: ScoreRequest) -> int:
+        return len([result async for result in backend.score([want]) if isinstance(result, Score)])
+
+    assert asyncio.run(work()) == [len(request.keys), len(rest.keys), len(request.keys), len(request.keys)]
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+    assert len(in_vertex_world.jobs) == 1
+
+
+def test_what_could_not_be_made_is_made_once_by_one_of_those_who_waited_for_it(
     in_vertex_world, responses, tmp_path: Path
 ) -> None:
     (request,) = requests_for(responses(prompts=1, n=1))
+    in_vertex_world.faults.http_script = {"create": ["403"]}
 
-    async def work() -> tuple[Results, Results]:
-        async with (
-            VertexBatchBackend(options(max_jobs_in_flight=1), tmp_path) as late,
-            VertexBatchBackend(options(), tmp_path) as quick,
-        ):
-            async with late._rounds._slots:
-                waiting = asyncio.create_task(everything(late))
-                await asyncio.sleep(0.5)  # it knows of no job by now
-                bought = await everything(quick)
-            return bought, await waiting
+    async def work() -> list[Results]:
+        async with VertexBatchBackend(options(), tmp_path) as backend:
+            return await asyncio.gather(*(everything(backend) for _ in range(4)))
 
     async def everything(backend: VertexBatchBackend) -> Results:
         return {result.key: result async for result in backend.score([request])}
 
-    bought, read = asyncio.run(work())
-    assert set(reasons(bought)) == {"scored"}
-    assert read == bought
-    assert len(in_vertex_world.jobs) == 1
-
-
-def test_a_run_waits_for_what_another_process_submitted_after_its_backend_was_built(
-    in_vertex_world, responses, tmp_path: Path, ask: Ask
-) -> None:
-    asked = responses(prompts=1, n=1)
-    backend = VertexBatchBackend(options(), tmp_path / "state")
-    ask("submit", asked)
-    found = score_all(backend, [requests_for(asked)])
-    assert set(reasons(found)) == {"scored"}
+    first, *others = asyncio.run(work())
+    assert set(reasons(first)) == {"refused"}
+    assert [set(reasons(results)) for results in others] == [{"scored"}] * 3
     assert len(in_vertex_world.jobs) == 1

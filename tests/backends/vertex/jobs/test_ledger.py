@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from google.cloud import storage
 from backends.errors import ConfigError
 from backends.storage import as_location
 from backends.vertex.jobs.ledger import JobEntry, JobLedger
-from tests import ROOT
 from tests.vertex_world.world import VertexWorld
 
 PLACE = "project/us-central1/bucket"
@@ -72,103 +69,72 @@ def test_a_record_that_cannot_be_read_stops_the_run_and_names_the_file(content: 
         JobLedger(tmp_path)
 
 
-# Several processes, one folder.
+def recorded(ledger: JobLedger, *keys: str) -> JobEntry:
+    return ledger.update(ledger.next_entry(PLACE, keys, "name"))
 
 
-def claimed(ledger: JobLedger, *keys: str) -> tuple[JobEntry, bool]:
-    return ledger.claim(PLACE, keys, "name")
+def test_a_job_that_is_to_be_made_is_known_at_once_and_on_disk_when_it_was_put_there(tmp_path: Path) -> None:
+    ledger = JobLedger(tmp_path)
+    entry = ledger.next_entry(PLACE, ["a", "b"], "name")
+    assert ledger.to_read(PLACE, ["b", "c"], ()) == entry
+    assert JobLedger(tmp_path).entries() == []
+    ledger.update(entry)
+    assert JobLedger(tmp_path).entries() == [entry]
+    assert ledger.next_entry(PLACE, ["b", "c"], "name").job_key != entry.job_key
 
 
-def made(ledger: JobLedger, entry: JobEntry, name: str = "projects/1/x") -> JobEntry:
-    return ledger.update(replace(entry, job_name=name, state="RUNNING", maker=None))
+def test_a_job_that_was_never_made_is_taken_up_under_its_name_and_paths(tmp_path: Path) -> None:
+    recorded(JobLedger(tmp_path), "a", "b")
+    ledger = JobLedger(tmp_path)
+    ledger.flow_run_id = "second"
+    (left,) = ledger.entries()
+    again = ledger.next_entry(PLACE, ["b", "a"], "another name")
+    assert (again.job_key, again.input_path, again.output_prefix) == (left.job_key, left.input_path, left.output_prefix)
+    assert (again.sequence, again.flow_run_id) == (left.sequence + 1, "second")
 
 
-def test_what_another_process_recorded_is_seen_at_a_refresh(tmp_path: Path) -> None:
-    mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
-    entry = made(theirs, claimed(theirs, "a")[0])
-    assert mine.in_flight(PLACE) == {}
-    mine.refresh()
-    assert mine.in_flight(PLACE) == {"a": entry.job_key}
-    theirs.update(replace(entry, ended=True))
-    mine.refresh()
-    assert mine.get(entry.job_key) == replace(entry, ended=True)
-    assert mine.tries(PLACE, "a") == 1
-    assert mine.tries("elsewhere", "a") == mine.tries(PLACE, "b") == 0
+def test_jobs_are_to_be_read_newest_first_until_they_have_ended_and_been_read(tmp_path: Path) -> None:
+    ledger = JobLedger(tmp_path)
+    first = ledger.update(replace(recorded(ledger, "a", "b"), job_name="projects/1/x", ended=True))
+    second = recorded(ledger, "b", "c")
+    assert ledger.to_read(PLACE, ["a"], ()) == first
+    assert ledger.to_read(PLACE, ["a", "b"], ()) == second
+    assert ledger.to_read(PLACE, ["a"], {first.job_key}) is None
+    assert ledger.to_read(PLACE, ["b"], {second.job_key}) == second  # it has not ended
+    assert ledger.to_read(PLACE, ["d"], ()) is None
+    assert [ledger.tries(PLACE, key) for key in "abc"] == [1, 1, 0]
+    assert ledger.tries("elsewhere", "a") == 0
 
 
-def test_of_two_that_want_a_row_one_makes_the_job_also_when_they_want_other_rows_beside_it(tmp_path: Path) -> None:
-    mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
-    entry, is_mine = claimed(mine, "a", "b", "c")
-    assert is_mine
-    assert claimed(theirs, "b", "c") == (entry, False)
-    assert claimed(theirs, "c", "d") == (entry, False)
-    other, is_theirs = claimed(theirs, "d")
-    assert is_theirs
-    assert other.job_key != entry.job_key
-    made(mine, entry)
-    assert claimed(theirs, "b") == (made(mine, entry), False)
+def test_a_job_that_has_ended_stays_so(tmp_path: Path) -> None:
+    ledger = JobLedger(tmp_path)
+    entry = recorded(ledger, "a")
+    ledger.update(replace(entry, ended=True))
+    assert ledger.update(replace(entry, state="RUNNING")).ended
+    assert ledger.tries(PLACE, "a") == 1
+    assert JobLedger(tmp_path).tries(PLACE, "a") == 1
 
 
-def test_a_job_that_ended_elsewhere_is_read_before_another_is_made(tmp_path: Path) -> None:
-    mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
-    entry = theirs.update(replace(made(theirs, claimed(theirs, "a", "b")[0]), ended=True))
-    assert claimed(mine, "b", "c") == (entry, False)
-    new, is_mine = mine.claim(PLACE, ["b", "c"], "name", read={entry.job_key})
-    assert is_mine
-    assert new.keys == ("b", "c")
-
-
-def test_what_could_not_be_made_is_left_to_the_others_and_what_was_made_is_not(tmp_path: Path) -> None:
-    mine, theirs = JobLedger(tmp_path), JobLedger(tmp_path)
-    entry, _ = claimed(mine, "a", "b")
-    mine.release(entry)
-    taken, is_theirs = claimed(theirs, "b")
-    assert (taken.job_key, is_theirs) == (entry.job_key, True)
-    instead = theirs.replaced(taken, ["b"], "name")
-    assert instead.job_key != entry.job_key
-    assert claimed(mine, "b") == (instead, False)
-    assert claimed(mine, "a")[1]
-    made(theirs, instead)
-    theirs.release(instead)
-    assert JobLedger(tmp_path).newest(PLACE, "b").job_name == "projects/1/x"
-
-
-def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
-    program = (
-        "import os, sys; from pathlib import Path; from backends.vertex.jobs.ledger import JobLedger\n"
-        "ledger = JobLedger(Path(sys.argv[1])); entry, _ = ledger.claim(sys.argv[2], ['a'], 'name')\n"
-        "print(entry.job_key, flush=True)\n"
-        "sys.stdin.read(); os._exit(9)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path), PLACE]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        job_key = other.stdout.readline().strip()
-        ledger = JobLedger(tmp_path)
-        assert claimed(ledger, "a")[1] is False
-        other.kill()
-        other.wait()
-        entry, is_mine = claimed(ledger, "a")
-    assert (entry.job_key, is_mine) == (job_key, True)
-    ledger.close()
-    assert not list((tmp_path / "locks").glob("*[0-9a-f].lock"))
-
-
-def test_threads_of_one_process_claim_a_row_once(tmp_path: Path) -> None:
+def test_threads_record_jobs_at_once(tmp_path: Path) -> None:
     ledger = JobLedger(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda number: claimed(ledger, "shared", f"own {number}"), range(16)))
-    assert sum(is_mine for _, is_mine in found) == 1
-    assert len({entry.job_key for entry, _ in found}) == 1
+        entries = list(pool.map(lambda number: recorded(ledger, f"own {number}"), range(64)))
+    assert sorted(entry.sequence for entry in entries) == list(range(1, 65))
+    assert JobLedger(tmp_path).entries() == ledger.entries() == sorted(entries, key=lambda entry: entry.sequence)
 
 
-def test_entries_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("maker", [None, "3f2c"])
+def test_entries_of_other_versions_are_read(maker: str | None, tmp_path: Path) -> None:
+    """Versions of 2026 also wrote who was making a job; the first ones did not write which run it was."""
     ledger = JobLedger(tmp_path)
-    entry = record(ledger, "a")
+    entry = recorded(ledger, "a")
     path = tmp_path / f"{entry.job_key}.json"
     values = json.loads(path.read_text())
-    del values["flow_run_id"], values["maker"]
-    path.write_text(json.dumps(values))
-    assert JobLedger(tmp_path).get(entry.job_key) == entry
+    del values["flow_run_id"]
+    path.write_text(json.dumps(values if maker is None else values | {"maker": maker}))
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "claims.lock").touch()
+    assert JobLedger(tmp_path).entries() == [entry]
 
 
 def test_the_newest_job_of_a_place_counts_whatever_was_recorded_elsewhere(tmp_path: Path) -> None:
@@ -178,22 +144,17 @@ def test_the_newest_job_of_a_place_counts_whatever_was_recorded_elsewhere(tmp_pa
     assert ledger.in_flight(PLACE) == {"a": entry.job_key}
 
 
-def test_a_ledger_in_a_bucket_is_shared_as_one_on_disk(vertex_world: VertexWorld, monkeypatch) -> None:
+def test_a_ledger_in_a_bucket_is_one_as_on_disk(vertex_world: VertexWorld, monkeypatch) -> None:
     for name, value in vertex_world.environment().items():
         monkeypatch.setenv(name, value)
     gcsfs_bucket(vertex_world)
-    mine, theirs = (JobLedger(as_location("gs://ledger/out/scores/jobs")) for _ in range(2))
-    entry, is_mine = claimed(mine, "a", "b")
-    assert is_mine
-    assert claimed(theirs, "b") == (entry, False)
-    mine.release(entry)
-    mine.close()
-    taken, is_theirs = claimed(theirs, "b")
-    assert (taken.job_key, is_theirs) == (entry.job_key, True)
-    made(theirs, taken)
-    mine.refresh()
-    assert mine.get(entry.job_key) == theirs.get(entry.job_key)
-    theirs.close()
+    folder = as_location("gs://ledger/out/scores/jobs")
+    ledger = JobLedger(folder)
+    entry = recorded(ledger, "a", "b")
+    second = ledger.update(replace(recorded(ledger, "c"), job_name="projects/1/x", state="RUNNING"))
+    again = JobLedger(folder)
+    assert again.entries() == ledger.entries() == [entry, second]
+    assert again.in_flight(PLACE) == {"a": entry.job_key, "b": entry.job_key, "c": second.job_key}
 
 
 def gcsfs_bucket(world: VertexWorld) -> None:
