@@ -67,7 +67,7 @@ def measure_response(
     pi : float64, shape (T,), optional
         Inclusion probabilities; default 1.
     vocabulary : int, optional
-        Number of tokens of P; without it ``entropy_p_upper`` is null.
+        Number of tokens of P, known where its full vocabulary was seen; without it ``entropy_p_upper`` is null.
 
     Returns
     -------
