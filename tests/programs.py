@@ -118,16 +118,18 @@ def _server_for(module: str, request: pytest.FixtureRequest, wanted: bool = True
     return {"PREFECT_API_URL": request.getfixturevalue("prefect_api")} if needed else {}
 
 
-@pytest.fixture
-def run_program(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+@pytest.fixture(scope="session")
+def run_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``run_program("flows.run", "--flag", …, env={…})``: what ``python -m flows.run --flag …`` does, in this process.
 
     It finds what a process of its own would: environment, working directory, standard streams, the settings that
     Prefect reads when it is imported. It is quicker by the imports, and by what earlier calls keep in memory.
     """
 
+    home = tmp_path_factory.mktemp("home")
+
     def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
-        environment = clean_environment(tmp_path / "home", **_server_for(module, request), **(env or {}))
+        environment = clean_environment(home, **_server_for(module, request), **(env or {}))
         with _as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
             with pytest.raises(SystemExit) as end:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -146,13 +148,20 @@ def _as_a_new_process(environment: Mapping[str, str], argv: list[str]) -> Iterat
         err = stack.enter_context(redirect_stderr(io.StringIO()))
         stack.enter_context(_restored_loggers("flows", "backends", "kl"))
         prepare_environment()
-        stack.callback(setup_logging)  # with the settings of this process again
-        stack.enter_context(use_profile(Profile(name="newcomer"), include_current_context=False))
-        setup_logging()
+        if "PREFECT_API_URL" in environment:
+            stack.enter_context(_prefect_as_imported_now())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", argv)
         patch.setattr(os, "_exit", sys.exit)  # how a program leaves whose server does not answer
         yield out, err
+
+
+@contextmanager
+def _prefect_as_imported_now() -> Iterator[None]:
+    with use_profile(Profile(name="newcomer"), include_current_context=False):
+        setup_logging()
+        yield
+    setup_logging()
 
 
 @contextmanager
