@@ -115,11 +115,12 @@ def _is_file(path: Path) -> bool:
         return True  # a broken link or a locked folder: reading it says what is wrong
 
 
-def read_responses(path: Path, source_file: str) -> ResponseFile:
-    """Read one file; ``source_file`` is what it is called in outputs (its path below the input directory).
+def read_responses(path: Path, source_file: str | None = None) -> ResponseFile:
+    """Read one file; ``source_file`` is what it is called in outputs (its path below the input directory, or its name).
 
     Never raises for what a file holds, or for one that cannot be read.
     """
+    source_file = path.name if source_file is None else source_file
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
