@@ -5,11 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.programs import prefect_api, process_worker, run_process, run_program, start_program
+from tests.programs import SessionServer, prefect_api, process_worker, run_process, run_program, start_program
 
 __all__ = ["prefect_api", "process_worker", "run_process", "run_program", "start_program"]
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes that xdist starts know by the environment where the one server is."""
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(SessionServer().stop)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,10 +1,13 @@
 """A real Prefect server for the whole session, and the real command lines against it: here, or each a process."""
 
 import io
+import json
 import logging
 import os
 import random
 import runpy
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
+from filelock import FileLock
 from prefect.context import use_profile
 from prefect.events.worker import EventsWorker
 from prefect.logging.configuration import setup_logging
@@ -55,37 +60,67 @@ class Server:
     process: subprocess.Popen[bytes]
 
 
-@contextmanager
-def started_server(home: Path, port: int) -> Iterator[Server]:
-    """A Prefect server with its database in ``home``; one that was killed meanwhile is no mistake."""
+def start_server(home: Path, port: int) -> Server:
+    """Start a Prefect server with its database in ``home``, in a process group of its own."""
     home.mkdir(parents=True, exist_ok=True)
-    log = (home / "server.log").open("ab")
     environment = clean_environment(home, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
+    with (home / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
     try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}/api", process, home / "server.log")
-        yield Server(f"http://127.0.0.1:{port}/api", process)
+        wait_until_healthy(f"http://127.0.0.1:{port}/api", process, home / "server.log")
+    except BaseException:
+        kill_group(process)
+        raise
+    return Server(f"http://127.0.0.1:{port}/api", process)
+
+
+@contextmanager
+def started_server(home: Path, port: int) -> Iterator[Server]:
+    """A Prefect server until this is left; one that was killed meanwhile is no mistake."""
+    server = start_server(home, port)
+    try:
+        yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            kill_group(process)
-        log.close()
+        kill_group(server.process)
+
+
+class SessionServer:
+    """The Prefect server of all processes that run tests: the first that needs it starts it, the session ends it."""
+
+    _variable = "TOKENKL_TESTS_PREFECT"
+
+    def __init__(self) -> None:
+        if self._variable not in os.environ:
+            os.environ[self._variable] = mkdtemp(prefix="tokenkl-prefect-")
+        self._record = Path(os.environ[self._variable], "server.json")
+
+    def url(self) -> str:
+        """Its address."""
+        with FileLock(self._record.with_suffix(".lock")):
+            if not self._record.exists():
+                server = start_server(self._record.parent, free_port())
+                self._record.write_text(json.dumps({"url": server.url, "pid": server.process.pid}))
+            return json.loads(self._record.read_text())["url"]
+
+    def stop(self) -> None:
+        """End it, if it was started, and remove what it left."""
+        if self._record.exists():
+            os.killpg(json.loads(self._record.read_text())["pid"], signal.SIGKILL)
+        shutil.rmtree(self._record.parent, ignore_errors=True)
+        del os.environ[self._variable]
 
 
 @pytest.fixture(scope="session")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_api() -> Iterator[str]:
     """The address of a Prefect server with a database of its own."""
-    with started_server(tmp_path_factory.mktemp("prefect"), free_port()) as server:
-        yield server.url
-        # What programs that were run in this process still have to send; they would try for minutes.
-        APILogWorker.drain_all()
-        EventsWorker.drain_all()
+    yield SessionServer().url()
+    # What programs that were run in this process still have to send; they would try for minutes.
+    APILogWorker.drain_all()
+    EventsWorker.drain_all()
 
 
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + SERVER_START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:

@@ -29,7 +29,7 @@ from flows.watch.events import DRIFT
 from tests import ROOT
 from tests.deployments.prefect_files import prefect_settings
 from tests.documents import code_blocks
-from tests.programs import _wait_until_healthy, clean_environment, free_port
+from tests.programs import clean_environment, free_port, wait_until_healthy
 
 DOCUMENT = ROOT / "docs" / "deploying.md"
 # In this order under the first heading; what follows there is for a reader with more time.
@@ -155,7 +155,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )
     world = World(f"http://127.0.0.1:{port}/api", tree, environment)
     with world.running(SERVER, "server") as server:
-        _wait_until_healthy(world.api, server, home / "server.log")
+        wait_until_healthy(world.api, server, home / "server.log")
         done = subprocess.run(
             ["bash", "-ec", DEPLOY], cwd=tree, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
         )

@@ -221,7 +221,7 @@ def test_a_dry_run_calls_nothing_and_a_limit_on_cost_holds(run_batch, vertex_wor
     assert done.code == 0
     assert vertex_world.requests == []
     assert not (tmp_path / "out").exists()
-    assert re.search(r"^requests +20 in 2 groups", done.out, re.MULTILINE), done.out
+    assert re.search(r"^requests +20 in 2 batch jobs", done.out, re.MULTILINE), done.out
     done = run_batch("--max-cost-usd", "0.00001")
     assert done.code == 2
     assert "is above max_cost_usd = 1e-05" in done.err
