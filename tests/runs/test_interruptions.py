@@ -5,63 +5,50 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from tests import ROOT
-from tests.programs import clean_environment
+from tests.process_worker import kill_group, wait_for
+from tests.programs import Done, Process, Run, Start, finish
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
 
+pytestmark = pytest.mark.slow
+
 P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
+def start(start_program: Start, tmp_path: Path) -> Start:
     """Start a run in its own process group; what is left of it is killed after the test."""
-    started: list[subprocess.Popen[str]] = []
 
-    def begin(world: VertexWorld, *arguments: object) -> subprocess.Popen[str]:
-        environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **world.environment())
-        flags = ("--input-dir", tmp_path / "in", "--output-dir", tmp_path / "out", "--model2", Q)
-        command = [sys.executable, "-m", "flows.run", *map(str, (*flags, *arguments))]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            start_new_session=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
+    def begin(world: VertexWorld, *arguments: object) -> Process:
+        return start_program("flows.run", *flags(tmp_path), *arguments, env=world.environment())
 
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return begin
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+@pytest.fixture
+def run(run_program: Run, tmp_path: Path) -> Run:
+    """A run that nobody stops."""
+
+    def to_the_end(world: VertexWorld, *arguments: object) -> Done:
+        return run_program("flows.run", *flags(tmp_path), *arguments, env=world.environment())
+
+    return to_the_end
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.02)
+def flags(folder: Path) -> tuple[object, ...]:
+    return ("--input-dir", folder / "in", "--output-dir", folder / "out", "--model2", Q)
 
 
-def _has_jobs(process: subprocess.Popen[str], world: VertexWorld, n: int) -> bool:
+def _has_jobs(process: Process, world: VertexWorld, n: int) -> bool:
     return process.poll() is not None or len(world.jobs) >= n
 
 
@@ -82,7 +69,9 @@ def assert_complete(tmp_path: Path, n_positions: int) -> None:
     assert tokens["error"].null_count() == n_positions
 
 
-def test_a_batch_run_killed_three_times_buys_nothing_twice(make_vertex_world, start: Start, tmp_path: Path) -> None:
+def test_a_batch_run_killed_three_times_buys_nothing_twice(
+    make_vertex_world, start: Start, run: Run, tmp_path: Path
+) -> None:
     world = make_vertex_world(job_seconds=2.0)
     world.write_responses(tmp_path / "in", P, [f"Prompt {i}" for i in range(6)], n=1, max_tokens=20, seed=2)
     batch = ("--set", "backend.poll_interval_s=0.2")
@@ -91,21 +80,22 @@ def test_a_batch_run_killed_three_times_buys_nothing_twice(make_vertex_world, st
         process = start(world, *batch)
         wait_for(partial(_has_jobs, process, world, 2 * kill))
         time.sleep(moments.uniform(0.0, 2.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    code, _, err = finish(start(world, *batch))
-    assert code == 0, err
+        kill_group(process)
+    done = run(world, *batch)
+    assert done.code == 0, done.err
     n_positions = pl.read_parquet(tmp_path / "out" / "tokens.parquet").height
     assert_complete(tmp_path, n_positions)
     assert set(world.rows_bought.values()) <= {1, 2, 3, 4}  # the tiny request of each run is the only one repeated
     assert bought(world) <= n_positions
     before, jobs, began = sum(world.rows_bought.values()), len(world.jobs), time.monotonic()
-    assert finish(start(world, *batch))[0] == 0
+    assert run(world, *batch).code == 0
     assert time.monotonic() - began < 20
     assert (sum(world.rows_bought.values()), len(world.jobs)) == (before, jobs)
 
 
-def test_an_online_run_killed_twice_repeats_few_calls(make_vertex_world, start: Start, tmp_path: Path) -> None:
+def test_an_online_run_killed_twice_repeats_few_calls(
+    make_vertex_world, start: Start, run: Run, tmp_path: Path
+) -> None:
     world = make_vertex_world()
     world.faults.latency_s = 0.1
     world.write_responses(tmp_path / "in", P, [f"Prompt {i}" for i in range(12)], n=1, max_tokens=25, seed=2)
@@ -113,10 +103,9 @@ def test_an_online_run_killed_twice_repeats_few_calls(make_vertex_world, start: 
     for share in (60, 140):
         process = start(world, *online)
         wait_for(partial(_has_calls, world, share))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    code, _, err = finish(start(world, *online))
-    assert code == 0, err
+        kill_group(process)
+    done = run(world, *online)
+    assert done.code == 0, done.err
     n_positions = pl.read_parquet(tmp_path / "out" / "tokens.parquet").height
     assert_complete(tmp_path, n_positions)
     assert bought(world) <= n_positions + 2 * 2 * 10, "a kill costs the calls in flight, here and there"
@@ -124,7 +113,9 @@ def test_an_online_run_killed_twice_repeats_few_calls(make_vertex_world, start: 
 
 
 @pytest.mark.parametrize("on_cancel", ["leave", "cancel"])
-def test_ctrl_c_ends_soon_and_says_how_to_go_on(on_cancel, make_vertex_world, start: Start, tmp_path: Path) -> None:
+def test_ctrl_c_ends_soon_and_says_how_to_go_on(
+    on_cancel, make_vertex_world, start: Start, run: Run, tmp_path: Path
+) -> None:
     world = make_vertex_world(job_seconds=6.0)
     world.write_responses(tmp_path / "in", P, ["One", "Two"], n=1, max_tokens=10, seed=2)
     batch = ("--set", "backend.poll_interval_s=0.2", "--set", f"backend.on_cancel={on_cancel}")
@@ -133,26 +124,26 @@ def test_ctrl_c_ends_soon_and_says_how_to_go_on(on_cancel, make_vertex_world, st
     time.sleep(0.5)
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    code, out, err = finish(process)
+    done = finish(process)
     assert time.monotonic() - began < 5
-    assert code == 130
-    assert "Traceback" not in out + err
-    assert "Go on with: python -m flows.run --input-dir" in err
-    assert ("2 batch jobs go on" if on_cancel == "leave" else "2 batch jobs were cancelled") in err
+    assert done.code == 130
+    assert "Traceback" not in done.out + done.err
+    assert "Go on with: python -m flows.run --input-dir" in done.err
+    assert ("2 batch jobs go on" if on_cancel == "leave" else "2 batch jobs were cancelled") in done.err
     if on_cancel == "cancel":
         assert {job.state for job in world.wait_for_jobs()} == {"JOB_STATE_CANCELLED"}
-    code, _, err = finish(start(world, *batch))
-    assert code == 0, err
+    done = run(world, *batch)
+    assert done.code == 0, done.err
     assert bought(world) == len({*world.rows_bought}) - 1
 
 
-def test_two_runs_at_once_do_not_share_a_folder(make_vertex_world, start: Start, tmp_path: Path) -> None:
+def test_two_runs_at_once_do_not_share_a_folder(make_vertex_world, start: Start, run: Run, tmp_path: Path) -> None:
     world = make_vertex_world(job_seconds=3600.0)
     world.write_responses(tmp_path / "in", P, ["One"], n=1, max_tokens=5, seed=2)
     first = start(world, "--set", "backend.poll_interval_s=0.2")
     wait_for(lambda: len(world.jobs) == 1)
-    code, _, err = finish(start(world))
-    assert code == 2
-    assert "another run is using" in err
+    second = run(world)
+    assert second.code == 2
+    assert "another run is using" in second.err
     world.hurry()
-    assert finish(first)[0] == 0
+    assert finish(first).code == 0

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from tests import ROOT
-from tests.programs import Run, clean_environment
+from tests.process_worker import kill_group, wait_for
+from tests.programs import Process, Run, Start, finish
 from tests.vertex_world.fixtures import make_vertex_world, vertex_world
 from tests.vertex_world.world import VertexWorld
 
@@ -26,7 +21,6 @@ P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
 OUT = "gs://data/out"
 FAST = ("--set", "backend.poll_interval_s=0.1")
 REMOTE = ("--input-dir", "gs://data/in", "--output-dir", OUT, "--model2", Q)
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def upload_responses(world: VertexWorld, folder: Path, n_prompts: int, **options: int) -> int:
@@ -60,40 +54,6 @@ def bought(world: VertexWorld) -> int:
     """Rows and calls answered, without the tiny requests that prove the model usable."""
     probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
     return sum(world.rows_bought.values()) - probes
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
-    """Start a run in its own process group; what is left of it is killed after the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(world: VertexWorld, *arguments: str) -> subprocess.Popen[str]:
-        environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **world.environment())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.run", *REMOTE, *arguments], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: VertexWorld, tmp_path: Path) -> None:
@@ -144,7 +104,16 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     assert world.objects.read("gs://data/reread/tokens.parquet") == world.objects.read(f"{OUT}/tokens.parquet")
 
 
-def test_runs_killed_in_a_bucket_buy_nothing_twice(make_vertex_world, start: Start, tmp_path: Path) -> None:
+def kill(process: Process) -> None:
+    assert process.poll() is None, process.communicate()
+    kill_group(process)
+
+
+@pytest.mark.slow
+def test_runs_killed_in_a_bucket_buy_nothing_twice(make_vertex_world, start_program: Start, tmp_path: Path) -> None:
+    def start(world: VertexWorld, *arguments: str) -> Process:
+        return start_program("flows.run", *REMOTE, *arguments, env=world.environment())
+
     # Both at the same time, because each is taken up again only when the lease of the killed run has run out.
     online, batch = make_vertex_world(), make_vertex_world(job_seconds=4.0)
     online.faults.latency_s = 0.3
@@ -164,8 +133,8 @@ def test_runs_killed_in_a_bucket_buy_nothing_twice(make_vertex_world, start: Sta
 
     again = [start(batch, *FAST), start(online, *flags)]
     for process in again:
-        _, err = process.communicate(timeout=250)
-        assert process.returncode == 0, err
+        done = finish(process)
+        assert done.code == 0, done.err
     assert bought(online) <= n_online + lost
     assert bought(batch) <= n_batch
     for world, n_positions in ((online, n_online), (batch, n_batch)):
@@ -174,20 +143,21 @@ def test_runs_killed_in_a_bucket_buy_nothing_twice(make_vertex_world, start: Sta
         assert not any(name.startswith(("scores/journals/", ".parts/")) for name in objects(world))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_share_a_folder_in_a_bucket(
-    vertex_world: VertexWorld, start: Start, run_program: Run, tmp_path: Path
+    vertex_world: VertexWorld, start_program: Start, run_program: Run, tmp_path: Path
 ) -> None:
     world = vertex_world
     world.faults.job_outcomes = ["NEVER"]
     upload_responses(world, tmp_path / "in", 1, n=1, max_tokens=8)
-    first = start(world, *FAST)
+    first = start_program("flows.run", *REMOTE, *FAST, env=world.environment())
     wait_for(lambda: len(world.jobs) == 1 or first.poll() is not None)
     second = run_program("flows.run", *REMOTE, *FAST, env=world.environment())
     assert second.code == 2, second.err
     assert re.search(rf"error: another run is using {OUT} \(process {first.pid} on .*\); wait for it", second.err)
     first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=120)
-    assert first.returncode == 130, err
+    done = finish(first)
+    assert done.code == 130, done.err
     assert len(world.jobs) == 1
     *_, newest = world.objects.list(f"{OUT}/.lock/")
     assert json.loads(world.objects.read(newest))["released"] is True
@@ -218,15 +188,17 @@ def test_an_address_that_cannot_be_used_is_one_line(
     assert "Traceback" not in done.err
 
 
-def test_responses_are_sampled_into_a_bucket(run_program: Run, vertex_world: VertexWorld, tmp_path: Path) -> None:
+def test_responses_are_sampled_into_a_bucket(
+    run_process: Run, run_program: Run, vertex_world: VertexWorld, tmp_path: Path
+) -> None:
     vertex_world.objects.create_bucket("data")
     config = tmp_path / "sample.yaml"
     config.write_text(
         "backend: local\nmodel1: smollm2-135m\noutput_dir: gs://data/sampled\nprompts: [Hi, Ho]\n"
         "sampling: {max_tokens: 3}\n"
     )
-    for _ in range(2):
-        done = run_program("flows.sample", "--config", config, env=vertex_world.environment())
+    for run in (run_process, run_program):
+        done = run("flows.sample", "--config", config, env=vertex_world.environment())
         assert done.code == 0, done.err
     assert vertex_world.objects.list("gs://data/sampled/") == [
         "gs://data/sampled/000_hi.json",
