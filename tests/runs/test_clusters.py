@@ -41,7 +41,7 @@ class DaskProcesses:
         self._started: list[subprocess.Popen[bytes]] = []
         file = folder / "scheduler.json"
         self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file)
-        wait_for(file.exists)
+        wait_for(lambda: file.exists() and file.stat().st_size)
         self.address = json.loads(file.read_text())["address"]
 
     def worker(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
@@ -205,7 +205,9 @@ class LocalPair:
 @pytest.fixture(scope="module")
 def local_pair(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> LocalPair:
     folder = tmp_path_factory.mktemp("local")
-    models = [tiny.write(folder / f"{seed}.gguf", tiny.random_weights(seed=seed), tiny.metadata()) for seed in (0, 1)]
+    p, other = tiny.random_weights(seed=0), tiny.random_weights(seed=1)
+    q = {name: weights + 0.05 * other[name] for name, weights in p.items()}
+    models = [tiny.write(folder / f"{name}.gguf", weights, tiny.metadata()) for name, weights in (("p", p), ("q", q))]
     settings = {
         "backend": "local",
         "model1": str(models[0]),
