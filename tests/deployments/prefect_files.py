@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import chdir
 from datetime import timedelta
 from functools import cache
@@ -31,7 +32,9 @@ from prefect.workers.process import ProcessVariables
 from pydantic import BaseModel, ValidationError
 
 from backends.errors import ConfigError
-from flows.config.models import CommonConfig, RunConfig, SampleConfig, resolve_backend, validate
+from flows.config.backend import resolve_backend
+from flows.config.models import CommonConfig, RunConfig, SampleConfig
+from flows.config.reading import validate
 from tests import ROOT
 
 _PLACEHOLDER = re.compile(r"{{\s*([^}\s]+)\s*}}")
@@ -82,7 +85,7 @@ def events_of_the_code() -> set[str]:
     """The names of our own events that stand in the source, and those that Prefect emits for a flow run."""
     found = {f"prefect.flow-run.{kind.value.capitalize()}" for kind in StateType}
     found |= {"prefect.flow-run.heartbeat", "prefect.flow-run.*"}
-    for path in [*(ROOT / "flows").glob("*.py"), *(ROOT / "backends").glob("*.py")]:
+    for path in [*(ROOT / "flows").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(re.findall(r"\Atokenkl(?:\.[a-z-]+){2,}\Z", node.value))
@@ -281,10 +284,31 @@ def seconds_of(within: Any) -> float:
     return timedelta.total_seconds(trigger.within)
 
 
-def places_of_keys(data: Any, place: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every mapping key in a document."""
+Path = tuple[Any, ...]
+
+
+def keys_by_place(document: Any) -> dict[str, list[Path]]:
+    """The path of each key, by its place: a key that has the same place in several items of a list stands once."""
+    places: dict[str, dict[Any, Path]] = {}
+    for path in _paths_of_keys(document):
+        place = ".".join("*" if isinstance(part, int) else part for part in path[:-1]) or "top level"
+        places.setdefault(place, {}).setdefault(path[-1], path)
+    return {place: list(paths.values()) for place, paths in places.items()}
+
+
+def _paths_of_keys(data: Any, place: Path = ()) -> Iterator[Path]:
     pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in pairs:
         if isinstance(data, dict):
             yield (*place, key)
-        yield from places_of_keys(value, (*place, key))
+        yield from _paths_of_keys(value, (*place, key))
+
+
+def misspelt(document: Any, path: Path) -> Any:
+    """A copy of a document in which one key has a letter too many."""
+    copy = json.loads(json.dumps(document))
+    parent = copy
+    for part in path[:-1]:
+        parent = parent[part]
+    parent[f"{path[-1]}x"] = parent.pop(path[-1])
+    return copy

@@ -10,9 +10,11 @@ import yaml
 
 from backends.errors import ConfigError
 from flows.checkout import enter_checkout
-from flows.config.models import RunConfig, SampleConfig, resolve_backend, validate
+from flows.config.backend import resolve_backend
+from flows.config.models import RunConfig, SampleConfig
+from flows.config.reading import validate
 from tests import ROOT
-from tests.deployments.prefect_files import events_of_the_code, places_of_keys, problems_of_deployments
+from tests.deployments.prefect_files import events_of_the_code, keys_by_place, misspelt, problems_of_deployments
 
 # Without the sharing of anchors, so that a change in one place is a change in one place.
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))))
@@ -39,22 +41,19 @@ def test_nothing_that_costs_money_starts_by_itself() -> None:
             assert not any(schedule["active"] for schedule in deployment["schedules"]), name
 
 
-def named(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path)
+KEYS = keys_by_place(DOCUMENT)
 
 
-@pytest.mark.parametrize("path", [path for path in places_of_keys(DOCUMENT) if path[-1] not in FREE], ids=named)
-def test_a_misspelt_key_is_named_wherever_it_stands(path: tuple[Any, ...]) -> None:
-    document = json.loads(json.dumps(DOCUMENT))
-    parent = document
-    for part in path[:-1]:
-        parent = parent[part]
-    parent[f"{path[-1]}x"] = parent.pop(path[-1])
-    problems = problems_of_deployments(document)
-    # With the right one beside it; that a step does not exist is all that can be said.
-    right = f"{path[-1]!r}" if "." not in path[-1] else "no such step"
-    assert any(f"{path[-1]}x" in problem and right in problem for problem in problems), problems
-    assert all(problem.startswith("prefect.yaml: ") for problem in problems)
+@pytest.mark.parametrize("place", KEYS)
+def test_a_misspelt_key_is_named_wherever_it_stands(place: str) -> None:
+    for path in KEYS[place]:
+        if path[-1] in FREE:
+            continue
+        problems = problems_of_deployments(misspelt(DOCUMENT, path))
+        # With the right one beside it; that a step does not exist is all that can be said.
+        right = f"{path[-1]!r}" if "." not in path[-1] else "no such step"
+        assert any(f"{path[-1]}x" in problem and right in problem for problem in problems), problems
+        assert all(problem.startswith("prefect.yaml: ") for problem in problems)
 
 
 def changed(*path: Any, to: Any) -> Callable[[], Any]:
