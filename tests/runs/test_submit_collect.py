@@ -1,9 +1,7 @@
-"""A submission and the collects that follow, each a process of its own: the files are those of one run."""
+"""A submission and the collects that follow: the files are those of one run."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from flows.config.reading import validate
 from flows.folder.layout import OutputFolder
 from flows.folder.lock import run_lock
 from flows.watch.report import PendingReport
-from tests import ROOT
 from tests.process_worker import kill_group, wait_for
-from tests.programs import Done, Run, clean_environment
+from tests.programs import Done, Run, Start
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
@@ -46,8 +43,9 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert {"tokens.parquet", "responses.parquet", "summary.json", "prompt_000_kl.json"} <= names
 
 
+@pytest.mark.slow
 def test_a_killed_submission_another_and_collects_give_the_files_of_one_run(
-    make_vertex_world: Callable[..., VertexWorld], run_program: Run, prefect_api: str, tmp_path: Path
+    make_vertex_world: Callable[..., VertexWorld], run_program: Run, start_program: Start, tmp_path: Path
 ) -> None:
     whole, parted = make_vertex_world(), make_vertex_world(job_seconds=3600.0)
     whole.write_responses(tmp_path / "in", P, PROMPTS, n=1, max_tokens=12, seed=4)
@@ -58,10 +56,8 @@ def test_a_killed_submission_another_and_collects_give_the_files_of_one_run(
     assert run(whole, "whole").code == 0
 
     parted.faults.job_outcomes = [("EXPIRED", 0.5)]
-    environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api, **parted.environment())
     one_by_one = ["--stage", "submit", "--set", "backend.max_jobs_in_flight=1"]
-    command = [sys.executable, "-m", "flows.run", *flags(tmp_path, "parted"), *one_by_one]
-    killed = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    killed = start_program("flows.run", *flags(tmp_path, "parted"), *one_by_one, env=parted.environment())
     wait_for(lambda: parted.jobs or killed.poll() is not None)
     kill_group(killed)
 

@@ -6,21 +6,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 
 from tests import ROOT
 from tests.process_worker import ProcessWorker, kill_group, started_worker, wait_for
-from tests.programs import clean_environment, free_port, started_server
+from tests.programs import Process, Start, clean_environment, finish, free_port, started_server
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
+
+pytestmark = pytest.mark.slow
 
 P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
 MakeWorld = Callable[..., VertexWorld]
@@ -125,24 +128,30 @@ def is_alive(pid: int) -> bool:
 
 
 def test_runs_outlive_a_server_that_is_killed_whether_it_comes_back_or_not(
-    make_vertex_world: MakeWorld, tmp_path: Path
+    make_vertex_world: MakeWorld, start_program: Start, tmp_path: Path
 ) -> None:
+    def start(url: str, folder: Path, **more: str) -> Process:
+        flags = ("--input-dir", folder / "in", "--output-dir", folder / "out", "--model2", Q)
+        one_by_one = ("--set", "backend.poll_interval_s=0.3", "--set", "backend.max_jobs_in_flight=1")
+        environment = {**world.environment(), **more, "PREFECT_API_URL": url}
+        return start_program("flows.run", *flags, *one_by_one, env=environment, server=False)
+
     world = make_vertex_world(job_seconds=3600.0)
     patient, hasty = write_input(world, tmp_path, "outage"), write_input(world, tmp_path, "gone")
     home, port = tmp_path / "server", free_port()
     with started_server(home, port) as server:
-        runs = start(server.url, world, patient), start(server.url, world, hasty, PREFECT_CLIENT_MAX_RETRIES="1")
+        runs = start(server.url, patient), start(server.url, hasty, PREFECT_CLIENT_MAX_RETRIES="1")
         wait_for(lambda: len(world.jobs) == 2 or any(run.poll() is not None for run in runs), timeout_s=180)
         kill_group(server.process)
     world.hurry()  # the second job of each is made, waited for and read while no server is there
-    out, err = runs[1].communicate(timeout=300)
-    assert runs[1].returncode == 0, err
-    assert out.startswith("KL(P‖Q) per token")
-    assert "it shows this run as running. The results above are whole." in err
+    done = finish(runs[1])
+    assert done.code == 0, done.err
+    assert done.out.startswith("KL(P‖Q) per token")
+    assert "it shows this run as running. The results above are whole." in done.err
     wait_for(lambda: len(world.jobs) == 4 and all(job.settled for job in world.jobs))
     with started_server(home, port) as server:
-        _, err = runs[0].communicate(timeout=300)
-        assert runs[0].returncode == 0, err
+        done = finish(runs[0])
+        assert done.code == 0, done.err
         with SyncPrefectClient(server.url) as client:
             states = [run.state_name for run in client.read_flow_runs(flow_run_filter=FlowRunFilter())]
     assert sorted(map(str, states)) == ["Completed", "Running"]
@@ -151,23 +160,11 @@ def test_runs_outlive_a_server_that_is_killed_whether_it_comes_back_or_not(
     assert_bought_once(world, assert_measured(patient) + assert_measured(hasty))
 
 
-def start(url: str, world: VertexWorld, folder: Path, **more: str) -> subprocess.Popen[str]:
-    """A run by hand, one job at a time."""
-    environment: Mapping[str, str] = {**world.environment(), **more, "PREFECT_API_URL": url}
-    flags = ["--input-dir", str(folder / "in"), "--output-dir", str(folder / "out"), "--model2", Q]
-    fast = ["--set", "backend.poll_interval_s=0.3", "--set", "backend.max_jobs_in_flight=1"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.run", *flags, *fast], env=clean_environment(folder / "home", **environment),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-
-
-def test_a_program_whose_server_is_not_there_says_so_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flows.run", "--backend", "local", "--model2", "smollm2-135m@int4"]
-    folders = ["--input-dir", str(ROOT / "examples" / "responses"), "--output-dir", str(tmp_path / "out")]
+def test_a_program_whose_server_is_not_there_says_so_in_one_line(start_program: Start, tmp_path: Path) -> None:
+    flags = ("--backend", "local", "--model2", "smollm2-135m@int4", "--output-dir", tmp_path / "out")
     url = f"http://127.0.0.1:{free_port()}/api"
-    environment = clean_environment(tmp_path / "home", PREFECT_API_URL=url)
-    done = subprocess.run([*command, *folders], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: the Prefect server {url} does not answer")
-    assert "Traceback" not in done.stderr
+    inputs = ("--input-dir", ROOT / "examples" / "responses")
+    done = finish(start_program("flows.run", *flags, *inputs, env={"PREFECT_API_URL": url}, server=False))
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(f"error: the Prefect server {url} does not answer")
+    assert "Traceback" not in done.err
