@@ -290,7 +290,7 @@ def test_the_document_names_what_exists() -> None:
     assert set(re.findall(r"\bPREFECT_(?!HOME\b)\w+", text)) <= prefect_settings()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(re.findall(r"--extra (\w+)", text)) <= extras.keys()
-    for folder in ("automations", "tests/flows"):
+    for folder in ("automations", "tests/deployments"):
         for name in re.findall(rf"{folder}/([\w.-]+\.\w+)", text):
             assert (ROOT / folder / name).is_file(), name
     for link in re.findall(r"\]\(([\w/.-]+\.md)\)", text):

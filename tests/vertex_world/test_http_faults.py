@@ -18,6 +18,8 @@ from tests.vertex_world.testing import ask, authorized_session, genai_client, st
 
 __all__ = ["in_vertex_world", "vertex_world"]
 
+pytestmark = pytest.mark.world
+
 
 @pytest.fixture
 def world(in_vertex_world: VertexWorld) -> VertexWorld:

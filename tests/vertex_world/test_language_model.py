@@ -18,6 +18,8 @@ from tests.vertex_world.testing import FLASH, LITE, authorized_session, scoring_
 
 __all__ = ["make_vertex_world", "vertex_world"]
 
+pytestmark = pytest.mark.world
+
 QUESTION = [("user", "Why?")]
 
 

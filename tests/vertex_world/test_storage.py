@@ -15,6 +15,8 @@ from tests.vertex_world.fixtures import in_vertex_world, vertex_world
 
 __all__ = ["in_vertex_world", "vertex_world"]
 
+pytestmark = pytest.mark.world
+
 MEGABYTE = 1 << 20
 
 

@@ -23,6 +23,8 @@ from tests.vertex_world.testing import (
 
 __all__ = ["in_vertex_world", "make_vertex_world", "vertex_world"]
 
+pytestmark = pytest.mark.world
+
 PRO = "gemini-2.5-pro"
 
 

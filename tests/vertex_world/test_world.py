@@ -33,6 +33,8 @@ from tests.vertex_world.testing import (
 
 __all__ = ["in_vertex_world", "make_vertex_world", "vertex_world"]
 
+pytestmark = pytest.mark.world
+
 
 @pytest.fixture
 def client(in_vertex_world: VertexWorld) -> Iterator[genai.Client]:
