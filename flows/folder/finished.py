@@ -34,7 +34,7 @@ class Documents(NamedTuple):
     run: dict[str, Any]
 
 
-class ResponseFile(NamedTuple):
+class ResponseTableFile(NamedTuple):
     """A response table as it was read, with the hash of its file."""
 
     sha256: str
@@ -83,7 +83,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], data)
 
 
-def read_response_table(folder: Path) -> ResponseFile:
+def read_response_table(folder: Path) -> ResponseTableFile:
     """The response table in an output folder, read whole; of an unfinished run too.
 
     Raises
@@ -102,7 +102,7 @@ def read_response_table(folder: Path) -> ResponseFile:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if lacking:
         raise ConfigError(f"{path} was written by another version (no {', '.join(lacking)}).")
-    return ResponseFile(hashlib.sha256(data).hexdigest(), table.select(COLUMNS))
+    return ResponseTableFile(hashlib.sha256(data).hexdigest(), table.select(COLUMNS))
 
 
 def load_run(folder: Path) -> FinishedRun:

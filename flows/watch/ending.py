@@ -18,7 +18,7 @@ from flows.config.comparison import Comparison
 from flows.config.folders import SETTINGS
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, differs_between_runs, double_brace_warning, has_fields
-from flows.folder.finished import ResponseFile, read_response_table
+from flows.folder.finished import ResponseTableFile, read_response_table
 from flows.folder.output import write_json
 from flows.watch.events import DRIFT, VERSION_CHANGED, comparison_resource, emit, run_payload, version_changes
 from flows.watch.history import Row, check_history, previous_run, previous_versions, record_row, row_of
@@ -46,7 +46,7 @@ class DriftContext:
     comparison: Comparison
     rolling: bool
     emitted: tuple[str, ...]
-    standing: ResponseFile | None
+    standing: ResponseTableFile | None
     baseline: Reference | str | None
 
     @property
@@ -92,7 +92,7 @@ def drift_context(comparison: Comparison) -> DriftContext:
     return DriftContext(comparison, rolling, emitted, standing, _baseline(config, written))
 
 
-def _standing(config: RunConfig) -> ResponseFile | None:
+def _standing(config: RunConfig) -> ResponseTableFile | None:
     try:
         return read_response_table(config.output_dir)
     except (FileNotFoundError, ConfigError):
@@ -165,7 +165,7 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
     return RunOutcome(report, _state(report, verdict, config) if drifted else report)
 
 
-def _identity(responses: ResponseFile, report: RunReport) -> Row:
+def _identity(responses: ResponseTableFile, report: RunReport) -> Row:
     run = RunValues.of_this_run()
     return {
         "run_id": run.flow_run_id,
@@ -177,7 +177,7 @@ def _identity(responses: ResponseFile, report: RunReport) -> Row:
     }
 
 
-def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: ResponseFile) -> Verdict | None:
+def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: ResponseTableFile) -> Verdict | None:
     alert = context.config.alert
     if alert is None:
         return None
@@ -192,7 +192,7 @@ def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: R
 
 
 def _compared(
-    context: DriftContext, alert: AlertConfig, row: Row, before: pl.DataFrame, responses: ResponseFile
+    context: DriftContext, alert: AlertConfig, row: Row, before: pl.DataFrame, responses: ResponseTableFile
 ) -> Verdict:
     if isinstance(context.baseline, str):
         return undecided(alert, context.baseline)

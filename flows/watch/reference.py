@@ -11,7 +11,7 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.storage import as_location
 from flows.config.models import RunConfig
-from flows.folder.finished import ResponseFile, read_documents, read_response_table
+from flows.folder.finished import ResponseTableFile, read_documents, read_response_table
 from flows.folder.layout import OutputFolder
 from flows.watch.history import Row
 
@@ -60,12 +60,12 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
     return Reference("baseline", str(folder), table, about)
 
 
-def load_previous(row: Row, output_dir: Path, standing: ResponseFile | None) -> Reference:
+def load_previous(row: Row, output_dir: Path, standing: ResponseTableFile | None) -> Reference:
     """The run of a history row. Its table must still be the one that it wrote.
 
     Parameters
     ----------
-    standing : ResponseFile, optional
+    standing : ResponseTableFile, optional
         What this run found in its own output folder before it wrote there.
 
     Raises
