@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from backends.errors import ConfigError
 from backends.storage import COPIES, StoredFile, is_remote, is_within, list_remote, scratch_folder
 from flows.config.models import RunConfig
 from kl.input.responses import InputProblem, ResponseFile, check_pattern, list_files, read_responses
-from kl.records import Response
 
 logger = logging.getLogger(__name__)
 
@@ -100,20 +98,6 @@ def read_input(file: InputFile) -> ResponseFile:
     ConfigError, OSError
         If the storage of a remote file refuses or does not answer.
     """
-    return _parsed(file).file
-
-
-def read_response(file: InputFile, response_idx: int) -> Response | None:
-    """One response of a file, as `read_input` has it; None if it is not there or cannot be read (any more)."""
-    return _parsed(file).by_index.get(response_idx)
-
-
-class _Parsed(NamedTuple):
-    file: ResponseFile
-    by_index: dict[int, Response]
-
-
-def _parsed(file: InputFile) -> _Parsed:
     if file.stored is not None:
         return _read(file, (0, 0))
     try:
@@ -125,12 +109,7 @@ def _parsed(file: InputFile) -> _Parsed:
 
 
 @lru_cache(maxsize=_PARSED_FILES_KEPT)
-def _read(file: InputFile, version: tuple[int, int]) -> _Parsed:
-    parsed = _read_file(file)
-    return _Parsed(parsed, {response.response_idx: response for response in parsed.responses})
-
-
-def _read_file(file: InputFile) -> ResponseFile:
+def _read(file: InputFile, version: tuple[int, int]) -> ResponseFile:
     if file.stored is None:
         return read_responses(file.path, file.source_file)
     try:

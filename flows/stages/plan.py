@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from backends.base import ScoreRequest, WorkEstimate
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
-from flows.stages.inputs import InputFile, read_ahead, read_input, read_response
+from flows.stages.inputs import InputFile, read_ahead, read_input
 from kl.input.problems import InputProblem
 
 
@@ -168,12 +170,14 @@ def _group(selections: Iterable[Selection]) -> Group:
 
 
 def requests_of(group: Group, comparison: Comparison) -> Iterator[tuple[str, ScoreRequest]]:
-    """(prompt id, request) of each part of a group, read back from the input files."""
-    for selection in group.selections:
-        response = read_response(selection.file, selection.response_idx)
-        request = comparison.request(response, selection.side) if response is not None else None
-        if response is None or request is None:
-            continue  # the file changed under the run; measuring reports its positions as not scored
-        positions = set(selection.positions.tolist())
-        pairs = zip(request.positions, request.keys, strict=True)
-        yield response.prompt.prompt_id, request.only({key for position, key in pairs if position in positions})
+    """(prompt id, request) of each part of a group, read back from the input files: each once, as many groups read."""
+    for file, selections in groupby(group.selections, attrgetter("file")):
+        responses = {response.response_idx: response for response in read_input(file).responses}
+        for selection in selections:
+            response = responses.get(selection.response_idx)
+            request = comparison.request(response, selection.side) if response is not None else None
+            if response is None or request is None:
+                continue  # the file changed under the run; measuring reports its positions as not scored
+            positions = set(selection.positions.tolist())
+            pairs = zip(request.positions, request.keys, strict=True)
+            yield response.prompt.prompt_id, request.only({key for position, key in pairs if position in positions})
