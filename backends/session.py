@@ -68,7 +68,6 @@ class BackendSession:
         self._lock = threading.Lock()
         self._running: set[Future[Any]] = set()
         self._closed = False
-        self._left: list[str] = []
 
     def __enter__(self) -> Self:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -139,15 +138,10 @@ class BackendSession:
         self._settle()
         last = asyncio.run_coroutine_threadsafe(self.backend.interrupted(), self._loop)
         try:
-            own = last.result(timeout_s)
+            return last.result(timeout_s)
         except TimeoutError:
             last.cancel()
-            own = "the service did not answer in time; what runs there goes on."
-        return "; ".join(dict.fromkeys(line for line in (*self._left, own) if line)) or None
-
-    def note_left(self, line: str) -> None:
-        """Add what goes on elsewhere of work that other processes did for the run; `interrupt` says it too."""
-        self._left.append(line)
+            return "the service did not answer in time; what runs there goes on."
 
     def _stop_loop(self) -> None:
         self._closed = True

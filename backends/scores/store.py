@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,24 +130,6 @@ class ScoreStore:
                 count += len(rows)
             in_parallel(remove, some)
         return count
-
-    def copy_from_journals(self, wanted: Mapping[str, Container[str]]) -> int:
-        """Write as parts what journals hold of some keys, by prompt id; returns how many answers.
-
-        The journals stay: another process may be writing them. A score that stands in two parts counts once.
-        """
-        count = 0
-        for path in files_in(self.root / _JOURNALS, SUFFIX):
-            with suppress(FileNotFoundError):  # its writer has made a part of it meanwhile
-                for prompt_id, rows in recorded([path]).items():
-                    ours = [row for row in rows if row["key"] in wanted.get(prompt_id, ())]
-                    self.write_rows(prompt_id, ours)
-                    count += len(ours)
-        return count
-
-    def look_again(self, prompt_id: str) -> None:
-        """See what other processes have written for a prompt since the store was made."""
-        self._note_change(prompt_id)
 
     def compact_all(self) -> None:
         """Merge small parts, prompt by prompt. No other run may be using the folder."""
