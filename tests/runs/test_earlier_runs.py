@@ -1,7 +1,7 @@
 """Runs that an earlier version left, killed or finished: this version takes them up, and buys nothing again.
 
-The output folders in ``earlier_runs/`` were written by commit 93cadd7, in which several processes could make the jobs of
-a run. All were over the responses in ``earlier_runs/in``:
+The output folders in ``earlier_runs/`` were written by commit 93cadd7, in which several processes could make the jobs
+of a run. All were over the responses in ``earlier_runs/in``:
 
 ``vertex_online``
     Killed with -9 when it had asked one response of three and a part of the next.

@@ -1,0 +1,70 @@
+"""What is installed from the wheel runs by itself, with every package folder in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.programs import clean_environment
+
+ROOMS = ("flows", "backends", "kl")
+
+
+def run(command: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def uv(*arguments: object, cwd: Path) -> None:
+    """The installer that the README names; what building needs is in its cache since the environment was made."""
+    program = os.environ.get("UV") or shutil.which("uv")
+    assert program, "uv is not on the PATH"
+    run([program, *map(str, arguments), "--offline", "--quiet"], cwd)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: building leaves folders behind, and takes up what an earlier build left."""
+    source = tmp_path_factory.mktemp("source")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    uv("build", "--wheel", "--out-dir", source / "dist", cwd=source)
+    (wheel,) = (source / "dist").glob("*.whl")
+    return wheel
+
+
+def test_every_module_of_the_checkout_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
+    assert packed == {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
+
+
+def test_the_quickstart_runs_where_nothing_but_the_wheel_is_installed(wheel: Path, tmp_path: Path) -> None:
+    uv("venv", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    uv("pip", "install", "--python", python, "--no-deps", wheel, cwd=tmp_path)
+    # The dependencies are those of this environment. A folder that is named so is searched, but its own .pth files, by
+    # which the checkout is importable here, are not read.
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = clean_environment(tmp_path / "home")
+    environment.pop("PYTHONPATH", None)
+
+    show = "import flows, backends, kl; print(flows.__file__, backends.__file__, kl.__file__)"
+    found = run([str(python), "-c", show], tmp_path, environment)
+    assert [Path(file).parent.parent for file in found.split()] == [site] * len(ROOMS)
+    command = [str(python), "-m", "flows.run", "--config", "examples/quickstart.yaml", "--dry-run"]
+    assert "\nrequests " in run(command, tmp_path, environment)
