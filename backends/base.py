@@ -114,16 +114,14 @@ class Capabilities(NamedTuple):
     """What a backend can do, known without a call.
 
     ``max_top_logprobs`` is the longest list it reports; ``full_vocabulary`` that it can report every token;
-    ``samples`` that it can write responses; ``one_pass`` that all positions of a response cost one evaluation;
-    ``token_ids`` that it feeds P's token ids, where they are its own, instead of the text (the ids then belong to
-    the key of a score); ``remote`` that it sends texts to a service, which may cost money; ``deferred`` that its
-    answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`).
+    ``samples`` that it can write responses; ``token_ids`` that it feeds P's token ids, where they are its own, instead
+    of the text (the ids then belong to the key of a score); ``remote`` that it sends texts to a service, which may cost
+    money; ``deferred`` that its answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`).
     """
 
     max_top_logprobs: int
     full_vocabulary: bool = False
     samples: bool = False
-    one_pass: bool = False
     token_ids: bool = False
     remote: bool = True
     deferred: bool = False
@@ -166,12 +164,15 @@ class Backend(ABC):
 
     Attributes
     ----------
+    name : str or None
+        What the class is registered as. It is not inherited: a subclass is another backend.
     run_id : str or None
         The flow run that uses the backend, set before it is entered; a backend with remote jobs records it with them.
     """
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     capabilities: ClassVar[Capabilities]
+    name: ClassVar[str | None] = None
     run_id: str | None = None
 
     def __init__(self, options: BackendOptions, state_dir: Path | None = None) -> None:
@@ -190,8 +191,18 @@ class Backend(ABC):
 
         It is hashed into the key under which a score is kept. Backends that send the same request to the same model
         return the same identity, so that a change of backend buys nothing twice.
+
+        Raises
+        ------
+        ConfigError
+            If the class has no `name`, where this is not overridden.
         """
-        return {"backend": cls.__module__, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
+        name = own_name(cls)
+        if name is None:
+            raise ConfigError(
+                f"{cls.__name__} has no name for its scores. Set name to what it is registered as, or write identity()."
+            )
+        return {"backend": name, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
 
     @classmethod
     def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
@@ -286,3 +297,8 @@ class Backend(ABC):
     def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
         """Write ``n`` responses to ``prompt``; ``source_file`` is left empty."""
         raise NotImplementedError(f"{type(self).__name__} does not sample responses")
+
+
+def own_name(backend: type[Backend]) -> str | None:
+    """The `name` that a class gives itself; None if it has none or another one's."""
+    return vars(backend).get("name")

@@ -1,21 +1,32 @@
-"""What can go wrong with a backend.
+"""What can go wrong, in all rooms: the whole tree. What is caught in one place only is defined there.
 
     TokenKLError
     ├── ConfigError (also ValueError)      the user's mistake: exit code 2, one line
     │   ├── UnknownBackendError
     │   ├── DuplicateBackendError
-    │   └── MissingDependencyError
-    └── BackendError                       the service or the model
-        ├── RetryableBackendError          may succeed when repeated; `retry_after_s` if the service said
-        ├── ModelNotUsableError (also ConfigError)  exists not, gives no logprobs, or refuses a prefill
-        ├── ResponseShapeError             an answer that cannot be read
-        └── BatchFailedError               a batch job that ended without its rows
+    │   ├── MissingDependencyError
+    │   ├── FolderInUseError               another run is at work (flows.folder.lock)
+    │   └── LeaseLostError                 a lock in a bucket could not be kept (backends.storage.lease)
+    ├── BackendError                       the service or the model
+    │   ├── RetryableBackendError          may succeed when repeated; `retry_after_s` if the service said
+    │   ├── ModelNotUsableError (also ConfigError)  exists not, gives no logprobs, or refuses a prefill
+    │   ├── StatusError                    a refusal that repeating does not mend (backends.vertex.service.retry)
+    │   ├── DailyQuotaError                final for today (backends.vertex.service.retry)
+    │   ├── JobGivenUpError                a job that is not waited for any more (backends.vertex.jobs.rounds)
+    │   ├── OtherContentError              a name in the bucket is taken (backends.vertex.jobs.bucket)
+    │   └── PromptRefusedError             a local model has no form for a prompt (backends.local.tokenizer)
+    ├── LeaseHeldError                     another process has the lock (backends.storage.lease)
+    ├── SessionClosedError                 the run was stopped while work was under way (backends.session)
+    ├── InterruptedRunError                stopped by the user (flows.runtime.interrupts)
+    └── DriftedRunError                    the distance has changed (flows.watch.ending)
 
 Messages say what failed, the value seen and what to do. They never hold a credential or the text of a prompt.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -90,9 +101,7 @@ class ModelNotUsableError(BackendError, ConfigError):
     """The model does not exist, gives no log-probabilities or does not continue a prefill."""
 
 
-class ResponseShapeError(BackendError):
-    """An answer in a form that is not understood."""
-
-
-class BatchFailedError(BackendError):
-    """A batch job that ended in failure, with the service's own words."""
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message on a misspelt name: `` Did you mean 'local'?``, or nothing if none is close."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""

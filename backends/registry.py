@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,8 +12,8 @@ from pydantic import ValidationError
 
 import backends.builtin
 import backends.hookspecs
-from backends.base import Backend, BackendOptions
-from backends.errors import ConfigError, DuplicateBackendError, UnknownBackendError
+from backends.base import Backend, BackendOptions, own_name
+from backends.errors import ConfigError, DuplicateBackendError, UnknownBackendError, did_you_mean
 
 ENTRY_POINT_GROUP = "tokenkl.backends"
 
@@ -93,12 +92,11 @@ def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backe
     UnknownBackendError
         With the closest name and all that exist.
     ConfigError
-        If the target cannot be imported or is no backend.
+        If the target cannot be imported, is no backend, or one of another name.
     """
     known = build_targets() if targets is None else targets
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
     module, _, attribute = known[name].partition(":")
     try:
@@ -107,6 +105,12 @@ def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backe
         raise ConfigError(f"backend {name!r} ({known[name]}) cannot be imported: {error}.") from error
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise ConfigError(f"backend {name!r}: {known[name]} is not a subclass of backends.base.Backend.")
+    own = own_name(backend)
+    if own not in (None, name):
+        raise ConfigError(
+            f"backend {name!r}: {known[name]} has name = {own!r}, under which its scores are kept. "
+            "Register it as that, or register a subclass with a name of its own."
+        )
     return backend
 
 
@@ -139,8 +143,7 @@ def _option_problem(name: str, backend: type[Backend], item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     known = backend.Options.model_fields
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(path, known)
         return f"backend {name!r} has no option {path!r}.{hint} Known: {', '.join(sorted(known)) or 'none'}."
     description = known[path].description if path in known else None
     about = f" ({description})" if description else ""

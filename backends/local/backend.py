@@ -22,7 +22,7 @@ from backends.base import Backend, BackendOptions, Capabilities, SampleSettings,
 from backends.errors import TokenKLError
 from backends.local.candidates import top_candidates
 from backends.local.engine import ENGINE
-from backends.local.gguf import FloatArray
+from backends.local.gguf import BACKEND, FloatArray
 from backends.local.models import LocalModel, check_model, find_model, load_model
 from backends.local.sampling import sample_steps
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
@@ -36,8 +36,9 @@ class LocalBackend(Backend):
     """Runs llama-architecture GGUF files with numpy, float32, on one core."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
+    name = BACKEND
     capabilities: ClassVar[Capabilities] = Capabilities(
-        max_top_logprobs=1000, full_vocabulary=True, samples=True, one_pass=True, token_ids=True, remote=False
+        max_top_logprobs=1000, full_vocabulary=True, samples=True, token_ids=True, remote=False
     )
 
     @classmethod

@@ -7,7 +7,6 @@ and Q4_0 are (3 bits by the rule of Q4_0).
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import threading
@@ -15,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.errors import MissingDependencyError, ModelNotUsableError
+from backends.errors import MissingDependencyError, ModelNotUsableError, did_you_mean
 from backends.local.config import LlamaConfig, check_shapes
 from backends.local.engine import Llama
 from backends.local.gguf import BACKEND, HOW_TO_INSTALL, GGUFFile, content_hash, read_gguf, require_packages
@@ -95,8 +94,7 @@ def _not_found(name: str, path: str) -> ModelNotUsableError:
             else f"{path!r} is no file."
         )
     else:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        what = f"unknown model {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+        what = f"unknown model {name!r}.{did_you_mean(name, known, cutoff=0.5)}"
     return ModelNotUsableError(
         f"{what} Known: {', '.join(known)}, or the path of a GGUF file.", backend=BACKEND, model=name
     )

@@ -35,6 +35,7 @@ class VertexBatchBackend(GeminiBackend):
     """Scores through batch prediction jobs."""
 
     Options: ClassVar[type[BackendOptions]] = VertexBatchOptions
+    name = "vertex_batch"
     capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS, deferred=True)
     options: VertexBatchOptions
     price_share = BATCH_SHARE

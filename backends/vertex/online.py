@@ -35,6 +35,7 @@ class VertexOnlineBackend(GeminiBackend):
     """Scores through ``generateContent``, one call a context."""
 
     Options: ClassVar[type[BackendOptions]] = VertexOnlineOptions
+    name = "vertex_online"
     capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS)
     options: VertexOnlineOptions
 

