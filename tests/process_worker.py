@@ -133,9 +133,9 @@ def kill_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 90) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 180) -> None:
     """Wait until a condition holds."""
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.05)
+        time.sleep(0.02)

@@ -187,6 +187,7 @@ def worker(world: World, killed_run: str) -> Iterator[subprocess.Popen[bytes]]:
         yield worker
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("worker")
 def test_a_dry_run_puts_the_plan_before_the_user_and_asks_nothing(world: World) -> None:
     config = {"backend": {"name": "local"}, "input_dir": "examples/responses", "output_dir": "results/dry-{date}"}
@@ -201,6 +202,7 @@ def test_a_dry_run_puts_the_plan_before_the_user_and_asks_nothing(world: World) 
     assert not list((world.tree / "results").glob("dry-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("worker")
 def test_a_drift_event_starts_the_alert_once_with_its_figures(world: World) -> None:
     figures = {"message": "KL per token rose", "kl_per_token": 0.123456, "results": "gs://b/2026-11-23", "prompts": 12}
@@ -215,6 +217,7 @@ def test_a_drift_event_starts_the_alert_once_with_its_figures(world: World) -> N
     assert len(world.runs("drift-alert/drift-alert")) == 1
 
 
+@pytest.mark.slow
 def test_a_drift_event_sends_the_message_with_its_figures(world: World) -> None:
     with received_messages() as (address, messages):
         block = notification_block(world, address)
@@ -229,6 +232,7 @@ def test_a_drift_event_sends_the_message_with_its_figures(world: World) -> None:
     assert "tokenkl.model-version.changed" in sent[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("worker")
 def test_the_quickstart_fires_by_itself_and_shows_what_it_found(world: World) -> None:
     def completed() -> list[dict[str, Any]]:
@@ -255,6 +259,7 @@ def test_the_quickstart_fires_by_itself_and_shows_what_it_found(world: World) ->
     assert (world.tree / "results" / "quickstart" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("worker")
 def test_a_run_whose_processes_were_killed_ends_and_the_others_stay_as_they_were(world: World, killed_run: str) -> None:
     wait_for(lambda: world.state(killed_run)["type"] == "CRASHED", "the killed run still counts as running")
@@ -263,6 +268,7 @@ def test_a_run_whose_processes_were_killed_ends_and_the_others_stay_as_they_were
     assert not [run for run in others if run["state_type"] == "CRASHED"]
 
 
+@pytest.mark.slow
 def test_the_form_of_a_deployment_has_descriptions_and_bounds(world: World) -> None:
     schema = world.deployment("kl-divergence/nightly-vertex-batch")["parameter_openapi_schema"]
     assert schema["properties"]["config"]["$ref"].endswith("/RunConfig")
@@ -277,6 +283,7 @@ def test_the_form_of_a_deployment_has_descriptions_and_bounds(world: World) -> N
     assert all(fields[name]["title"] for name in plain)
 
 
+@pytest.mark.slow
 def test_a_setting_that_does_not_exist_is_refused_before_a_run_is_made(world: World) -> None:
     path = f"deployments/{world.deployment('kl-divergence/quickstart-local')['id']}/create_flow_run"
     config = {"input_dir": "a", "output_dir": "b", "modle2": "c"}

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ from distributed import Client
 
 from tests import ROOT
 from tests.backends.local import tiny_llama as tiny
-from tests.process_worker import ProcessWorker
-from tests.programs import Done, clean_environment
+from tests.process_worker import ProcessWorker, wait_for
+from tests.programs import Run, Start, clean_environment, finish
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
+
+pytestmark = pytest.mark.slow
 
 P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
 PROMPTS = [f"What do you know about the number {number}?" for number in range(70)]  # three parts to measure
@@ -83,41 +84,6 @@ def make_dask(tmp_path: Path) -> Iterator[Callable[[], DaskProcesses]]:
         cluster.stop()
 
 
-@pytest.fixture
-def start(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A run in its own process group; what is left of it is killed after the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*arguments: object, world: VertexWorld | None = None, own_server: bool = False) -> subprocess.Popen[str]:
-        server = {} if own_server else {"PREFECT_API_URL": prefect_api}
-        environment = clean_environment(tmp_path / "home", **server, **(world.environment() if world else {}))
-        command = [sys.executable, "-m", "flows.run", *map(str, arguments)]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            start_new_session=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 180) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.02)
-
-
-def finish(process: subprocess.Popen[str], timeout_s: float = 200) -> Done:
-    out, err = process.communicate(timeout=timeout_s)
-    return Done(process.returncode, out, err)
-
-
 def results(folder: Path) -> dict[str, bytes]:
     """Every result file but the record of the run, which has its times."""
     paths = [folder / name for name in ("tokens.parquet", "responses.parquet", "summary.json")]
@@ -141,14 +107,12 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(run_program: Run, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("threads")
     with VertexWorld() as world:
         world.write_responses(folder / "in", P, PROMPTS, n=1, max_tokens=4, seed=2)
-        environment = clean_environment(folder / "home", PREFECT_API_URL=prefect_api, **world.environment())
-        command = [sys.executable, "-m", "flows.run", *flags(folder / "in", folder / "out"), *BATCH]
-        done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, timeout=200)
-    assert done.returncode == INCOMPLETE
+        done = run_program("flows.run", *flags(folder / "in", folder / "out"), *BATCH, env=world.environment())
+    assert done.code == INCOMPLETE, done.err
     record = json.loads((folder / "out" / "run.json").read_text())
     return Reference(folder / "in", results(folder / "out"), record["spent"])
 
@@ -203,7 +167,7 @@ class LocalPair:
 
 
 @pytest.fixture(scope="module")
-def local_pair(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> LocalPair:
+def local_pair(run_program: Run, tmp_path_factory: pytest.TempPathFactory) -> LocalPair:
     folder = tmp_path_factory.mktemp("local")
     p, other = tiny.random_weights(seed=0), tiny.random_weights(seed=1)
     q = {name: weights + 0.05 * other[name] for name, weights in p.items()}
@@ -216,30 +180,25 @@ def local_pair(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Lo
         "sampling": {"max_tokens": 12},
     }
     (folder / "sample.yaml").write_text(json.dumps(settings))
-    environment = clean_environment(folder / "home", PREFECT_API_URL=prefect_api)
-
-    def program(module: str, *arguments: object) -> None:
-        subprocess.run([sys.executable, "-m", module, *map(str, arguments)], env=environment, cwd=ROOT, check=True)
-
-    program("flows.sample", "--config", folder / "sample.yaml")
+    assert run_program("flows.sample", "--config", folder / "sample.yaml").code == 0
     pair = LocalPair(folder / "in", models[1], {})
-    program("flows.run", *pair.flags(folder / "out"))
+    assert run_program("flows.run", *pair.flags(folder / "out")).code == 0
     return LocalPair(folder / "in", models[1], results(folder / "out"))
 
 
 def test_a_model_that_computes_is_asked_on_the_workers_and_one_that_dies_costs_nothing(
-    local_pair: LocalPair, make_dask, start, tmp_path: Path
+    local_pair: LocalPair, make_dask, start_program: Start, run_program: Run, tmp_path: Path
 ) -> None:
     cluster = make_dask()
     doomed, _ = cluster.worker(), cluster.worker()
-    run = start(*local_pair.flags(tmp_path / "out"), *on_dask(cluster))
+    run = start_program("flows.run", *local_pair.flags(tmp_path / "out"), *on_dask(cluster))
     wait_for(lambda: list((tmp_path / "out" / "scores").glob("*/*.parquet")) or run.poll() is not None)
     doomed.kill()
     done = finish(run)
     assert done.code == 0, done.err + cluster.log()
     assert results(tmp_path / "out") == local_pair.results
     assert "contexts scored: " in done.err
-    again = finish(start(*local_pair.flags(tmp_path / "out")))
+    again = run_program("flows.run", *local_pair.flags(tmp_path / "out"))
     assert "0 to ask" in again.err, "what came home is in the store"
     with Client(cluster.address, set_as_default=False) as client:
         (threads,) = client.run(eval, "[thread.name for thread in __import__('threading').enumerate()]").values()
@@ -247,8 +206,9 @@ def test_a_model_that_computes_is_asked_on_the_workers_and_one_that_dies_costs_n
 
 
 @pytest.mark.skipif(not os.environ.get("TOKENKL_TEST_RAY"), reason="set TOKENKL_TEST_RAY=1; it takes a minute or two")
-def test_a_run_on_ray_outlives_a_worker(local_pair: LocalPair, start, tmp_path: Path) -> None:
-    run = start(*local_pair.flags(tmp_path / "out"), "--task-runner", "ray", "--set", "task_runner.workers=2")
+def test_a_run_on_ray_outlives_a_worker(local_pair: LocalPair, start_program: Start, tmp_path: Path) -> None:
+    size = ("--task-runner", "ray", "--set", "task_runner.workers=2")
+    run = start_program("flows.run", *local_pair.flags(tmp_path / "out"), *size)
     wait_for(lambda: list((tmp_path / "out" / "scores").glob("*/*.parquet")) or run.poll() is not None)
     os.kill(next(ray_workers(run.pid)), signal.SIGKILL)
     done = finish(run)
@@ -267,23 +227,25 @@ def ray_workers(session: int) -> Iterator[int]:
                 yield int(process.name)
 
 
-def test_ctrl_c_ends_a_run_with_workers_of_its_own(local_pair: LocalPair, start, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_run_with_workers_of_its_own(
+    local_pair: LocalPair, start_program: Start, run_program: Run, tmp_path: Path
+) -> None:
     """A terminal sends it to the whole process group: to the workers of this machine, and to the temporary server."""
     size = ("--task-runner", "dask", "--set", "task_runner.workers=2", "--set", "task_runner.threads_per_worker=1")
-    run = start(*local_pair.flags(tmp_path / "out"), *size, own_server=True)
+    run = start_program("flows.run", *local_pair.flags(tmp_path / "out"), *size, server=False)
     wait_for(lambda: list((tmp_path / "out" / "scores").glob("*/*.parquet")) or run.poll() is not None)
     os.killpg(run.pid, signal.SIGINT)
     done = finish(run)
     assert done.code == 130, done.err
     assert "Traceback" not in done.out + done.err
     assert "Go on with: python -m flows.run --input-dir" in done.err
-    again = finish(start(*local_pair.flags(tmp_path / "out")))
+    again = run_program("flows.run", *local_pair.flags(tmp_path / "out"))
     assert again.code == 0, again.err
     assert results(tmp_path / "out") == local_pair.results
 
 
 def test_workers_that_do_not_see_the_folders_are_refused_before_anything_is_bought(
-    reference: Reference, make_vertex_world, make_dask, start, tmp_path: Path
+    reference: Reference, make_vertex_world, make_dask, start_program: Start, tmp_path: Path
 ) -> None:
     world = make_vertex_world()
     cluster = make_dask()
@@ -292,7 +254,8 @@ def test_workers_that_do_not_see_the_folders_are_refused_before_anything_is_boug
     cluster.worker(cwd=elsewhere)
     # The working directory by a name that means another folder to every process, as a disk of one's own does.
     out = Path("/proc/self/cwd") / os.path.relpath(tmp_path, ROOT) / "out"
-    done = finish(start(*flags(reference.inputs, out), *on_dask(cluster), world=world))
+    arguments = (*flags(reference.inputs, out), *on_dask(cluster))
+    done = finish(start_program("flows.run", *arguments, env=world.environment()))
     assert done.code == 2, done.err + cluster.log()
     assert "does not see the run's output folder" in done.err.strip().splitlines()[-1], done.err
     assert "Traceback" not in done.err
