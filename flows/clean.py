@@ -19,7 +19,7 @@ from rich.text import Text
 
 from backends.errors import ConfigError, TokenKLError
 from backends.storage import Location, exists, is_remote
-from backends.vertex.cleaning.survey import Deletion, Fate, Survey, Totals
+from backends.vertex.cleaning.inventory import Action, Deletion, Inventory, Totals
 from backends.vertex.jobs.ledger import JobLedger
 from flows.commands.arguments import exit_code_of, make_parser, parse_config
 from flows.config.backend import resolve_backend
@@ -213,26 +213,26 @@ def _cleaner(config: CleanConfig) -> BucketCleaner:
 
 async def _clean(cleaner: BucketCleaner, config: CleanConfig, unread: dict[str, str]) -> int:
     async with cleaner:
-        survey = await cleaner.survey(parse_duration(config.older_than), datetime.now(UTC), unread)
-        if survey is None:
+        inventory = await cleaner.take_inventory(parse_duration(config.older_than), datetime.now(UTC), unread)
+        if inventory is None:
             _say(f"gs://{cleaner.bucket} does not exist: there is nothing to clean, and no rule to set.")
             return EXIT_COMPLETE
-        _show_survey(cleaner.bucket, cleaner.location, survey, config)
-        await _check_rule(cleaner, survey, config)
+        _show_inventory(cleaner.bucket, cleaner.location, inventory, config)
+        await _check_rule(cleaner, inventory, config)
         if not config.yes:
             _say("dry run: nothing was changed; --yes does it.")
-            return EXIT_INCOMPLETE if survey.total(Fate.UNDECIDED).files else EXIT_COMPLETE
-        failed = (await _delete(cleaner, survey)).failed if survey.total(Fate.DELETE).files else 0
+            return EXIT_INCOMPLETE if inventory.total(Action.UNDECIDED).files else EXIT_COMPLETE
+        failed = (await _delete(cleaner, inventory)).failed if inventory.total(Action.DELETE).files else 0
         if config.rule_days is not None:
             await cleaner.set_lifecycle(config.rule_days)
             _say(f"the lifecycle rule of gs://{cleaner.bucket} is set: {config.rule_days} days.")
-        complete = not (failed or survey.total(Fate.UNDECIDED).files)
+        complete = not (failed or inventory.total(Action.UNDECIDED).files)
         return EXIT_COMPLETE if complete else EXIT_INCOMPLETE
 
 
-async def _delete(cleaner: BucketCleaner, survey: Survey) -> Deletion:
-    with ProgressReporter("files deleted", survey.total(Fate.DELETE).files) as progress:
-        deletion = await cleaner.delete(survey, progress.advance)
+async def _delete(cleaner: BucketCleaner, inventory: Inventory) -> Deletion:
+    with ProgressReporter("files deleted", inventory.total(Action.DELETE).files) as progress:
+        deletion = await cleaner.delete(inventory, progress.advance)
     _say(f"deleted: {_amount(deletion.deleted)}")
     if deletion.replaced:
         _say(f"kept: {_files(deletion.replaced)}: replaced by another of the same name meanwhile")
@@ -241,15 +241,16 @@ async def _delete(cleaner: BucketCleaner, survey: Survey) -> Deletion:
     return deletion
 
 
-async def _check_rule(cleaner: BucketCleaner, survey: Survey, config: CleanConfig) -> None:
+async def _check_rule(cleaner: BucketCleaner, inventory: Inventory, config: CleanConfig) -> None:
     """Say what the lifecycle rule changes; refuse one that would delete what is not ours."""
     days = config.rule_days
     if days is None:
         return
-    if survey.foreign.files:
+    if inventory.foreign.files:
         raise ConfigError(
-            f"no lifecycle rule is set: it would also delete {_files(survey.foreign.files)} in gs://{cleaner.bucket} "
-            f"that vertex_batch did not write, such as {survey.foreign_example}. Move what you need, delete the rest, "
+            f"no lifecycle rule is set: it would also delete {_files(inventory.foreign.files)} in "
+            f"gs://{cleaner.bucket} that vertex_batch did not write, such as {inventory.foreign_example}. "
+            "Move what you need, delete the rest, "
             "or leave --set-lifecycle and --lifecycle-days out."
         )
     state = await cleaner.lifecycle(days)
@@ -264,22 +265,22 @@ async def _check_rule(cleaner: BucketCleaner, survey: Survey, config: CleanConfi
         )
 
 
-def _show_survey(bucket: str, location: str, survey: Survey, config: CleanConfig) -> None:
+def _show_inventory(bucket: str, location: str, inventory: Inventory, config: CleanConfig) -> None:
     _say(f"gs://{bucket}, jobs looked up in {location}; older than {config.older_than}")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("below", overflow="fold")
     for title in ("files", "bytes", "oldest (UTC)", "newest (UTC)"):
         table.add_column(title, justify="right", no_wrap=True)
-    for prefix, totals in survey.by_prefix.items():
+    for prefix, totals in inventory.by_prefix.items():
         cells = (prefix, f"{totals.files:,}", f"{totals.size:,}", _time(totals.oldest), _time(totals.newest))
         table.add_row(*(Text(cell) for cell in cells))
     Console(highlight=False).print(table)
-    for decision, judged in sorted(survey.judged().items(), key=lambda item: (item[0].fate.value, item[0].reason)):
-        _say(f"{decision.fate.value}: {_amount(judged.totals)}: {decision.reason} (such as {judged.example})")
-    if survey.foreign.files:
-        example = survey.foreign_example
-        _say(f"kept: {_amount(survey.foreign)}: not named as vertex_batch names its files (such as {example})")
-    if not survey.total(Fate.DELETE).files:
+    for decision, judged in sorted(inventory.judged().items(), key=lambda item: (item[0].action.value, item[0].reason)):
+        _say(f"{decision.action.value}: {_amount(judged.totals)}: {decision.reason} (such as {judged.example})")
+    if inventory.foreign.files:
+        example = inventory.foreign_example
+        _say(f"kept: {_amount(inventory.foreign)}: not named as vertex_batch names its files (such as {example})")
+    if not inventory.total(Action.DELETE).files:
         _say(f"nothing to delete that is older than {config.older_than}.")
     elif not config.output_dir:
         _say("note: without --output-dir, output that a run has not read yet is not spared.")

@@ -17,8 +17,8 @@ import google.api_core.exceptions
 from google.cloud import storage
 
 from backends.errors import BackendError, ConfigError
+from backends.vertex.cleaning.inventory import PREFIXES, Action, BucketFile, Decision, Deletion, Inventory, Totals
 from backends.vertex.cleaning.lifecycle import LifecycleState, lifecycle_state, read_rules, write_rule
-from backends.vertex.cleaning.survey import PREFIXES, BucketFile, Decision, Deletion, Fate, Survey, Totals
 from backends.vertex.jobs.remote import BatchJobs, RemoteJob
 from backends.vertex.service.client import make_client
 from backends.vertex.service.retry import StatusError, translated, with_retries
@@ -73,7 +73,7 @@ class BucketCleaner:
         await self._vertex.aclose()
         self._storage.close()
 
-    async def survey(self, older_than: timedelta, now: datetime, unread: Mapping[str, str]) -> Survey | None:
+    async def take_inventory(self, older_than: timedelta, now: datetime, unread: Mapping[str, str]) -> Inventory | None:
         """List the batch files and decide, job by job, what may go; nothing is changed.
 
         ``unread`` says which jobs a run still has to read, by key, and which run. None if there is no such bucket.
@@ -83,43 +83,45 @@ class BucketCleaner:
         BackendError
             If the files cannot be listed.
         """
-        survey = Survey(cutoff=now - older_than)
+        inventory = Inventory(cutoff=now - older_than)
         try:
-            await self._list_into(survey)
+            await self._list_into(inventory)
         except StatusError as error:
             if error.status == 404:
                 return None
             raise
         to_ask: list[str] = []
-        for key, totals in survey.jobs.items():
+        for key, totals in inventory.jobs.items():
             assert totals.newest is not None
-            if totals.newest > survey.cutoff:
-                survey.decisions[key] = Decision(Fate.KEEP, "not older than asked, or part of a job with newer files")
+            if totals.newest > inventory.cutoff:
+                inventory.decisions[key] = Decision(
+                    Action.KEEP, "not older than asked, or part of a job with newer files"
+                )
             elif key in unread:
                 reason = f"the run in {unread[key]} has not read all rows of its batch job"
-                survey.decisions[key] = Decision(Fate.KEEP, reason)
+                inventory.decisions[key] = Decision(Action.KEEP, reason)
             else:
                 to_ask.append(key)
 
-        await self._ask(to_ask, survey, now)
-        return survey
+        await self._ask(to_ask, inventory, now)
+        return inventory
 
-    async def _list_into(self, survey: Survey) -> None:
+    async def _list_into(self, inventory: Inventory) -> None:
         listed, lines = 0, _Pace()
         for prefix in PREFIXES:
             async for page in self._pages(prefix):
                 for file in page:
-                    survey.add(prefix, file)
+                    inventory.add(prefix, file)
                 listed += len(page)
                 if lines.due():
                     logger.info("gs://%s: %d files listed", self.bucket, listed)
 
-    async def _ask(self, keys: list[str], survey: Survey, now: datetime) -> None:
+    async def _ask(self, keys: list[str], inventory: Inventory, now: datetime) -> None:
         asked, lines = 0, _Pace()
 
         async def ask(key: str) -> None:
             nonlocal asked
-            survey.decisions[key] = await self._judge(key, survey.jobs[key], now)
+            inventory.decisions[key] = await self._judge(key, inventory.jobs[key], now)
             asked += 1
             if lines.due():
                 logger.info("batch jobs looked up: %d of %d", asked, len(keys))
@@ -128,7 +130,7 @@ class BucketCleaner:
 
     async def _judge(self, key: str, files: Totals, now: datetime) -> Decision:
         """What the service says of a job decides over its files."""
-        unknown = Decision(Fate.UNDECIDED, "the state of the batch job could not be learnt")
+        unknown = Decision(Action.UNDECIDED, "the state of the batch job could not be learnt")
         if self._lookup_failed:
             return unknown
         try:
@@ -146,18 +148,18 @@ class BucketCleaner:
             assert files.newest is not None
             if now - files.newest <= LONGEST_JOB:
                 return Decision(
-                    Fate.KEEP, f"no such batch job in {self.location}; younger than 4 days, it may run elsewhere"
+                    Action.KEEP, f"no such batch job in {self.location}; younger than 4 days, it may run elsewhere"
                 )
-            return Decision(Fate.DELETE, f"no such batch job in {self.location}, and no job lasts that long")
+            return Decision(Action.DELETE, f"no such batch job in {self.location}, and no job lasts that long")
         for job in jobs:
             try:
                 ended = job.terminal
             except BackendError as error:
                 logger.warning("%s", error)
-                return Decision(Fate.UNDECIDED, f"the batch job is in the state {job.state!r}, which is not known")
+                return Decision(Action.UNDECIDED, f"the batch job is in the state {job.state!r}, which is not known")
             if not ended:
-                return Decision(Fate.KEEP, f"the batch job is {job.state}")
-        return Decision(Fate.DELETE, "the batch job has ended")
+                return Decision(Action.KEEP, f"the batch job is {job.state}")
+        return Decision(Action.DELETE, "the batch job has ended")
 
     async def _pages(self, prefix: str) -> AsyncIterator[list[BucketFile]]:
         token: str | None = None
@@ -176,8 +178,8 @@ class BucketCleaner:
         page = [BucketFile(blob.name, blob.size, blob.time_created, blob.generation) for blob in next(listing.pages)]
         return page, listing.next_page_token
 
-    async def delete(self, survey: Survey, advance: Callable[[int], None]) -> Deletion:
-        """Delete what a survey decided to delete; ``advance`` is told of every file that was dealt with.
+    async def delete(self, inventory: Inventory, advance: Callable[[int], None]) -> Deletion:
+        """Delete what is to go by an inventory; ``advance`` is told of every file that was dealt with.
 
         Raises
         ------
@@ -202,7 +204,7 @@ class BucketCleaner:
         # Listed again, so that memory holds a page of names and not all of them.
         for prefix in PREFIXES:
             async for page in self._pages(prefix):
-                await _in_parallel((file for file in page if survey.deletes(file)), delete)
+                await _in_parallel((file for file in page if inventory.deletes(file)), delete)
         return done
 
     async def _delete(self, file: BucketFile, done: Deletion) -> None:

@@ -20,8 +20,8 @@ from google.cloud import storage
 from backends.errors import BackendError, ConfigError
 from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.cleaning.cleaner import LONGEST_JOB, BucketCleaner
+from backends.vertex.cleaning.inventory import PREFIXES, Action, BucketFile, Deletion, Inventory
 from backends.vertex.cleaning.lifecycle import lifecycle_state, merged_rules
-from backends.vertex.cleaning.survey import PREFIXES, BucketFile, Deletion, Fate, Survey
 from tests.backends.conftest import request_for, score_all
 from tests.vertex_world.testing import FLASH, genai_client, scoring_request
 from tests.vertex_world.world import VertexWorld
@@ -68,23 +68,25 @@ def cleaner(world: VertexWorld, **settings: Any) -> BucketCleaner:
     return BucketCleaner(**values, timeout_s=20)
 
 
-def survey(
+def inventory(
     world: VertexWorld,
     later: timedelta = DAY,
     older_than: timedelta = timedelta(0),
     now: datetime | None = None,
     unread: Mapping[str, str] | None = None,
     **settings: Any,
-) -> Survey | None:
-    async def work() -> Survey | None:
+) -> Inventory | None:
+    async def work() -> Inventory | None:
         async with cleaner(world, **settings) as bucket:
-            return await bucket.survey(older_than, now or datetime.now(UTC) + later, unread or {})
+            return await bucket.take_inventory(older_than, now or datetime.now(UTC) + later, unread or {})
 
     return asyncio.run(work())
 
 
-def clean(world: VertexWorld, advance: Callable[[int], None] = lambda n: None, **asked: Any) -> tuple[Survey, Deletion]:
-    found = survey(world, **asked)
+def clean(
+    world: VertexWorld, advance: Callable[[int], None] = lambda n: None, **asked: Any
+) -> tuple[Inventory, Deletion]:
+    found = inventory(world, **asked)
     assert found is not None
 
     async def work() -> Deletion:
@@ -94,9 +96,9 @@ def clean(world: VertexWorld, advance: Callable[[int], None] = lambda n: None, *
     return found, asyncio.run(work())
 
 
-def reasons(found: Survey | None) -> dict[str, tuple[Fate, str]]:
+def reasons(found: Inventory | None) -> dict[str, tuple[Action, str]]:
     assert found is not None
-    return {key: (decision.fate, decision.reason) for key, decision in found.decisions.items()}
+    return {key: (decision.action, decision.reason) for key, decision in found.decisions.items()}
 
 
 def file(name: str, size: int = 1) -> BucketFile:
@@ -154,7 +156,7 @@ def test_everything_that_the_backend_leaves_is_found_and_deleted(world, response
     assert found.foreign.files == 0
     assert {prefix: totals.files for prefix, totals in found.by_prefix.items()} == dict.fromkeys(PREFIXES, 2)
     assert (done.deleted.files, done.failed, done.replaced) == (4, 0, 0)
-    assert done.deleted.size == found.total(Fate.DELETE).size > 0
+    assert done.deleted.size == found.total(Action.DELETE).size > 0
     assert left(world) == []
 
 
@@ -175,9 +177,9 @@ def test_a_survey_changes_nothing(world) -> None:
     start_jobs(world, 1)
     world.wait_for_jobs()
     before = left(world)
-    found = survey(world)
+    found = inventory(world)
     assert found is not None
-    assert found.total(Fate.DELETE).files == len(before) == 2
+    assert found.total(Action.DELETE).files == len(before) == 2
     assert left(world) == before
     assert not [line for line in world.requests if line.method == "DELETE"]
 
@@ -189,12 +191,12 @@ def test_files_stay_while_their_job_may_need_them_and_go_when_it_has_ended(world
     start_jobs(world, *range(len(states)))
     wait_until(lambda: [job.state for job in world.jobs].count("JOB_STATE_RUNNING") == 1 and len(ended(world)) == 6)
     found, _ = clean(world)
-    fates = {state: reasons(found)[key_of(index)] for index, state in enumerate(states)}
-    assert fates["NEVER"] == (Fate.KEEP, "the batch job is RUNNING")
-    assert fates["NEVER_STARTS"][0] is fates["PAUSED"][0] is Fate.KEEP
-    assert fates["JOB_STATE_FROBNICATED"][0] is Fate.UNDECIDED
-    assert "FROBNICATED" in fates["JOB_STATE_FROBNICATED"][1]
-    assert {fates[state][0] for state in states[4:]} == {Fate.DELETE}
+    actions = {state: reasons(found)[key_of(index)] for index, state in enumerate(states)}
+    assert actions["NEVER"] == (Action.KEEP, "the batch job is RUNNING")
+    assert actions["NEVER_STARTS"][0] is actions["PAUSED"][0] is Action.KEEP
+    assert actions["JOB_STATE_FROBNICATED"][0] is Action.UNDECIDED
+    assert "FROBNICATED" in actions["JOB_STATE_FROBNICATED"][1]
+    assert {actions[state][0] for state in states[4:]} == {Action.DELETE}
     assert [name for name in left(world) if name.startswith("batch_input/")] == [input_of(index) for index in range(4)]
 
 
@@ -215,7 +217,7 @@ def test_of_several_jobs_with_one_name_all_must_have_ended(world) -> None:
     start_jobs(world, 1, 1)
     wait_until(lambda: len(ended(world)) == 1)
     found, done = clean(world)
-    assert found.decisions[key_of(1)].fate is Fate.KEEP
+    assert found.decisions[key_of(1)].action is Action.KEEP
     assert done.deleted.files == 0
     assert input_of(1) in left(world)
 
@@ -224,9 +226,9 @@ def test_without_the_right_to_read_jobs_nothing_goes_and_few_questions_are_asked
     for index in range(40):
         write(world, input_of(index))
     # The stand-in knows one project; storage asks for no rights.
-    found = survey(world, later=30 * DAY, project_id="another-project")
+    found = inventory(world, later=30 * DAY, project_id="another-project")
     assert found is not None
-    assert found.total(Fate.UNDECIDED).files == 40
+    assert found.total(Action.UNDECIDED).files == 40
     assert len([line for line in world.requests if "batchPredictionJobs" in line.path]) <= 8
     assert [record for record in caplog.records if "403" in record.message and "are kept" in record.message]
 
@@ -235,9 +237,9 @@ def test_a_look_up_that_fails_for_a_moment_is_repeated(world) -> None:
     start_jobs(world, 1)
     world.wait_for_jobs()
     world.faults.http_script = {"list": ["503", "reset"]}
-    found = survey(world)
+    found = inventory(world)
     assert found is not None
-    assert found.total(Fate.DELETE).files == 2
+    assert found.total(Action.DELETE).files == 2
 
 
 def test_a_job_goes_as_a_whole_when_its_newest_file_is_old_enough(world) -> None:
@@ -245,14 +247,14 @@ def test_a_job_goes_as_a_whole_when_its_newest_file_is_old_enough(world) -> None
     between = datetime.now(UTC)
     write(world, f"batch_output/some.file-r0_{key_of(1)}/prediction-model-x/predictions.jsonl")
     write(world, input_of(2))
-    found = survey(world, now=between + 30 * DAY, older_than=30 * DAY)
-    assert set(reasons(found).values()) == {(Fate.KEEP, "not older than asked, or part of a job with newer files")}
+    found = inventory(world, now=between + 30 * DAY, older_than=30 * DAY)
+    assert set(reasons(found).values()) == {(Action.KEEP, "not older than asked, or part of a job with newer files")}
 
 
 def test_files_that_appear_after_the_survey_stay(world) -> None:
     start_jobs(world, 1)
     world.wait_for_jobs()
-    found = survey(world, later=timedelta(0))
+    found = inventory(world, later=timedelta(0))
     late = f"batch_output/some.file-r0_{key_of(1)}/prediction-model-late/predictions.jsonl"
     write(world, late)
 
@@ -265,13 +267,15 @@ def test_files_that_appear_after_the_survey_stay(world) -> None:
 
 
 @pytest.mark.parametrize(
-    ("age", "fate"), [(LONGEST_JOB - DAY / 24, Fate.KEEP), (LONGEST_JOB + DAY / 24, Fate.DELETE)], ids=["young", "old"]
+    ("age", "action"),
+    [(LONGEST_JOB - DAY / 24, Action.KEEP), (LONGEST_JOB + DAY / 24, Action.DELETE)],
+    ids=["young", "old"],
 )
-def test_files_without_a_job_go_when_no_job_could_still_use_them(world, age: timedelta, fate: Fate) -> None:
+def test_files_without_a_job_go_when_no_job_could_still_use_them(world, age: timedelta, action: Action) -> None:
     write(world, input_of(1))
-    found = survey(world, later=age, older_than=DAY)
+    found = inventory(world, later=age, older_than=DAY)
     assert found is not None
-    assert found.decisions[key_of(1)].fate is fate
+    assert found.decisions[key_of(1)].action is action
     assert "us-central1" in found.decisions[key_of(1)].reason
 
 
@@ -279,7 +283,7 @@ def test_what_a_run_has_not_read_stays(world) -> None:
     start_jobs(world, 1, 2)
     world.wait_for_jobs()
     found, done = clean(world, unread={key_of(1): "results/a"})
-    assert found.decisions[key_of(1)].fate is Fate.KEEP
+    assert found.decisions[key_of(1)].action is Action.KEEP
     assert "results/a" in found.decisions[key_of(1)].reason
     assert done.deleted.files == 2
     assert all(key_of(1) in name for name in left(world))
@@ -326,12 +330,12 @@ def test_more_files_than_a_page_are_all_seen(world) -> None:
 
 
 def test_a_bucket_that_is_absent_gives_none(world) -> None:
-    assert survey(world, bucket="no-such-bucket") is None
+    assert inventory(world, bucket="no-such-bucket") is None
 
 
 def test_a_name_that_no_bucket_can_have_is_the_users_mistake(world) -> None:
     with pytest.raises(ConfigError, match="'-x' is not the name of a bucket"):
-        survey(world, bucket="-x")
+        inventory(world, bucket="-x")
 
 
 Answer = Callable[[str, str, dict[str, str], bytes], tuple[int, Any]]
@@ -385,7 +389,7 @@ def test_without_the_right_to_list_one_error_names_the_role(world, monkeypatch) 
         storage_service(lambda *call: refusal(403, "no storage.objects.list access"), monkeypatch),
         pytest.raises(BackendError, match=r"no storage\.objects\.list access.*roles/storage\.objectAdmin"),
     ):
-        survey(world)
+        inventory(world)
 
 
 def test_a_file_under_retention_is_counted_and_the_others_go(world, monkeypatch) -> None:

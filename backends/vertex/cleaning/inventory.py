@@ -57,7 +57,7 @@ class Totals:
             self.newest = max(self.newest or other.newest, other.newest)
 
 
-class Fate(Enum):
+class Action(Enum):
     """What becomes of a job's files."""
 
     DELETE = "to delete"
@@ -69,7 +69,7 @@ class Fate(Enum):
 class Decision:
     """What becomes of a job's files, and why."""
 
-    fate: Fate
+    action: Action
     reason: str
 
 
@@ -82,7 +82,7 @@ class Judged:
 
 
 @dataclass(slots=True)
-class Survey:
+class Inventory:
     """Everything below the two prefixes at one moment. Files made after ``cutoff`` are never deleted."""
 
     cutoff: datetime
@@ -105,7 +105,7 @@ class Survey:
     def deletes(self, file: BucketFile) -> bool:
         """Whether the decision is to delete this file."""
         decision = self.decisions.get(file.job_key or "")
-        return decision is not None and decision.fate is Fate.DELETE and file.created <= self.cutoff
+        return decision is not None and decision.action is Action.DELETE and file.created <= self.cutoff
 
     def judged(self) -> dict[Decision, Judged]:
         """The files by decision."""
@@ -114,11 +114,11 @@ class Survey:
             found.setdefault(decision, Judged(key)).totals.add_all(self.jobs[key])
         return found
 
-    def total(self, fate: Fate) -> Totals:
-        """All files of one fate."""
+    def total(self, action: Action) -> Totals:
+        """All files of one action."""
         total = Totals()
         for decision, judged in self.judged().items():
-            if decision.fate is fate:
+            if decision.action is action:
                 total.add_all(judged.totals)
         return total
 
