@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -49,9 +50,15 @@ def write_run(folder, answers, *, model="q-model", estimator="censored", top_log
     return folder
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The run over `STEADY`, which tests copy: writing one takes longer."""
+    return write_run(tmp_path_factory.mktemp("written"), STEADY)
+
+
 @pytest.fixture
-def steady(tmp_path):
-    return write_run(tmp_path / "steady", STEADY)
+def steady(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "steady")
 
 
 def analyze(capsys, *arguments):
