@@ -18,18 +18,13 @@ framework. It asks the model a few hundred contexts of a few tokens, which a ser
 
 from __future__ import annotations
 
-from backends.contract import answers as contract_answers
-from backends.contract import calls as contract_calls
-from backends.contract import setup as contract_setup
+from backends.contract import answers, calls, setup
 from backends.contract.subject import CASES, Case, Check, ContractBreach, Subject
 
 __all__ = ["CASES", "CHECKS", "Case", "Check", "ContractBreach", "Subject", "checks_for"]
 
 CHECKS: tuple[Check, ...] = tuple(
-    value
-    for module in (contract_setup, contract_answers, contract_calls)
-    for value in vars(module).values()
-    if isinstance(value, Check)
+    value for module in (setup, answers, calls) for value in vars(module).values() if isinstance(value, Check)
 )
 """All checks; those that score nothing come first."""
 

@@ -39,20 +39,20 @@ _SAMPLED_TOKENS = 6
 @check()
 def every_key_gets_exactly_one_result(subject: Subject) -> Problems:
     """score() yields one Score or ScoreFailure for each key asked, and nothing else."""
-    ask, results = subject.first_call
+    call, results = subject.first_call
     seen: set[str] = set()
     for result in cast("list[object]", results):
         if not isinstance(result, Score | ScoreFailure):
             yield f"{result!r} is neither a Score nor a ScoreFailure."
-        elif result.key not in ask.places:
+        elif result.key not in call.places:
             yield f"the key {result.key!r} was not asked."
         elif result.key in seen:
-            yield f"{shown(ask.places[result.key])}: answered twice."
+            yield f"{shown(call.places[result.key])}: answered twice."
         else:
             seen.add(result.key)
             yield from _unclear(result) if isinstance(result, ScoreFailure) else ()
-    for key in ask.places.keys() - seen:
-        yield f"{shown(ask.places[key])}: no result."
+    for key in call.places.keys() - seen:
+        yield f"{shown(call.places[key])}: no result."
 
 
 def _unclear(failure: ScoreFailure) -> Problems:
@@ -299,6 +299,6 @@ def _rescored(response: Response, subject: Subject) -> Problems:
     tokens = tuple(position.sampled.token for position in response.positions)
     request = subject.request(Case("sampled", response.prompt, tokens), token_ids=fed)
     # By text, what follows the prompt may be read as other tokens than were sampled.
-    ask = planned([request if fed is not None else restricted(request, lambda position, _: position == 0)])
+    call = planned([request if fed is not None else restricted(request, lambda position, _: position == 0)])
     expected = {("sampled", index): Score("", position.top) for index, position in enumerate(response.positions)}
-    yield from differences(subject.scores(ask), expected, subject.noise_nats)
+    yield from differences(subject.scores(call), expected, subject.noise_nats)

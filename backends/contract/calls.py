@@ -15,7 +15,7 @@ from typing import cast
 from backends.base import NOT_SUBMITTED, WAITING, Backend
 from backends.contract.answers import differences
 from backends.contract.subject import (
-    Ask,
+    Call,
     ContractBreach,
     Problems,
     Subject,
@@ -38,7 +38,7 @@ def nothing_asked_is_nothing_answered(subject: Subject) -> Problems:
     """score() without requests, or with a request without positions, yields nothing."""
     bare = subject.bare_request(subject.cases[0])
     for what, requests in (("no requests", ()), ("a request without positions", (bare,))):
-        results = subject.results(Ask(requests, {}))
+        results = subject.results(Call(requests, {}))
         if results:
             yield f"{what}: {len(results)} results."
 
@@ -46,10 +46,10 @@ def nothing_asked_is_nothing_answered(subject: Subject) -> Problems:
 @check()
 def the_report_is_json(subject: Subject) -> Problems:
     """report() says what the record of a run keeps of the backend's work, as a dict of JSON types."""
-    ask = planned([restricted(subject.request(subject.cases[0]), lambda position, _: position == 0)])
+    call = planned([restricted(subject.request(subject.cases[0]), lambda position, _: position == 0)])
 
     async def work(backend: Backend) -> object:
-        await subject.collect(backend, ask)
+        await subject.collect(backend, call)
         return backend.report()
 
     report = subject.use(work)
@@ -64,26 +64,26 @@ def the_report_is_json(subject: Subject) -> Problems:
 @check()
 def calls_at_the_same_time_keep_apart(subject: Subject) -> Problems:
     """Several calls of score() on one backend at once each yield their own keys, with the same scores as alone."""
-    asks = [planned([subject.request(case)]) for case in subject.cases]
+    calls = [planned([subject.request(case)]) for case in subject.cases]
 
     async def work(backend: Backend) -> list[Results]:
-        return await asyncio.gather(*(subject.collect(backend, ask) for ask in asks))
+        return await asyncio.gather(*(subject.collect(backend, call) for call in calls))
 
-    for ask, results in zip(asks, subject.use(work), strict=True):
-        foreign = [result.key for result in results if result.key not in ask.places]
+    for call, results in zip(calls, subject.use(work), strict=True):
+        foreign = [result.key for result in results if result.key not in call.places]
         if foreign:
-            yield f"{ask.requests[0].name!r}: {len(foreign)} results belong to another call."
-        yield from differences(scored(ask, results), subject.answers, subject.noise_nats)
+            yield f"{call.requests[0].name!r}: {len(foreign)} results belong to another call."
+        yield from differences(scored(call, results), subject.answers, subject.noise_nats)
 
 
 @check()
 def closing_the_results_early_leaves_the_backend_usable(subject: Subject) -> Problems:
     """Who takes one result and closes the iterator is not kept waiting, and may ask again."""
-    ask = planned(subject.request(case) for case in subject.cases)
+    call = planned(subject.request(case) for case in subject.cases)
     again = planned([subject.request(subject.cases[0])])
 
     async def work(backend: Backend) -> Results:
-        results = backend.score(ask.requests)
+        results = backend.score(call.requests)
         await in_time(anext(results), "the first result", subject.deadline_s)
         if isinstance(results, AsyncGenerator):  # other iterators have no close
             await in_time(results.aclose(), "closing the results", subject.close_s)
@@ -95,12 +95,12 @@ def closing_the_results_early_leaves_the_backend_usable(subject: Subject) -> Pro
 @check()
 def a_cancelled_call_ends_and_can_be_taken_up_again(subject: Subject) -> Problems:
     """Cancelling ends a call soon; a later run asks what in_flight() names, job by job, and gets every result."""
-    ask = planned(subject.request(case) for case in subject.cases)
+    call = planned(subject.request(case) for case in subject.cases)
     with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
         for wait_s in _CANCELLED_AFTER_S:
-            yield from subject.use(lambda backend, wait_s=wait_s: _cancel(subject, backend, ask, wait_s), Path(folder))
-        results = subject.use(lambda backend: _take_up(subject, backend, ask), Path(folder))
-    yield from differences(scored(ask, results), subject.answers, subject.noise_nats)
+            yield from subject.use(lambda backend, wait_s=wait_s: _cancel(subject, backend, call, wait_s), Path(folder))
+        results = subject.use(lambda backend: _take_up(subject, backend, call), Path(folder))
+    yield from differences(scored(call, results), subject.answers, subject.noise_nats)
 
 
 @check(lambda subject: subject.backend.capabilities.deferred)
@@ -108,34 +108,36 @@ def what_is_submitted_is_collected_later(subject: Subject) -> Problems:
     """submit() waits for nothing; collect() looks once, makes no first job, and finds the scores in the end."""
     case = subject.cases[0]
     turn = Turn("user", f"Submission {uuid.uuid4()}")  # asked by nobody before
-    ask = planned([subject.request(replace(case, name="submitted", prompt=Prompt((turn,))))])
+    call = planned([subject.request(replace(case, name="submitted", prompt=Prompt((turn,))))])
     with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
         state = Path(folder)
 
-        def results(call: Callable[[Backend], AsyncIterator[Score | ScoreFailure]]) -> Results:
-            return subject.use(lambda backend: _drained(subject, call(backend), ask), state)
+        def results(method: Callable[[Backend], AsyncIterator[Score | ScoreFailure]]) -> Results:
+            return subject.use(lambda backend: _drained(subject, method(backend), call), state)
 
-        yield from _not_all(NOT_SUBMITTED, results(lambda backend: backend.collect(ask.requests)), "collect() at first")
+        yield from _not_all(
+            NOT_SUBMITTED, results(lambda backend: backend.collect(call.requests)), "collect() at first"
+        )
         for _ in range(2):
-            yield from _not_all(WAITING, results(lambda backend: backend.submit(ask.requests)), "submit()")
+            yield from _not_all(WAITING, results(lambda backend: backend.submit(call.requests)), "submit()")
         until = time.monotonic() + subject.deadline_s
         while True:
-            found = results(lambda backend: backend.collect(ask.requests))
+            found = results(lambda backend: backend.collect(call.requests))
             waiting = any(isinstance(result, ScoreFailure) and result.reason == WAITING for result in found)
             if not waiting or time.monotonic() > until:
                 break
             time.sleep(_LOOK_AGAIN_S)
-        expected = subject.use(lambda backend: subject.collect(backend, ask), state)
-    yield from differences(scored(ask, found), scored(ask, expected), subject.noise_nats)
+        expected = subject.use(lambda backend: subject.collect(backend, call), state)
+    yield from differences(scored(call, found), scored(call, expected), subject.noise_nats)
 
 
-async def _drained(subject: Subject, results: AsyncIterator[Score | ScoreFailure], ask: Ask) -> Results:
+async def _drained(subject: Subject, results: AsyncIterator[Score | ScoreFailure], call: Call) -> Results:
     async def work() -> Results:
         return [result async for result in results]
 
     found = await in_time(work(), "submit() or collect()", subject.deadline_s)
-    if sorted(result.key for result in found) != sorted(ask.places):
-        raise ContractBreach(f"{len(found)} results for {len(ask.places)} keys of submit() or collect().")
+    if sorted(result.key for result in found) != sorted(call.places):
+        raise ContractBreach(f"{len(found)} results for {len(call.places)} keys of submit() or collect().")
     return found
 
 
@@ -147,8 +149,8 @@ def _not_all(reason: str, results: Results, what: str) -> Problems:
             return
 
 
-async def _cancel(subject: Subject, backend: Backend, ask: Ask, wait_s: float) -> list[str]:
-    task = asyncio.create_task(subject.collect(backend, ask))
+async def _cancel(subject: Subject, backend: Backend, call: Call, wait_s: float) -> list[str]:
+    task = asyncio.create_task(subject.collect(backend, call))
     await asyncio.sleep(wait_s)
     if not task.cancel():
         task.result()
@@ -163,18 +165,18 @@ async def _cancel(subject: Subject, backend: Backend, ask: Ask, wait_s: float) -
     return [] if is_line else [f"interrupted() returned {line!r}; return one line or None."]
 
 
-async def _take_up(subject: Subject, backend: Backend, ask: Ask) -> Results:
+async def _take_up(subject: Subject, backend: Backend, call: Call) -> Results:
     in_flight = backend.in_flight()
-    foreign = in_flight.keys() - ask.places.keys()
+    foreign = in_flight.keys() - call.places.keys()
     if foreign:
         raise ContractBreach(f"in_flight() names {len(foreign)} keys that nobody has asked for.")
-    groups = [_of_job(ask, in_flight, job) for job in sorted({in_flight.get(key, "") for key in ask.places})]
+    groups = [_of_job(call, in_flight, job) for job in sorted({in_flight.get(key, "") for key in call.places})]
     found = await asyncio.gather(*(subject.collect(backend, group) for group in groups))
     results = [result for group in found for result in group]
-    if sorted(result.key for result in results) != sorted(ask.places):
-        raise ContractBreach(f"{len(results)} results for {len(ask.places)} keys after a call was cancelled.")
+    if sorted(result.key for result in results) != sorted(call.places):
+        raise ContractBreach(f"{len(results)} results for {len(call.places)} keys after a call was cancelled.")
     return results
 
 
-def _of_job(ask: Ask, in_flight: Mapping[str, str], job: str) -> Ask:
-    return planned(restricted(request, lambda _, key: in_flight.get(key, "") == job) for request in ask.requests)
+def _of_job(call: Call, in_flight: Mapping[str, str], job: str) -> Call:
+    return planned(restricted(request, lambda _, key: in_flight.get(key, "") == job) for request in call.requests)

@@ -65,7 +65,7 @@ CASES = (
 """Every position of these is asked, the empty prefix included."""
 
 
-class Ask(NamedTuple):
+class Call(NamedTuple):
     """Requests of one call, and which context each key stands for."""
 
     requests: tuple[ScoreRequest, ...]
@@ -141,10 +141,10 @@ class Subject:
         return replace(bare, positions=tuple(range(len(keys))), keys=keys)
 
     @functools.cached_property
-    def first_call(self) -> tuple[Ask, list[Score | ScoreFailure]]:
+    def first_call(self) -> tuple[Call, list[Score | ScoreFailure]]:
         """Every context of every case, and what a fresh backend yields for them in one call; asked once and kept."""
-        ask = planned(self.request(case) for case in self.cases)
-        return ask, self.results(ask)
+        call = planned(self.request(case) for case in self.cases)
+        return call, self.results(call)
 
     @functools.cached_property
     def answers(self) -> dict[Place, Score]:
@@ -157,7 +157,7 @@ class Subject:
         """
         return scored(*self.first_call)
 
-    def scores(self, ask: Ask) -> dict[Place, Score]:
+    def scores(self, call: Call) -> dict[Place, Score]:
         """What a fresh backend answers.
 
         Raises
@@ -165,21 +165,21 @@ class Subject:
         ContractBreach
             If a context has no score.
         """
-        return scored(ask, self.results(ask))
+        return scored(call, self.results(call))
 
-    def results(self, ask: Ask) -> list[Score | ScoreFailure]:
+    def results(self, call: Call) -> list[Score | ScoreFailure]:
         """What a fresh backend yields for a call, however many results that are."""
-        return self.use(lambda backend: self.collect(backend, ask))
+        return self.use(lambda backend: self.collect(backend, call))
 
-    async def collect(self, backend: Backend, ask: Ask) -> list[Score | ScoreFailure]:
+    async def collect(self, backend: Backend, call: Call) -> list[Score | ScoreFailure]:
         """What `score` of an entered backend yields for a call."""
         found: list[Score | ScoreFailure] = []
 
         async def work() -> None:
-            async for result in backend.score(ask.requests):
+            async for result in backend.score(call.requests):
                 found.append(result)
 
-        await in_time(work(), f"score() of {len(ask.places)} contexts", self.deadline_s)
+        await in_time(work(), f"score() of {len(call.places)} contexts", self.deadline_s)
         return found
 
     def use(self, work: Callable[[Backend], Coroutine[Any, Any, T]], state_dir: Path | None = None) -> T:
@@ -211,27 +211,25 @@ async def in_time(work: Awaitable[T], what: str, limit_s: float) -> T:
         raise ContractBreach(f"{what} did not end within {limit_s:g} s.") from error
 
 
-def planned(requests: Iterable[ScoreRequest]) -> Ask:
+def planned(requests: Iterable[ScoreRequest]) -> Call:
     """Requests with every key in them once, the way a run plans them: it never asks a key twice."""
     places: dict[str, Place] = {}
     kept: list[ScoreRequest] = []
     for request in requests:
-        fresh: dict[str, int] = {}
-        for position, key in zip(request.positions, request.keys, strict=True):
-            if key not in places:
-                fresh.setdefault(key, position)
-        places |= {key: (request.name, position) for key, position in fresh.items()}
-        kept.append(replace(request, positions=tuple(fresh.values()), keys=tuple(fresh)))
-    return Ask(tuple(kept), places)
+        fresh = request.only(set(request.keys) - places.keys())
+        places |= {key: (request.name, position) for position, key in zip(fresh.positions, fresh.keys, strict=True)}
+        kept.append(fresh)
+    return Call(tuple(kept), places)
 
 
 def restricted(request: ScoreRequest, wanted: Callable[[int, str], bool]) -> ScoreRequest:
     """The request with only the positions for which ``wanted(position, key)``."""
-    pairs = [pair for pair in zip(request.positions, request.keys, strict=True) if wanted(*pair)]
-    return replace(request, positions=tuple(p for p, _ in pairs), keys=tuple(k for _, k in pairs))
+    return request.only(
+        {key for position, key in zip(request.positions, request.keys, strict=True) if wanted(position, key)}
+    )
 
 
-def scored(ask: Ask, results: Iterable[Score | ScoreFailure]) -> dict[Place, Score]:
+def scored(call: Call, results: Iterable[Score | ScoreFailure]) -> dict[Place, Score]:
     """The results by place.
 
     Raises
@@ -242,7 +240,7 @@ def scored(ask: Ask, results: Iterable[Score | ScoreFailure]) -> dict[Place, Sco
     by_key = {result.key: result for result in results}
     found: dict[Place, Score] = {}
     problems: list[str] = []
-    for key, place in ask.places.items():
+    for key, place in call.places.items():
         match by_key.get(key):
             case Score() as score:
                 found[place] = score
