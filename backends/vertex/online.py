@@ -70,11 +70,6 @@ class VertexOnlineBackend(GeminiBackend):
         most = self.options.max_concurrent
         return min(most, max(_FEWEST_GROUPS, most // 4), _MOST_GROUPS)
 
-    @property
-    def calls_allowed(self) -> int:
-        """How many calls may be in flight now: ``max_concurrent``, or fewer while the service throttles."""
-        return self._limit.now
-
     def report(self) -> dict[str, Any]:
         """How many calls were made, repeated ones included, by outcome."""
         return {"calls": dict(sorted(self._calls.items()))}

@@ -113,12 +113,12 @@ def test_throttling_lowers_the_calls_in_flight_and_they_come_back(in_vertex_worl
         async with VertexOnlineBackend(chosen) as backend:
             async for _ in backend.score(asked):
                 pass
-            low = backend.calls_allowed
+            low = backend._limit.now
             in_vertex_world.faults.http = {}
             for _ in range(6):
                 async for _ in backend.score(asked):
                     pass
-            return low, backend.calls_allowed
+            return low, backend._limit.now
 
     low, high = asyncio.run(work())
     assert low <= 8
