@@ -5,7 +5,6 @@ Flags win over the file, the file over the environment, the environment over the
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, did_you_mean
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -158,8 +157,7 @@ def _problem(model: type[BaseModel], item: Any) -> str:
         return f"{'.'.join(location)} is not set ({flag}): {description}"
     if item["type"] == "extra_forbidden":
         known = _fields_beside(model, location)
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(location[-1], known)
         return f"unknown setting {'.'.join(location)!r}.{hint} Known: {', '.join(sorted(known))}"
     message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     if not location:

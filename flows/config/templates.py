@@ -5,7 +5,6 @@ Dates are UTC and those of the run's scheduled start, so that a late or retried 
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, did_you_mean
 
 # Those that every C library writes alike; %x and %c, say, depend on the machine's language.
 _DIRECTIVES = frozenset("aAbBdfGHIjmMpSuUVwWyYzZ%")
@@ -123,8 +122,7 @@ def _parts(template: str) -> Iterator[_Part]:
 
 def _check_field(template: str, field: str, form: str, conversion: str | None) -> None:
     if field not in FIELDS:
-        near = difflib.get_close_matches(field, FIELDS, n=1)
-        hint = f" Did you mean {{{near[0]}}}?" if near else ""
+        hint = did_you_mean(field, FIELDS)
         known = ", ".join(f"{{{name}}}" for name in FIELDS)
         raise ConfigError(
             f"{template!r} has the unknown field {{{field}}}.{hint} Known: {known}. A brace itself is {{{{ or }}}}."

@@ -53,8 +53,8 @@ def test_a_field_is_filled_in(template: str, expected: str):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("a/{dat}", "unknown field {dat}. Did you mean {date}? Known: {date}, "),
-        ("a/{flow_run}", "unknown field {flow_run}. Did you mean {flow_run"),
+        ("a/{dat}", "unknown field {dat}. Did you mean 'date'? Known: {date}, "),
+        ("a/{flow_run}", "unknown field {flow_run}. Did you mean 'flow_run"),
         ("a/{}", "unknown field {}. Known: "),
         ("a/{0}", "unknown field {0}. Known: "),
         ("a/{date", "expected '}'"),
@@ -185,7 +185,7 @@ def test_an_alert_is_written_in_several_ways():
         ({"kl_per_token": 0, "compared_with": "yesterday"}, "alert.compared_with: write previous, or {baseline: "),
         ({"kl_per_token": 0, "compared_with": {"base": "x"}}, "alert.compared_with: write previous, or {baseline: "),
         ({"kl_per_token": 0, "compared_with": "baseline:"}, "folder of the baseline is empty"),
-        ({"kl_per_token": 0, "compared_with": {"baseline": "{dat}"}}, "Did you mean {date}"),
+        ({"kl_per_token": 0, "compared_with": {"baseline": "{dat}"}}, "Did you mean 'date'"),
         ({"kl_per_token": 0, "level": 99}, "alert.level: Input should be less than 1"),
         ({"kl_per_token": 0, "test": "point"}, "alert.test: Input should be 'interval'"),
         ({"kl_per_tokn": 0}, "Did you mean 'kl_per_token'"),
