@@ -21,7 +21,9 @@ from backends.base import Backend, Capabilities
 from backends.contract import CHECKS, ContractBreach, Subject, checks_for
 from backends.registry import ENTRY_POINT_GROUP, build_targets, load_backend, parse_options
 from flows.commands.arguments import make_parser, parse_config
-from flows.config.models import RunConfig, build_config, resolve_backend
+from flows.config.backend import resolve_backend
+from flows.config.models import RunConfig
+from flows.config.reading import build_config
 from kl.records import Score
 from tests.documents import ROOT, WRITING_A_BACKEND, code_blocks, install_example
 
