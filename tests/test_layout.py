@@ -35,7 +35,7 @@ backends.vertex.jobs    bucket / remote / ledger
 backends.vertex         gemini
 backends.vertex.jobs    rows / work / rounds
 backends.vertex         online / batch
-backends.vertex.cleaning survey / lifecycle / cleaner
+backends.vertex.cleaning inventory / lifecycle / cleaner
 
 flows.runtime           environment logs terminal
 flows.config            runner / reading templates
