@@ -33,6 +33,7 @@ _METAVARS = {
     "model1": "NAME",
     "model2": "NAME",
     "top_logprobs": "N|full",
+    "responses_per_job": "N|auto",
     "max_cost_usd": "USD",
     "history": "FILE",
 }
