@@ -9,13 +9,14 @@ import runpy
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -33,6 +34,7 @@ from tests import ROOT
 from tests.process_worker import ProcessWorker, kill_group, started_worker
 
 SERVER_START_S = 120
+DATABASE = "prefect.db"  # in the home of a server
 
 
 def free_port() -> int:
@@ -45,10 +47,9 @@ def free_port() -> int:
 
 
 def clean_environment(home: Path, **extra: str) -> dict[str, str]:
-    """The environment of a newcomer: nothing of Prefect's or Google's, a home of its own."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GOOGLE_", "GEMINI_"))
-    }
+    """The environment of a newcomer: nothing of Prefect's or Google's, a home of its own, modules compiled once."""
+    foreign = ("PREFECT_", "GOOGLE_", "GEMINI_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | extra
 
 
@@ -100,8 +101,19 @@ class SessionServer:
         with FileLock(self._record.with_suffix(".lock")):
             if not self._record.exists():
                 server = start_server(self._record.parent, free_port())
+                with (
+                    closing(sqlite3.connect(self._record.with_name(DATABASE))) as made,
+                    closing(sqlite3.connect(self._record.with_name("new.db"))) as copy,
+                ):
+                    made.backup(copy)
                 self._record.write_text(json.dumps({"url": server.url, "pid": server.process.pid}))
             return json.loads(self._record.read_text())["url"]
+
+    def copy_new_database(self, home: Path) -> None:
+        """Give another server a database as one is when it was just made, which takes most of a first start."""
+        self.url()
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self._record.with_name("new.db"), home / DATABASE)
 
     def stop(self) -> None:
         """End it, if it was started, and remove what it left."""

@@ -29,7 +29,7 @@ from flows.watch.events import DRIFT
 from tests import ROOT
 from tests.deployments.prefect_files import prefect_settings
 from tests.documents import code_blocks
-from tests.programs import clean_environment, free_port, wait_until_healthy
+from tests.programs import SessionServer, clean_environment, free_port, wait_until_healthy
 
 DOCUMENT = ROOT / "docs" / "deploying.md"
 # In this order under the first heading; what follows there is for a reader with more time.
@@ -153,6 +153,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         PREFECT_API_URL=f"http://127.0.0.1:{port}/api",
         DO_NOT_TRACK="1",
     )
+    SessionServer().copy_new_database(home / "prefect")
     world = World(f"http://127.0.0.1:{port}/api", tree, environment)
     with world.running(SERVER, "server") as server:
         wait_until_healthy(world.api, server, home / "server.log")
