@@ -56,7 +56,7 @@ def test_a_killed_submission_another_and_collects_give_the_files_of_one_run(
     assert run(whole, "whole").code == 0
 
     parted.faults.job_outcomes = [("EXPIRED", 0.5)]
-    one_by_one = ["--stage", "submit", "--set", "backend.max_jobs_in_flight=1"]
+    one_by_one = ["--stage", "submit", "--responses-per-job", "1", "--set", "backend.max_jobs_in_flight=1"]
     killed = start_program("flows.run", *flags(tmp_path, "parted"), *one_by_one, env=parted.environment())
     wait_for(lambda: parted.jobs or killed.poll() is not None)
     kill_group(killed)

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 
 from tests import ROOT
 from tests.process_worker import ProcessWorker, kill_group, started_worker, wait_for
-from tests.programs import Process, Start, clean_environment, finish, free_port, started_server
+from tests.programs import Process, SessionServer, Start, clean_environment, finish, free_port, started_server
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
@@ -132,13 +132,15 @@ def test_runs_outlive_a_server_that_is_killed_whether_it_comes_back_or_not(
 ) -> None:
     def start(url: str, folder: Path, **more: str) -> Process:
         flags = ("--input-dir", folder / "in", "--output-dir", folder / "out", "--model2", Q)
-        one_by_one = ("--set", "backend.poll_interval_s=0.3", "--set", "backend.max_jobs_in_flight=1")
+        one_by_one = ("--responses-per-job", "1", "--set", "backend.max_jobs_in_flight=1")
         environment = {**world.environment(), **more, "PREFECT_API_URL": url}
-        return start_program("flows.run", *flags, *one_by_one, env=environment, server=False)
+        fast = ("--set", "backend.poll_interval_s=0.3")
+        return start_program("flows.run", *flags, *one_by_one, *fast, env=environment, server=False)
 
     world = make_vertex_world(job_seconds=3600.0)
     patient, hasty = write_input(world, tmp_path, "outage"), write_input(world, tmp_path, "gone")
     home, port = tmp_path / "server", free_port()
+    SessionServer().copy_new_database(home)
     with started_server(home, port) as server:
         runs = start(server.url, patient), start(server.url, hasty, PREFECT_CLIENT_MAX_RETRIES="1")
         wait_for(lambda: len(world.jobs) == 2 or any(run.poll() is not None for run in runs), timeout_s=180)
