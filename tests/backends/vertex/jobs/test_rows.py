@@ -98,6 +98,17 @@ def test_equal_contexts_are_one_row_and_models_do_not_share_a_file() -> None:
     assert sum((part.keys for part in parts), ()) == rows.keys
 
 
+def test_rows_are_found_by_what_is_said_of_their_keys() -> None:
+    rows = RowSet([request(), request(question="Another?")])
+    number = {key: index for index, key in enumerate(rows.keys)}
+    parts = rows.by(lambda key: number[key] % 3 == 0)
+    assert {name: part.keys for name, part in parts.items()} == {
+        name: tuple(key for key in rows.keys if (number[key] % 3 == 0) is name) for name in (True, False)
+    }
+    assert rows.without(parts[True].keys).keys == parts[False].keys
+    assert rows.only(parts[True].keys).keys == parts[True].keys
+
+
 @pytest.mark.parametrize(("max_rows", "max_bytes"), [(3, 10**9), (1000, 900), (1, 1)])
 def test_files_stay_within_both_limits(max_rows: int, max_bytes: int) -> None:
     rows = RowSet([request(), request(question="Another, somewhat longer question?")])
