@@ -59,14 +59,10 @@ def distinct(requests: Sequence[ScoreRequest]) -> list[ScoreRequest]:
     seen: set[str] = set()
     planned: list[ScoreRequest] = []
     for request in requests:
-        pairs: list[tuple[int, str]] = []
-        for position, key in zip(request.positions, request.keys, strict=True):
-            if key not in seen:
-                seen.add(key)
-                pairs.append((position, key))
-        if pairs:
-            positions, keys = zip(*pairs, strict=True)
-            planned.append(replace(request, positions=positions, keys=keys))
+        left = request.only(set(request.keys) - seen)
+        seen.update(left.keys)
+        if left.keys:
+            planned.append(left)
     return planned
 
 
