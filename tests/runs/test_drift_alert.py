@@ -183,7 +183,8 @@ def test_a_run_that_is_retried_emits_one_event_and_has_one_row(
     ("arguments", "message"),
     [
         (["--output-dir", "out/{deployment_name}"], "this run belongs to none"),
-        (["--set", "alert.compared_with=baseline: {folder}/nowhere"], "holds no finished run"),
+        (["--set", "alert.compared_with=baseline: {folder}/nowhere"], "nowhere is not a folder"),
+        (["--set", "alert.compared_with=baseline: {folder}/in"], "holds no finished run"),
         (["--history", "{folder}/broken.parquet"], "broken.parquet is no history of runs"),
     ],
 )

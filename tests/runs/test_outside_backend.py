@@ -21,7 +21,7 @@ def requests_of(done: Done) -> int:
     return int(match[1].replace(",", ""))
 
 
-def test_the_command_of_the_document_measures_every_position(run_program: Run, tmp_path: Path) -> None:
+def test_the_command_of_the_document_measures_every_position(run_process: Run, tmp_path: Path) -> None:
     plugins, output = tmp_path / "plugins", tmp_path / "out"
     plugins.mkdir()
     install_example(plugins)
@@ -29,7 +29,7 @@ def test_the_command_of_the_document_measures_every_position(run_program: Run, t
     arguments[arguments.index("--output-dir") + 1] = str(output)
     environment = {"PYTHONPATH": str(plugins)}
 
-    done = run_program("flows.run", *arguments, env=environment)
+    done = run_process("flows.run", *arguments, env=environment)
     assert done.code == 0, done.err
     tokens = pl.read_parquet(output / "tokens.parquet")
     assert tokens["error"].null_count() == tokens.height > 0
@@ -38,7 +38,7 @@ def test_the_command_of_the_document_measures_every_position(run_program: Run, t
     assert run["config"]["backend"]["name"] == "bigram"
     assert run["model_versions_now"] == ["bigram 1"]
 
-    again = run_program("flows.run", *arguments, "--dry-run", env=environment)
+    again = run_process("flows.run", *arguments, "--dry-run", env=environment)
     assert requests_of(again) == 0
-    other = run_program("flows.run", *arguments, "--set", "backend.smoothing=2", "--dry-run", env=environment)
+    other = run_process("flows.run", *arguments, "--set", "backend.smoothing=2", "--dry-run", env=environment)
     assert requests_of(other) == run["contexts_asked"] > 0

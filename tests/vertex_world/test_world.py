@@ -18,6 +18,7 @@ from google import genai
 from google.cloud import storage
 from google.genai import errors, types
 
+from tests import ROOT
 from tests.vertex_world import VertexWorld, canonical_request_hash
 from tests.vertex_world.fixtures import in_vertex_world, make_vertex_world, vertex_world
 from tests.vertex_world.testing import (
@@ -345,14 +346,14 @@ def test_run_by_hand_it_prints_its_environment_and_stops_when_asked(tmp_path: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     ) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(8)]
         process.terminate()
         _, warnings = process.communicate(timeout=20)
     names = {line.split("=")[0].removeprefix("export ") for line in lines if line.startswith("export")}
-    assert {"GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST", "GOOGLE_VERTEX_BASE_URL"} <= names
+    assert {"GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST", "GOOGLE_VERTEX_BASE_URL"} <= names, warnings
     assert process.returncode == 0
     assert "rejected: []" in warnings
     assert len(list((tmp_path / "in").glob("*.json"))) == 3
