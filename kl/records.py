@@ -90,7 +90,9 @@ class Response:
     """One response of P with its log-probabilities.
 
     ``source_file`` is the path below the input directory; ``response_idx`` counts from 0 as in the file.
-    The texts of the sampled tokens, joined, are ``text``. ``model_version`` is what the service called the model.
+    The texts of the sampled tokens, joined, are ``text``. With ``has_stop`` the last position is the end of the turn:
+    what P might have said in place of stopping; the text of its token is no part of ``text``.
+    ``model_version`` is what the service called the model.
     """
 
     source_file: str
@@ -102,6 +104,7 @@ class Response:
     finish_reason: str | None = None
     sampling: Sampling = Sampling()
     model_version: str | None = None
+    has_stop: bool = False
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from kl.statistics.drift import COLUMNS
 from kl.statistics.intervals import Estimate
 from kl.statistics.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
 from kl.tables.responses import RESPONSES
-from kl.tables.schemas import TOKENS
+from kl.tables.schemas import ADDED, TOKENS
 from kl.tables.totals import IS_INFINITE, MEASURED
 
 Rows = list[dict[str, Any]]
@@ -133,10 +133,11 @@ def _scan(path: Path, schema: pl.Schema) -> pl.LazyFrame:
         found = frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    wrong = [name for name, kind in schema.items() if found.get(name) != kind]
+    absent = [name for name in ADDED if name in schema and name not in found]
+    wrong = [name for name, kind in schema.items() if name not in absent and found.get(name) != kind]
     if wrong:
         raise _other_version(path, f"its columns {', '.join(wrong)} are absent or of another type")
-    return frame
+    return frame.with_columns(pl.lit(None, dtype=schema[name]).alias(name) for name in absent)
 
 
 def _typed_summary(path: Path, data: dict[str, Any]) -> Summary:

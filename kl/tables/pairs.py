@@ -25,7 +25,10 @@ class Missing(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One position with a usable list on both sides; ``n_dropped`` entries of Q's were not probabilities."""
+    """One position with a usable list on both sides.
+
+    ``n_dropped`` entries of Q's were not probabilities. ``flags`` are codes of what to know of the lists.
+    """
 
     position: int
     top_p: Candidates
@@ -33,6 +36,7 @@ class Pair(NamedTuple):
     n_dropped: int
     source: Position
     score: Score
+    flags: frozenset[str] = frozenset()
 
 
 class Paired(NamedTuple):

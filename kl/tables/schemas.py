@@ -5,6 +5,9 @@ null = not known, NaN = a bug. All divergences, entropies and log-probabilities 
 
 import polars as pl
 
+# Columns that tables of earlier versions lack; read as null.
+ADDED = ("is_stop", "flags")
+
 TOKENS = pl.Schema(
     {
         "source_file": pl.String,  # path below the input directory
@@ -13,6 +16,7 @@ TOKENS = pl.Schema(
         "position": pl.Int32,  # counts from 0
         "token": pl.String,  # the sampled token's text
         "token_id": pl.Int64,
+        "is_stop": pl.Boolean,  # the end of the turn: the token is no part of the response's text
         "selected": pl.Boolean,  # false: left out by position sampling, nothing was asked
         "pi": pl.Float64,  # inclusion probability of the position (1 without sampling)
         "k_p": pl.Int32,  # listed tokens of each side, after merging
@@ -53,6 +57,7 @@ TOKENS = pl.Schema(
         "ambiguous_mass_q": pl.Float64,
         "n_dropped": pl.Int32,  # sentinels removed from Q's list
         "align_key": pl.String,  # id | bytes | text
+        "flags": pl.String,  # sorted codes of what to know of the lists, joined by ","; null where there is none
         "reason": pl.String,  # short code of what is missing
         "error": pl.String,  # the same in words; null where measured
     }

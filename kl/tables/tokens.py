@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def measure_response(
     selected: NDArray[np.bool_] | None = None,
     pi: NDArray[np.float64] | None = None,
     vocabulary: int | None = None,
+    flags: Mapping[int, Collection[str]] | None = None,
 ) -> pl.DataFrame:
     """The token table of one response.
 
@@ -68,6 +70,8 @@ def measure_response(
         Inclusion probabilities; default 1.
     vocabulary : int, optional
         Number of tokens of P, known where its full vocabulary was seen; without it ``entropy_p_upper`` is null.
+    flags : mapping, optional
+        Position → short codes of what to know of it, beside those that its lists give.
 
     Returns
     -------
@@ -99,7 +103,15 @@ def measure_response(
     columns["logprob_p"] = pl.Series(columns["logprob_p"], nan_to_null=True)
     columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
     columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
+    columns["flags"] = _flags(n, pairs, flags or {})
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
+
+
+def _flags(n: int, pairs: list[Pair], others: Mapping[int, Collection[str]]) -> list[str | None]:
+    codes = {t: set(found) for t, found in others.items()}
+    for pair in pairs:
+        codes.setdefault(pair.position, set()).update(pair.flags)
+    return [",".join(sorted(codes.get(t, ()))) or None for t in range(n)]
 
 
 def response_spread(response: Response, scores: Scores) -> SpreadEvidence:
@@ -144,6 +156,7 @@ def _identity(response: Response, drawn: BoolArray, inclusion: FloatArray) -> di
         "position": range(n),
         "token": [candidate.token for candidate in sampled],
         "token_id": [candidate.token_id for candidate in sampled],
+        "is_stop": [response.has_stop and t == n - 1 for t in range(n)],
         "selected": drawn,
         "pi": inclusion,
         "logprob_p": np.array([c.logprob if is_known(c.logprob) else math.nan for c in sampled], dtype=np.float64),

@@ -189,6 +189,15 @@ class TestRefusedFolder:
         (steady / "summary.json").write_text(json.dumps(summary | {"new_figure": 1}), encoding="utf-8")
         assert "was written by another version" in refusal(capsys, steady)
 
+    def test_but_not_one_without_the_columns_that_earlier_versions_did_not_write(self, steady, capsys):
+        def shown():
+            assert main([str(steady)]) == 0
+            return capsys.readouterr().out
+
+        now = shown()
+        pl.read_parquet(steady / "tokens.parquet").drop("is_stop", "flags").write_parquet(steady / "tokens.parquet")
+        assert shown() == now
+
     def test_with_a_column_of_another_version(self, steady, capsys):
         pl.read_parquet(steady / "tokens.parquet").drop("kl_lower").write_parquet(steady / "tokens.parquet")
         assert "kl_lower" in refusal(capsys, steady)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -43,7 +44,8 @@ def tops(pair):
     return top_lists(pair[0], 20), top_lists(pair[1], 20)
 
 
-MEASURES = [name for name in TOKENS if name not in TOKENS.names()[:8] and name not in ("logprob_p", "reason", "error")]
+OF_P = (*("source_file", "prompt_id", "response_idx", "position", "token", "token_id", "is_stop"), "logprob_p")
+MEASURES = [name for name in TOKENS if name not in (*OF_P, "selected", "pi", "flags", "reason", "error")]
 
 
 def assert_not_measured(row):
@@ -64,7 +66,7 @@ class TestTable:
 
     def test_measured_rows_have_everything_that_two_lists_determine(self, tops):
         frame = measured(tops[0], scores_of(tops[1]))
-        open_columns = {"kl_exact", "entropy_p_upper", "reason", "error"}
+        open_columns = {"kl_exact", "entropy_p_upper", "flags", "reason", "error"}
         depends = {"kl_upper_plausible", "logprob_q", "k3", "delta_p"}
         nulls = {name for name in frame.columns if frame[name].null_count()}
         assert open_columns <= nulls <= open_columns | depends
@@ -109,6 +111,20 @@ class TestTable:
         for name in MEASURES:
             if TOKENS[name] == pl.Float64:
                 np.testing.assert_allclose(part[name].gather_every(3), whole[name].gather_every(3), rtol=1e-12)
+
+    def test_the_last_position_of_a_response_that_says_so_is_its_stop(self, tops):
+        response = response_of(tops[0][:3])
+        for has_stop in (False, True):
+            frame = measure_response(
+                replace(response, has_stop=has_stop), scores_of(tops[1][:3]), estimator="censored", prior=PRIOR
+            )
+            assert frame["is_stop"].to_list() == [False, False, has_stop]
+            assert frame["error"].null_count() == 3
+
+    def test_codes_of_a_position_are_sorted_and_stand_at_it_whether_it_is_measured_or_not(self, tops):
+        scores = [*scores_of(tops[1][:2]), None]
+        frame = measured(tops[0][:3], scores, flags={0: {"truncated-p", "clipped-q"}, 2: {"retokenised"}})
+        assert frame["flags"].to_list() == ["clipped-q,truncated-p", None, "retokenised"]
 
     def test_no_positions_give_no_rows(self):
         frame = measured([], [])
