@@ -21,7 +21,7 @@ kl                      records
 kl.input                problems / logprobs prompts texts writer / responses
 kl.estimators           token_keys / list_checks / align / bounds censored diagnostic entropy / divergence / comparison
 kl.tables               schemas / totals / responses / pairs / tokens
-kl.statistics           intervals / drift / clusters position_sampling / breakdowns paired / summary / dataset
+kl.statistics           intervals / drift / clusters position_sampling / breakdowns paired figures / summary / dataset
 kl.output               atomic digits / kl_json / files headline
 
 backends                errors hookspecs / base builtin keys / registry session

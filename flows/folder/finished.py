@@ -15,6 +15,7 @@ from backends.errors import ConfigError
 from backends.storage import exists, is_remote, kept_copy, read_bytes
 from flows.folder.layout import OutputFolder
 from kl.statistics.drift import COLUMNS
+from kl.statistics.figures import LogprobDifference, Perplexity, TopToken
 from kl.statistics.intervals import Estimate
 from kl.statistics.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
 from kl.tables.responses import RESPONSES
@@ -22,6 +23,19 @@ from kl.tables.schemas import ADDED, TOKENS
 from kl.tables.totals import IS_INFINITE, MEASURED
 
 Rows = list[dict[str, Any]]
+
+# The fields of a summary that are groups of figures.
+_KINDS: dict[str, type[Any]] = {
+    "counts": Counts,
+    "kl_per_token": Divergence,
+    "kl_per_response": Divergence,
+    "identification": Identification,
+    "delta_p": DeltaP,
+    "sampled_token": SampledToken,
+    "perplexity": Perplexity,
+    "logprob_difference": LogprobDifference,
+    "top_token": TopToken,
+}
 
 _CONTEXT_TOKENS = 8  # shown before a position
 _INFINITY = pl.lit(float("inf"))
@@ -162,29 +176,21 @@ def summary_from_json(data: Mapping[str, Any]) -> Summary:
     KeyError, TypeError, AttributeError
         If a field is absent, unknown or of another kind.
     """
-    divergences = ("kl_per_token", "kl_per_response")
-    estimates = (
-        *("reverse_kl_per_token", "reverse_kl_lower_per_token", "js_per_token", "js_lower_per_token"),
-        *("tv_lower_per_token", "same_top_p"),
-    )
-    typed: dict[str, Any] = {name: _estimate(data[name]) for name in estimates}
-    for name in divergences:
-        typed[name] = Divergence(**{key: _estimate(value) for key, value in data[name].items()})
-    typed["counts"] = Counts(**data["counts"])
-    typed["identification"] = Identification(**data["identification"])
-    typed["delta_p"] = DeltaP(_estimate(data["delta_p"]["mean"]), data["delta_p"]["rms"])
-    typed["sampled_token"] = _sampled_token(data["sampled_token"])
+    typed: dict[str, Any] = {}
+    for name, value in data.items():
+        if name in _KINDS:
+            typed[name] = None if value is None else _of_kind(_KINDS[name], value)
+        elif _is_estimate(value):
+            typed[name] = Estimate(**value)
     return Summary(**{**data, **typed})
 
 
-def _estimate(values: Mapping[str, Any]) -> Estimate:
-    return Estimate(**values)
+def _of_kind(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    return kind(**{name: Estimate(**value) if _is_estimate(value) else value for name, value in values.items()})
 
 
-def _sampled_token(values: Mapping[str, Any]) -> SampledToken:
-    means = ("k1_per_token", "k1_per_response", "k3_per_token", "k3_per_response")
-    typed: dict[str, Any] = {name: None if values[name] is None else _estimate(values[name]) for name in means}
-    return SampledToken(**{**values, **typed})
+def _is_estimate(value: Any) -> bool:
+    return isinstance(value, Mapping) and "no_interval" in value
 
 
 def worst_positions(run: FinishedRun, top: int) -> Rows:

@@ -19,7 +19,10 @@ def headline(summary: Summary) -> Rows:
         ("Reverse KL(Q‖P) per token", _estimate_text(summary.reverse_kl_per_token)),
         ("Jensen-Shannon per token", _estimate_text(summary.js_per_token)),
         ("Same top p", _percent_text(summary.same_top_p, "the top tokens")),
+        *_top_token_rows(summary),
         *_delta_rows(summary),
+        *_perplexity_rows(summary),
+        *_logprob_rows(summary),
         *_sampled_token_rows(summary),
         *_amount_rows(summary),
     ]
@@ -87,6 +90,51 @@ def _delta_rows(summary: Summary) -> Rows:
     share = mean.n / (mean.n + mean.n_unknown)
     partly = f" (over the {share:.1%} of positions where Q lists the sampled token)" if mean.n_unknown else ""
     return [("Mean Δp", f"{100 * mean.value:.3f} %{partly}"), ("RMS Δp", f"{100 * rms:.3f} %{partly}")]
+
+
+def _top_token_rows(summary: Summary) -> Rows:
+    top = summary.top_token
+    if top is None or top.flip_rate.value is None:
+        return []
+    first, never = top.first_flip, f"{top.n_never:,} of {top.first_flip.n:,} responses never"
+    if not first.n:
+        text = ""
+    elif first.value is None:
+        text = f"; {never}, the median response does not"
+    else:
+        text = f"; first at position {first.value:g} (median; {_interval_text(first, 1.0)}), {never}"
+    return [("Flip rate of the top token", _percent_text(top.flip_rate, "the top tokens") + text)]
+
+
+def _perplexity_rows(summary: Summary) -> Rows:
+    found = summary.perplexity
+    if found is None or found.p.value is None or found.q.value is None or found.ratio.value is None:
+        return []
+    both = f"{rounded(found.p.value, found.p.se)} under P, {rounded(found.q.value, found.q.se)} under Q"
+    log = found.log_ratio
+    text = f"{both}; ln of the ratio {_signed(log)} ({_interval_text(log, 1.0)})"
+    if not log.n_unknown:
+        return [("Perplexity of the text", text)]
+    text += f"; without {log.n_unknown:,} positions where log q is not known"
+    least = found.log_ratio_lower
+    whole = "" if least.value is None else f", with them the logarithm is at least {_signed(least)}"
+    return [("Perplexity of the text", text + whole)]
+
+
+def _signed(estimate: Estimate) -> str:
+    return "not known" if estimate.value is None else rounded(estimate.value, estimate.se)
+
+
+def _logprob_rows(summary: Summary) -> Rows:
+    found = summary.logprob_difference
+    if found is None or found.mean.value is None or found.percentile_95.value is None or found.largest is None:
+        return []
+    least = f"; at least, as {found.n_censored:,} tokens are outside Q's list" if found.n_censored else ""
+    largest = f"95 % below {rounded(found.percentile_95.value)}, largest {rounded(found.largest)}"
+    return [
+        ("|Δ log p| of the sampled token", f"{_estimate_text(found.mean)}; {largest}{least}"),
+        ("q/p outside 0.9 to 1.1", _percent_text(found.ratio_outside, "the ratios") + least),
+    ]
 
 
 def _sampled_token_rows(summary: Summary) -> Rows:

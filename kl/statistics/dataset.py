@@ -21,6 +21,7 @@ from kl.statistics.breakdowns import (
     missing_by_reason,
 )
 from kl.statistics.clusters import per_response, per_token, prompts_needed
+from kl.statistics.figures import logprob_difference, perplexity, top_token
 from kl.statistics.summary import (
     FORMAT,
     Counts,
@@ -40,7 +41,7 @@ AMBIGUOUS_MASS_WARNING = 0.01
 def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], facts: RunFacts) -> Summary:
     """Summary of a data set: means with intervals clustered by prompt, bounds, percentiles, counts and warnings.
 
-    Reads the token table a few times in batches; holds a row per response and one or two float64 per position.
+    Reads the token table a few times in batches; holds a row per response and three numbers per position.
 
     Raises
     ------
@@ -88,6 +89,9 @@ def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], f
         by_token=token_rows,
         by_position=position_rows,
         by_prompt=by_prompt(totals),
+        perplexity=perplexity(totals),
+        logprob_difference=logprob_difference(tokens, totals),
+        top_token=top_token(totals),
     )
     summary.warnings.extend(_warnings(summary, facts))
     return summary

@@ -12,6 +12,7 @@ from typing import Any
 
 from kl.records import Sampling
 from kl.statistics.breakdowns import Row
+from kl.statistics.figures import LogprobDifference, Perplexity, TopToken
 from kl.statistics.intervals import Estimate
 
 FORMAT = 1
@@ -150,6 +151,10 @@ class Summary:
     by_token: list[Row]
     by_position: list[Row]
     by_prompt: list[Row]
+    # None in what an earlier version wrote.
+    perplexity: Perplexity | None = None
+    logprob_difference: LogprobDifference | None = None
+    top_token: TopToken | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, numbers and texts."""

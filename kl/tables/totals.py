@@ -14,6 +14,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import polars as pl
@@ -50,15 +51,29 @@ METRICS = (
     "entropy_p",
     "entropy_q",
 )
-# The same, from other columns: what the bounds say where all of them are known, and squares.
+# Where Q does not list the sampled token, log p/q is known only to be at least this much.
+_CENSORED = pl.col("k1_censored").fill_null(False)
+_LOGRATIO = pl.when(~_CENSORED).then("logratio_k1")
+# |log p/q| of the sampled token; its smallest possible value where q is not known.
+ABS_LOGRATIO = pl.when(_CENSORED).then(pl.col("logratio_k1").clip(0.0)).otherwise(pl.col("logratio_k1").abs())
+# q/p outside 0.9 to 1.1, for certain.
+_RATIO_OUTSIDE = ~pl.col("logratio_k1").is_between(-math.log(1.1), -math.log(0.9)) & ~(
+    _CENSORED & (pl.col("logratio_k1") < 0)
+)
+# The same, from other columns: what the bounds say where all of them are known, squares, and of the sampled token.
 _DERIVED = {
     "delta_p_squared": pl.col("delta_p") ** 2,
+    "logratio": _LOGRATIO,
+    "nll_p": pl.when(_LOGRATIO.is_not_null()).then(-pl.col("logprob_p")),
+    "nll_q": pl.when(_LOGRATIO.is_not_null()).then(-pl.col("logprob_q")),
+    "abs_logratio": ABS_LOGRATIO,
+    "ratio_outside": _RATIO_OUTSIDE,
     "identified_upper": pl.col("kl_upper_plausible"),
     "identified_estimate": pl.when(pl.col("kl_upper_plausible").is_not_null()).then("kl_estimate"),
     "identified_lower": pl.when(pl.col("kl_upper_plausible").is_not_null()).then("kl_lower"),
 }
 _IDENTITY = ("source_file", "response_idx", "prompt_id", "position", "selected", "pi", "reason", "error")
-_NEEDED = tuple(dict.fromkeys((*_IDENTITY, *METRICS, "k1_censored")))
+_NEEDED = tuple(dict.fromkeys((*_IDENTITY, *METRICS, "k1_censored", "logprob_p", "logprob_q")))
 
 # Sampled, asked and answered. Where an answer has no point estimate (too short a list), its bounds still count: such a
 # row has an error beside its bounds.
@@ -140,7 +155,8 @@ def response_totals(tokens: pl.LazyFrame) -> pl.DataFrame:
         A row per response: ``source_file, response_idx, prompt_id``; counts ``n_positions, n_selected, n_measured,
         n_missing, n_infinite, n_k1_censored``; for each metric ``m`` the Horvitz-Thompson sum ``m.sum``, the number of
         positions ``m.n`` where it is known and the sum ``m.weight`` of their 1/π; the largest token KL and where it is;
-        the first reason and error.
+        ``first_flip`` and ``first_unclear``, the first position where the top token differs, and where that is not
+        known; the first reason and error.
 
     Raises
     ------
@@ -199,9 +215,11 @@ def _counts() -> list[pl.Expr]:
 
 def _extremes() -> list[pl.Expr]:
     failed = pl.col("selected") & pl.col("error").is_not_null()
-    kl = pl.col("kl_estimate")
+    kl, same_top = pl.col("kl_estimate"), pl.col("same_top_token")
     return [
         pl.col("prompt_id").first(),
+        pl.col("position").filter(same_top == 0).min().alias("first_flip"),
+        pl.col("position").filter(same_top.is_null()).min().alias("first_unclear"),
         kl.max().alias("max_kl"),
         pl.col("position").filter(kl == kl.max()).first().alias("max_kl_position"),
         pl.col("reason").filter(failed).first().alias("first_reason"),
@@ -225,6 +243,8 @@ def _merge(columns: Sequence[str]) -> list[pl.Expr]:
     special = {
         "prompt_id": pl.col("prompt_id").first(),
         "last_position": pl.col("last_position").max(),
+        "first_flip": pl.col("first_flip").min(),
+        "first_unclear": pl.col("first_unclear").min(),
         "max_kl": pl.col("max_kl").max(),
         "max_kl_position": pl.col("max_kl_position").filter(pl.col("max_kl") == pl.col("max_kl").max()).first(),
         "first_reason": pl.col("first_reason").drop_nulls().first(),

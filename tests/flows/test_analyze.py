@@ -153,6 +153,18 @@ class TestOneRun:
     def test_a_folder_with_brackets_and_equals_signs_is_read(self, tmp_path, capsys):
         assert analyze(capsys, write_run(tmp_path / "k=20 [a]", STEADY))[0] == 0
 
+    def test_a_summary_that_an_earlier_version_wrote_lacks_figures_and_is_read(self, steady, capsys):
+        path = steady / "summary.json"
+        summary = json.loads(path.read_text())
+        for name in ("perplexity", "logprob_difference", "top_token"):
+            assert isinstance(summary.pop(name), dict)
+        path.write_text(json.dumps(summary))
+        assert load_run(steady).summary.perplexity is None
+        assert main([str(steady)]) == 0
+        shown = capsys.readouterr().out
+        assert "Same top p" in shown
+        assert "Perplexity" not in shown
+
 
 class TestRefusedFolder:
     def test_that_does_not_exist(self, tmp_path, capsys):

@@ -42,8 +42,14 @@ def test_headline_of_a_complete_run(token_table: Build):
         "Reverse KL(Q‖P) per token": "6.0 nats (95 % CI 3.1 to 8.9, 5 prompts)",
         "Jensen-Shannon per token": "0.250 nats (95 % CI 0.127 to 0.373, 5 prompts)",
         "Same top p": "0 % (95 % CI 0 to 0, 5 prompts)",
+        "Flip rate of the top token": "100 % (95 % CI 100 to 100, 5 prompts); first at position 0 "
+        "(median; 95 % CI 0 to 0, 5 prompts), 0 of 5 responses never",
         "Mean Δp": "-50.000 %",
         "RMS Δp": "50.000 %",
+        "Perplexity of the text": "2.718 under P, 7.389 under Q; "
+        "ln of the ratio 2.00 (95 % CI 1.02 to 2.98, 5 prompts)",
+        "|Δ log p| of the sampled token": "2.00 nats (95 % CI 1.02 to 2.98, 5 prompts); 95 % below 3, largest 3",
+        "q/p outside 0.9 to 1.1": "100 % (95 % CI 100 to 100, 5 prompts)",
         "k1 per token (sampled tokens only)": "2.00 nats (95 % CI 1.02 to 2.98, 5 prompts)",
         "k3 per token (sampled tokens only)": "2.00 nats (95 % CI 1.02 to 2.98, 5 prompts)",
         "Positions measured": "10 of 10",
@@ -82,6 +88,20 @@ def test_positions_with_bounds_only_are_said_to_be_left_out(token_table: Build):
 def test_partial_delta_p_names_its_share(token_table: Build):
     tokens = token_table(FIVE).with_columns(delta_p=pl.Series([0.1] * 9 + [None]))
     assert rows(tokens)["RMS Δp"] == "10.000 % (over the 90.0% of positions where Q lists the sampled token)"
+
+
+def test_censored_tokens_make_the_figures_bounds(token_table: Build):
+    found = rows(token_table(FIVE).with_columns(k1_censored=pl.col("kl_estimate") == 3))
+    assert found["Perplexity of the text"].endswith(
+        "; without 3 positions where log q is not known, with them the logarithm is at least 2.00"
+    )
+    for label in ("|Δ log p| of the sampled token", "q/p outside 0.9 to 1.1"):
+        assert found[label].endswith("; at least, as 3 tokens are outside Q's list")
+
+
+def test_responses_that_never_flip_leave_no_median(token_table: Build):
+    found = rows(token_table(FIVE).with_columns(same_top_token=True))["Flip rate of the top token"]
+    assert found == "0 % (95 % CI 0 to 0, 5 prompts); 5 of 5 responses never, the median response does not"
 
 
 def test_k1_under_another_sampling_is_not_shown(token_table: Build):
