@@ -19,6 +19,9 @@ from backends.vertex.service.retry import StatusError, with_retries
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.
 TERMINAL_STATES = frozenset({"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"})
+# Looks at once: the transport goes through all its connections and all waiting calls at each call, which would make a
+# look at one of many jobs dearer than at one of few.
+_LOOKS_AT_ONCE = 32
 # No state of the service: a job that was made and is not there any more. Its output may be.
 DELETED = "DELETED"
 
@@ -77,6 +80,7 @@ class BatchJobs:
         self._url = f"{base_url(location)}/{api_version()}"
         self._deadline_s = deadline_s
         self._timeout_s = timeout_s
+        self._looks = asyncio.Semaphore(_LOOKS_AT_ONCE)
 
     async def create(self, model: str, input_uri: str, output_prefix: str, display_name: str) -> RemoteJob:
         """Create a job, once: an answer that was lost is looked up before anything is created again.
@@ -132,7 +136,8 @@ class BatchJobs:
 
     async def _get(self, name: str) -> RemoteJob:
         try:
-            return _from_sdk(await self._client.aio.batches.get(name=name))
+            async with self._looks:
+                return _from_sdk(await self._client.aio.batches.get(name=name))
         except pydantic.ValidationError:
             path = f"{self._parent}/batchPredictionJobs/{name.rsplit('/', 1)[-1]}"
             return _from_json(await asyncio.to_thread(self._raw_get, path, {}))
