@@ -35,6 +35,8 @@ from tests.process_worker import ProcessWorker, kill_group, started_worker
 
 SERVER_START_S = 120
 DATABASE = "prefect.db"  # in the home of a server
+MEMORY = "/dev/shm"
+ROOM_FOR_A_DATABASE = 2**30
 
 
 def free_port() -> int:
@@ -86,6 +88,12 @@ def started_server(home: Path, port: int) -> Iterator[Server]:
         kill_group(server.process)
 
 
+def _memory_folder() -> str | None:
+    """Where a database waits for no disk: one that is slow keeps SQLite locked, and clients of the server waiting."""
+    has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_FOR_A_DATABASE
+    return MEMORY if has_room else None
+
+
 class SessionServer:
     """The Prefect server of all processes that run tests: the first that needs it starts it, the session ends it."""
 
@@ -93,7 +101,7 @@ class SessionServer:
 
     def __init__(self) -> None:
         if self._variable not in os.environ:
-            os.environ[self._variable] = mkdtemp(prefix="tokenkl-prefect-")
+            os.environ[self._variable] = mkdtemp(prefix="tokenkl-prefect-", dir=_memory_folder())
         self._record = Path(os.environ[self._variable], "server.json")
 
     def url(self) -> str:
