@@ -67,15 +67,21 @@ def translated(action: str, path: Path) -> Generator[None]:
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
         kind, code = type(error).__module__.partition(".")[0], getattr(error, "code", None)
-        if code == 403 or words.startswith("Forbidden"):
+        if code == 403 or _is_from_gcsfs(error, "Forbidden: "):
             raise _refused(action, path, error) from error
         if code == 401 or type(error).__name__ == "DefaultCredentialsError":
             why = " ".join(str(error.__cause__ or words).split())
             login = "Log in: gcloud auth application-default login."
             raise ConfigError(f"cannot {action} {path}: no valid credentials ({why}). {login}") from error
-        if isinstance(error, OSError) or kind in ("gcsfs", "google", "requests", "aiohttp", "botocore", "azure"):
+        of_client = kind in ("gcsfs", "google", "requests", "aiohttp", "botocore", "azure")
+        if isinstance(error, OSError) or of_client or _is_from_gcsfs(error, "Bad Request: "):
             raise OSError(f"cannot {action} {path}: {words}") from error
         raise
+
+
+def _is_from_gcsfs(error: Exception, start: str) -> bool:
+    """Whether this is an error that gcsfs makes of a status, without a field for it: its own words are all it gives."""
+    return type(error) in (OSError, ValueError) and len(error.args) == 1 and str(error).startswith(start)
 
 
 def _refused(action: str, path: Path, error: Exception) -> ConfigError:

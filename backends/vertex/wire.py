@@ -15,6 +15,7 @@ from typing import Any
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
+from backends.vertex.status import error_in_text, read_error
 from kl.records import Candidate, Prompt, Score, ScoreFailure
 
 MAX_TOP_LOGPROBS = 20
@@ -209,28 +210,32 @@ def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, An
 
 
 def _parse_token(item: dict[str, Any]) -> Candidate | None:
+    """A token as it stands: an absent or empty text, or an absent id, says nothing of which token it is."""
     logprob = item.get("logProbability")
     if isinstance(logprob, bool) or not isinstance(logprob, int | float):
         return None
     if not math.isfinite(logprob) or logprob < _SENTINEL_BELOW:
         return None
-    token_id = item.get("tokenId")
-    return Candidate(item.get("token") or "", float(logprob), token_id if isinstance(token_id, int) else None)
+    text = item.get("token")
+    return Candidate(text if isinstance(text, str) else "", float(logprob), _token_id(item.get("tokenId")))
+
+
+def _token_id(value: Any) -> int | None:
+    # Some writers of JSON know floats only.
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 0:
+        return None
+    return int(value)
 
 
 def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
     """One output row: the service's error if it has one, else its answer."""
     status = row.get("status")
     if status:
+        said = read_error(error_in_text(status) if isinstance(status, str) else status)
         text = status if isinstance(status, str) else json.dumps(status)
-        reason = "daily-quota" if is_daily_quota(text) else "row-error"
+        reason = "daily-quota" if said.daily_quota else "row-error"
         return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
     try:
         return parse_response(key, row.get("response"))
     except SHAPE_ERRORS as error:
         return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")
-
-
-def is_daily_quota(text: str) -> bool:
-    """Whether an error text speaks of a limit per day: "daily limit", "requests per day", ``…RequestsPerDay…``."""
-    return re.search(r"\bdaily\b|per[ _-]?day", text, re.IGNORECASE) is not None

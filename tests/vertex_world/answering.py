@@ -18,8 +18,10 @@ from tests.vertex_world.wire import SENTINEL, ApiError, canonical_request_hash, 
 
 Channel = Literal["online", "batch", "developer"]
 DAILY_QUOTA = "Resource exhausted: the daily limit of logprobs requests for this model has been reached."
+DAILY_LIMIT = "LogprobsRequestsPerDayPerProjectPerBaseModel"
 _DEFAULT_TOP_P = 0.95  # of the service, when a request names none
 _DEFAULT_MAX_TOKENS = 256
+_CACHE_BLOCK, _CACHED_RATE = 128, 0.2  # of counts that leave out what was in a cache
 _THOUGHT_TOKENS = 64
 
 
@@ -72,17 +74,18 @@ class Service:
         attempt = self.ledger.next_attempt(request_hash)
         faults = self.faults
         if faults.hits(faults.failing_rate, "failing", request_hash):
-            raise ApiError(400, "Request contains an invalid argument.")
+            raise faults.error(400, "Request contains an invalid argument.")
         if channel == "batch" and faults.hits(faults.row_error_rate, "row_error", request_hash, attempt):
-            raise ApiError(429)
+            raise faults.error(429)
         if faults.hits(faults.blocked_rate, "blocked", request_hash):
             return Answer(self._blocked(spec, request), request_hash)
         if request.get("generationConfig", {}).get("responseLogprobs") and not self.ledger.take_logprobs_quota(
             faults.logprobs_daily_quota
         ):
             faults.count("logprobs_daily_quota")
-            raise ApiError(429, DAILY_QUOTA)
-        return Answer(self._generate(spec, model, request, request_hash, attempt, channel), request_hash)
+            raise faults.error(429, DAILY_QUOTA, DAILY_LIMIT)
+        seen = self._as_seen(request)
+        return Answer(self._generate(spec, model, seen, request_hash, attempt, channel), request_hash)
 
     def count_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer of countTokens."""
@@ -95,7 +98,25 @@ class Service:
         }
 
     def _prompt_tokens(self, request: dict[str, Any]) -> int:
-        return sum(self.language_model.count_tokens(text) for text in _texts(request))
+        count = sum(self.language_model.count_tokens(text) for text in _texts(request))
+        if request.get("contents", [{}])[-1].get("role") != "model":
+            return count
+        prefix = _joined(request["contents"][-1])
+        return count + self.faults.turn_header - sum(prefix.count(merged) for merged in self.faults.merges)
+
+    def _as_seen(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request as it reaches the model."""
+        *turns, last = request["contents"]
+        text = _joined(last)
+        if last.get("role") != "model" or not text[-1:].isspace():
+            return request
+        if self.faults.refuses_white_space:
+            raise self.faults.error(400, "The last turn cannot end with trailing white space.")
+        if not self.faults.trims_prefill:
+            return request
+        self.faults.count("trims_prefill")
+        kept = [{**last, "parts": [{"text": text.rstrip()}]}] if text.strip() else []
+        return {**request, "contents": [*turns, *kept]}
 
     def _blocked(self, spec: ModelSpec, request: dict[str, Any]) -> dict[str, Any]:
         tokens = self._prompt_tokens(request)
@@ -140,7 +161,7 @@ class Service:
             candidates.append({**candidate, "index": index} if index else candidate)
         answer = {
             "candidates": candidates,
-            "usageMetadata": self._usage(request, visible, thoughts, channel),
+            "usageMetadata": self._usage(request, request_hash, visible, thoughts, channel),
             **self._tail(spec),
         }
         if self.faults.extra_fields:
@@ -157,6 +178,8 @@ class Service:
         config = request.get("generationConfig", {})
         turns = [(turn.get("role", "user"), _joined(turn)) for turn in request["contents"]]
         prefix = turns.pop()[1] if turns[-1][0] == "model" else ""
+        for merged in self.faults.merges:
+            prefix = prefix.replace(merged, f"\0{merged}")
         system = _joined(request["systemInstruction"]) if "systemInstruction" in request else None
         steps: list[Step] = []
         text = ""
@@ -221,17 +244,27 @@ class Service:
             for tokens in lists:
                 for token in tokens[-3:]:
                     token["logProbability"] = float32_json(SENTINEL)
+        if self.faults.padded_lists:
+            lists = [[*tokens, {"logProbability": float32_json(SENTINEL)}, {"tokenId": 0}] for tokens in lists]
         result["topCandidates"] = [{"candidates": tokens} for tokens in lists]
         return result
 
-    def _usage(self, request: dict[str, Any], visible: int, thoughts: int, channel: Channel) -> dict[str, Any]:
+    def _usage(
+        self, request: dict[str, Any], request_hash: str, visible: int, thoughts: int, channel: Channel
+    ) -> dict[str, Any]:
         prompt = self._prompt_tokens(request)
+        if self.faults.counts == "constant":
+            prompt = self.language_model.count_tokens(_joined(request["contents"][0]))
+        elif self.faults.counts == "uncached" and self.faults.draw("cached", request_hash) < _CACHED_RATE:
+            prompt -= _CACHE_BLOCK
         usage: dict[str, Any] = {
             "promptTokenCount": prompt,
             "totalTokenCount": prompt + visible + thoughts,
             "trafficType": "ON_DEMAND",
             "promptTokensDetails": [{"modality": "TEXT", "tokenCount": prompt}],
         }
+        if self.faults.counts == "absent":
+            del usage["promptTokenCount"]
         if visible:
             usage["candidatesTokenCount"] = visible
             usage["candidatesTokensDetails"] = [{"modality": "TEXT", "tokenCount": visible}]

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tests.vertex_world.wire import MESSAGE, ApiError, quota_details
+
 HttpFault = Literal["403", "429", "429+retry-after", "500", "503", "reset", "slow", "lost", "lost-503"]
 """One fault of an HTTP call.
 
@@ -44,6 +46,7 @@ class Faults:
     retry_after_s: float = 1.0
     slow_s: float = 0.5
     latency_s: float = 0.0  # of every online call
+    names: str = ""  # of the caller's project or bucket: all errors quote it, 429 also in its details
 
     # Jobs
     job_outcomes: list[JobOutcome] = field(default_factory=list)  # by order of creation; beyond its end all succeed
@@ -76,12 +79,31 @@ class Faults:
     extra_fields: bool = False  # fields that no client knows
     eos_logprobs: Literal["listed", "absent"] = "listed"  # when the first token ends the turn
     logprobs_daily_quota: int | None = None  # answers with logprobs until 429
+    padded_lists: bool = False  # lists end with entries that are no tokens
+
+    # What becomes of a prefill, and how it is counted
+    trims_prefill: bool = False  # white space at its end
+    refuses_white_space: bool = False  # 400 where it ends so
+    merges: tuple[str, ...] = ()  # texts that are one token: from the first of them on another context
+    turn_header: int = 0  # tokens of a model turn beside its text
+    counts: Literal["tokens", "constant", "uncached", "absent"] = "tokens"
     model_version_change_after: int | None = None  # answers until modelVersion changes
 
     def __post_init__(self) -> None:
         self.injected: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self._lock = threading.Lock()
+
+    def error(self, code: int, message: str | None = None, limit: str = "RequestsPerMinutePerProject") -> ApiError:
+        """An error of the service. One that quotes names says which limit was met; so does one of a daily limit."""
+        words, daily = message or MESSAGE[code], "PerDay" in limit
+        if self.names:
+            words = f"{words} (projects/{self.names}, gs://{self.names})"
+        unit = "1/d/{project}" if daily else "1/min/{project}"
+        details = (
+            quota_details(limit, unit, self.names or "stand-in") if code == 429 and (daily or self.names) else None
+        )
+        return ApiError(code, words, details=details)
 
     def count(self, name: str) -> None:
         """Note that a fault was injected."""

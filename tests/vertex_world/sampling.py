@@ -12,6 +12,8 @@ import numpy as np
 from tests.vertex_world.language_model import Distribution, FloatArray, LanguageModel, prompt_turns
 from tests.vertex_world.wire import SENTINEL, float32_json
 
+_DRAWS = 20
+
 
 class Step(NamedTuple):
     """One sampled token, as indices into the distribution: ``top`` is sorted by falling log-probability."""
@@ -65,7 +67,9 @@ def sample_responses(
 ) -> dict[str, Any]:
     """The content of one response file: ``n`` responses of ``model_name`` to ``prompt``.
 
-    Log-probabilities are rounded to float32, as they come from the service. The end of a turn is not a position.
+    The tokens of a text are those that the tokenizer would find in it, as they mostly are in what models write: a token
+    that would merge with those before it is drawn again. Log-probabilities are rounded to float32, as they come from
+    the service. The end of a turn is not a position.
     """
     rng = np.random.default_rng([seed, n, max_tokens])
     turns = prompt_turns(prompt)
@@ -75,7 +79,12 @@ def sample_responses(
         finish_reason = "MAX_TOKENS"
         text = ""
         while len(steps) < max_tokens:
-            step = sample_step(language_model.distribution(model_name, turns, system, text), rng, top_logprobs)
+            known = language_model.distribution(model_name, turns, system, text)
+            step = sample_step(known, rng, top_logprobs)
+            for _ in range(_DRAWS):
+                if step.ends_turn or language_model.count_tokens(text + step.text) == len(steps) + 1:
+                    break
+                step = sample_step(known, rng, top_logprobs)
             if step.ends_turn:
                 finish_reason = "STOP"
                 break

@@ -195,4 +195,4 @@ class Handler(BaseHTTPRequestHandler):
 def _fault_reply(fault: str, faults: Faults) -> Reply:
     code, _, retry_after = fault.partition("+")
     headers = {"Retry-After": f"{faults.retry_after_s:g}"} if retry_after else {}
-    return json_reply(ApiError(int(code)).body(), int(code), headers)
+    return json_reply(faults.error(int(code)).body(), int(code), headers)

@@ -65,6 +65,21 @@ class ApiError(Exception):
         return f"{ROW_TITLE.get(self.code, 'Error')}: {json.dumps(self.body(), separators=(',', ':'))}"
 
 
+def quota_details(limit: str, unit: str, project: str) -> list[dict[str, Any]]:
+    """The details of a 429: the limit in the service's own name, and the project of the caller."""
+    metadata = {
+        "service": "aiplatform.googleapis.com",
+        "consumer": f"projects/{project}",
+        "quota_limit": limit,
+        "quota_unit": unit,
+    }
+    violation = {"subject": f"project:{project}", "description": f"Quota exceeded for project {project}."}
+    return [
+        {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "RATE_LIMIT_EXCEEDED", "metadata": metadata},
+        {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]},
+    ]
+
+
 def malformed(message: str, details: list[dict[str, Any]] | None = None) -> ApiError:
     """A 400 that is the caller's own fault."""
     return ApiError(400, message, details=details, malformed=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from google import genai
@@ -11,11 +12,14 @@ from google.genai import types
 from backends.errors import BackendError, ModelNotUsableError
 from backends.vertex import wire
 from backends.vertex.service.retry import StatusError, with_retries
-from kl.records import Prompt, ScoreFailure, Turn
+from kl.records import Prompt, Score, ScoreFailure, Turn
+
+logger = logging.getLogger(__name__)
 
 _USABLE = "Known to work: gemini-2.5-flash and gemini-2.5-flash-lite, in projects that used them before."
 _PROBE = Prompt((Turn("user", "Continue the row: one, two, three"),))
-_PROBE_PREFIX = "one, two,"
+# A blank after a letter is a token of its own in every tokenizer known; after a comma it need not be.
+_PROBE_PREFIX, _WHITE_SPACE = "one, two", " "
 # An empty answer now and then says nothing of the model.
 _PROBES = 3
 
@@ -44,40 +48,96 @@ async def generate(client: genai.Client, model: str, body: dict[str, Any]) -> di
 
 
 async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> str | None:
-    """One tiny request with a prefill: the model exists, gives log-probabilities and continues a model turn.
+    """Two tiny requests with a prefill: the model exists, gives log-probabilities and continues a model turn.
 
-    Returns the version that the service reports.
+    The second one ends in white space. A service that trims it can be used all the same, for only positions after white
+    space are asked wrongly, and the token counts tell which: that is said in one line and refuses nothing. Returns the
+    version that the service reports.
 
     Raises
     ------
     ModelNotUsableError
         With what the model cannot do and which models can.
     """
-    name = wire.model_id(model)
-    body = wire.request_body(_PROBE, _PROBE_PREFIX, wire.generation_config(model, wire.MAX_TOP_LOGPROBS))
+    proof = _Proof(client, model, deadline_s)
     for attempt in range(_PROBES):
         try:
-            answer = await with_retries(
-                lambda: generate(client, model, body), what=f"preflight of {name}", deadline_s=deadline_s
-            )
+            result = await proof.ask(_PROBE_PREFIX)
         except StatusError as error:
-            raise ModelNotUsableError(_why_not(name, error), model=model) from error
-        result = wire.parse_response("preflight", answer)
-        if not isinstance(result, ScoreFailure):
+            raise ModelNotUsableError(await proof.why_not(error), model=model) from error
+        if isinstance(result, Score):
+            await proof.check_white_space(result.input_tokens)
             return result.model_version
         if result.final or attempt == _PROBES - 1:
-            raise ModelNotUsableError(f"{name} cannot be scored: {result.message} {_USABLE}", model=model)
+            raise ModelNotUsableError(f"{proof.name} cannot be scored: {result.message} {_USABLE}", model=model)
     raise AssertionError("unreachable: the last probe returns or raises")
 
 
-def _why_not(name: str, error: StatusError) -> str:
-    text = str(error).lower()
-    if error.status == 404:
-        return f"the model {name} was not found at this location, or is shut down: {error}. {_USABLE}"
-    if "logprob" in text:
-        return f"{name} gives no log-probabilities: {error}. {_USABLE}"
-    if "model turn" in text or "prefill" in text:
-        return f"{name} does not continue a model turn (prefill): {error}. {_USABLE}"
-    if error.status in (401, 403):
-        return f"{error}. Enable the Vertex AI API and grant roles/aiplatform.user."
-    return f"{name} cannot be used: {error}. {_USABLE}"
+class _Proof:
+    """The tiny requests that prove what a model can do, by what it answers and not by how it refuses."""
+
+    def __init__(self, client: genai.Client, model: str, deadline_s: float) -> None:
+        self.name = wire.model_id(model)
+        self._client, self._model, self._deadline_s = client, model, deadline_s
+
+    async def ask(self, prefix: str, *, logprobs: bool = True) -> Score | ScoreFailure:
+        """The answer to one request, with or without a prefill and log-probabilities."""
+        config = wire.generation_config(self._model, wire.MAX_TOP_LOGPROBS)
+        if not logprobs:
+            config = {name: value for name, value in config.items() if name not in ("responseLogprobs", "logprobs")}
+        body = wire.request_body(_PROBE, prefix, config)
+        answer = await with_retries(
+            lambda: generate(self._client, self._model, body),
+            what=f"preflight of {self.name}",
+            deadline_s=self._deadline_s,
+        )
+        return wire.parse_response("preflight", answer)
+
+    async def check_white_space(self, n_before: int | None) -> None:
+        """Warn if a prefill that ends in white space is refused, or counts no more than without it."""
+        try:
+            result = await self.ask(_PROBE_PREFIX + _WHITE_SPACE)
+        except StatusError as error:
+            logger.warning(
+                "%s refuses a prefill that ends in white space, and so will such positions: %s", self.name, error
+            )
+            return
+        except BackendError as error:
+            logger.info("whether %s trims a prefill that ends in white space is not known: %s", self.name, error)
+            return
+        n_after = result.input_tokens if isinstance(result, Score) else None
+        if n_before is not None and n_after is not None and n_after <= n_before:
+            logger.warning(
+                "%s does not count the white space at the end of a prefill (%d tokens with it, %d without), as if it "
+                "trimmed it. Positions after white space are then told by their counts and left out (retokenised).",
+                self.name, n_after, n_before,
+            )  # fmt: skip
+
+    async def why_not(self, error: StatusError) -> str:
+        """What a model that refused the first request cannot do."""
+        if error.status == 404:
+            return f"the model {self.name} was not found at this location, or is shut down: {error}. {_USABLE}"
+        if error.status in (401, 403):
+            return f"{error}. Enable the Vertex AI API and grant roles/aiplatform.user."
+        lacks = await self._lacks() if error.status == 400 else ""
+        return f"{self.name} {lacks or 'cannot be used'}: {error}. {_USABLE}"
+
+    async def _lacks(self) -> str:
+        """Which of the two things asked is refused; empty where it is neither, or cannot be learnt."""
+        logprobs, prefill = "gives no log-probabilities", "does not continue a model turn (prefill)"
+        try:
+            with_prefill = await self._accepts(_PROBE_PREFIX, logprobs=False)
+            with_logprobs = await self._accepts("", logprobs=True)
+            if with_prefill != with_logprobs:
+                return logprobs if with_prefill else prefill
+            lacks_both = not with_prefill and await self._accepts("", logprobs=False)
+        except BackendError:
+            return ""
+        return f"{logprobs} and {prefill}" if lacks_both else ""
+
+    async def _accepts(self, prefix: str, *, logprobs: bool) -> bool:
+        try:
+            await self.ask(prefix, logprobs=logprobs)
+        except StatusError:
+            return False
+        return True

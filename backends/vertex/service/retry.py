@@ -23,12 +23,13 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.genai import errors as genai_errors
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
-from backends.vertex.wire import is_daily_quota
+from backends.vertex.status import ServiceError, read_error
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_THROTTLED = 429
+_RETRYABLE_STATUS = frozenset({408, _THROTTLED, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
 _TRANSPORT_ERRORS = (
     DataCorruption,
@@ -104,17 +105,16 @@ def translated(what: str) -> Generator[None]:
     try:
         yield
     except genai_errors.APIError as error:
-        text = _text(error.status, error.message)
-        quota = is_daily_quota(json.dumps(error.details, default=str))
-        raise _from_status(what, error.code, text, _headers(error.response), daily_quota=quota) from error
+        said = read_error(error.details, error.code)
+        raise _from_fields(what, said, _text(error.status, error.message), error.response) from error
     except google.api_core.exceptions.GoogleAPICallError as error:
-        response: Any = getattr(error, "response", None)
-        raise _from_status(what, error.code, error.message, _headers(response)) from error
+        said = read_error(_json_of(error.response) or _details_of(error), error.code)
+        raise _from_fields(what, said, error.message, error.response) from error
     except google.api_core.exceptions.RetryError as error:
         raise RetryableBackendError(f"{what}: {_line(error)}") from error
     except InvalidResponse as error:  # resumable transfers speak to the service below the other error classes
-        response = error.response
-        raise _from_status(what, response.status_code, _line(error), _headers(response)) from error
+        said = read_error(_json_of(error.response), error.response.status_code)
+        raise _from_fields(what, said, _line(error), error.response) from error
     except google.auth.exceptions.DefaultCredentialsError as error:
         raise ConfigError(
             f"{what}: no Google credentials were found. Run 'gcloud auth application-default login', or set "
@@ -130,17 +130,31 @@ def translated(what: str) -> Generator[None]:
         raise RetryableBackendError(f"{what}: {type(error).__name__}: {_line(error)}") from error
 
 
-def _from_status(
-    what: str, status: int | None, text: str | None, headers: Any, *, daily_quota: bool = False
-) -> BackendError:
-    message = f"{what}: {status} {text}"
-    if status == 429 and (daily_quota or is_daily_quota(text or "")):
+def _from_fields(what: str, said: ServiceError, text: str | None, response: Any) -> BackendError:
+    message = f"{what}: {said.code} {text}"
+    if said.daily_quota:
         return DailyQuotaError(
             f"{message.rstrip('.')}. This limit is per day: run again tomorrow, or ask Google to raise it."
         )
-    if status in _RETRYABLE_STATUS:
-        return RetryableBackendError(message, retry_after_s=_retry_after(headers), status=status)
-    return StatusError(message, status=status)
+    if said.rate_limited or said.code in _RETRYABLE_STATUS:
+        asked = _retry_after(getattr(response, "headers", None))
+        return RetryableBackendError(
+            message,
+            retry_after_s=said.retry_after_s if asked is None else asked,
+            status=_THROTTLED if said.rate_limited else said.code,
+        )
+    return StatusError(message, status=said.code)
+
+
+def _json_of(response: Any) -> Any:
+    with suppress(Exception):  # gRPC has no such thing, and a proxy may answer with anything
+        return response.json()
+    return None
+
+
+def _details_of(error: google.api_core.exceptions.GoogleAPICallError) -> dict[str, Any]:
+    stated = {"reason": error.reason, "metadata": error.metadata}
+    return {"details": [*error.details, stated], "errors": error.errors}
 
 
 class StatusError(BackendError):
@@ -160,10 +174,6 @@ def _retry_after(headers: Any) -> float | None:
     with suppress(ValueError, TypeError):  # a date without a zone, or no date at all, asks for nothing
         return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     return None
-
-
-def _headers(response: Any) -> Any:
-    return getattr(response, "headers", None)
 
 
 def _text(status: str | None, message: str | None) -> str:

@@ -247,6 +247,24 @@ def test_a_row_of_which_the_service_says_the_day_is_over_is_not_asked_again(in_v
     assert len(in_vertex_world.jobs) == 1
 
 
+@pytest.mark.parametrize("name", ["daily-evals", "per-day-quota"])
+def test_a_name_that_errors_quote_is_no_daily_quota(name, make_vertex_world, responses, monkeypatch, tmp_path) -> None:
+    asked = responses(prompts=2, n=1)
+    world = make_vertex_world(project=name)
+    for variable, value in world.environment().items():
+        monkeypatch.setenv(variable, value)
+    world.faults.names = name
+    world.faults.row_error_rate, world.faults.failing_rate = 0.3, 0.1
+    world.faults.http = {kind: {"429": 0.2} for kind in ("create", "get", "list", "storage")}
+    chosen = options(project_id=name, bucket_name=name, max_attempts=6)
+    groups = [[request_for(response, VertexBatchBackend, chosen)] for response in asked]
+    results = score_all(VertexBatchBackend(chosen, tmp_path / "state"), groups)
+    failed = [result for result in results.values() if isinstance(result, ScoreFailure)]
+    assert {result.reason for result in failed} == {"row-error"}
+    assert all('"code":400' in result.message and name in result.message for result in failed)
+    assert world.faults.injected["row_error"] > 0  # those of 429, which a follow-up job mends
+
+
 def test_the_daily_limit_ends_the_making_of_jobs_and_the_next_day_goes_on(in_vertex_world, responses, score) -> None:
     asked = responses(prompts=4, n=1)
     in_vertex_world.faults.logprobs_daily_quota = 4

@@ -104,6 +104,27 @@ def test_the_daily_quota_ends_the_day_at_once(in_vertex_world, responses, score)
     assert "run again tomorrow" in next(r.message for r in results.values() if isinstance(r, ScoreFailure))
 
 
+@pytest.mark.parametrize("name", ["daily-evals", "per-day-quota"])
+def test_a_name_that_errors_quote_is_no_daily_quota(name, make_vertex_world, monkeypatch, tmp_path) -> None:
+    world = make_vertex_world(project=name)
+    for variable, value in world.environment().items():
+        monkeypatch.setenv(variable, value)
+    (path,) = world.write_responses(tmp_path, P, ["Hello"], n=1, max_tokens=20, seed=1)
+    asked = read_responses(path, path.name).responses
+    world.faults.names = name
+    world.faults.http = {"online": {"429": 0.3, "503": 0.1}}
+    world.faults.failing_rate = 0.2
+    chosen = options(project_id=name)
+    results = score_all(VertexOnlineBackend(chosen), [[request_for(asked[0], VertexOnlineBackend, chosen)]])
+    assert reasons(results) == {"refused"}
+    failed = [result for result in results.values() if isinstance(result, ScoreFailure)]
+    assert len(failed) < len(results) / 2
+    assert all(name in result.message for result in failed)
+    world.faults.failing_rate, world.faults.logprobs_daily_quota = 0.0, 0
+    spent = score_all(VertexOnlineBackend(chosen), [[request_for(asked[0], VertexOnlineBackend, chosen)]])
+    assert reasons(spent) == {"daily-quota"}
+
+
 def test_throttling_lowers_the_calls_in_flight_and_they_come_back(in_vertex_world, responses) -> None:
     in_vertex_world.faults.http = {"online": {"429": 0.45}}
     asked = distinct([request_for(response, VertexOnlineBackend, options()) for response in responses()])
@@ -127,7 +148,7 @@ def test_throttling_lowers_the_calls_in_flight_and_they_come_back(in_vertex_worl
 
 UNUSABLE = [
     ("gemini-3.5-flash", "gives no log-probabilities"),
-    ("gemini-3.6-flash", "does not continue a model turn"),
+    ("gemini-3.6-flash", "gives no log-probabilities and does not continue a model turn"),
     ("gemini-9-nano", "was not found"),
     ("gemini-2.5-pro", "always thinks"),
     ("gemini-2.0-flash", "was not found"),
@@ -140,7 +161,41 @@ def test_a_model_that_cannot_be_used_is_named_with_those_that_can(model, expecte
         preflight(model, location="global")
     assert model in str(caught.value)
     assert "gemini-2.5-flash" in str(caught.value)
-    assert not in_vertex_world.rows_bought
+    assert sum(in_vertex_world.rows_bought.values()) <= 1  # what the model can do is found by trying
+
+
+def test_what_a_model_lacks_is_found_by_trying_whatever_the_service_writes(make_vertex_world, monkeypatch) -> None:
+    world = make_vertex_world(models={"logprob-prefill": replace(MODELS[Q], prefill=False)}, project="logprob-evals")
+    for name, value in world.environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelNotUsableError, match=r"^logprob-prefill does not continue a model turn \(prefill\): "):
+        preflight("logprob-prefill", project_id="logprob-evals")
+    world.faults.failing_rate, world.faults.names = 1.0, "logprob-evals"
+    with pytest.raises(ModelNotUsableError, match=rf"^{Q} cannot be used: .*logprob-evals"):
+        preflight(Q, project_id="logprob-evals")
+
+
+@pytest.mark.parametrize("faults", [{}, {"counts": "absent"}], ids=["continued", "not counted"])
+def test_a_prefill_that_ends_in_white_space_is_tried(faults, in_vertex_world, caplog) -> None:
+    for name, value in faults.items():
+        setattr(in_vertex_world.faults, name, value)
+    assert preflight(Q) == Q
+    assert [call.request["contents"][-1]["parts"][0]["text"][-1] for call in in_vertex_world.online_calls] == ["o", " "]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("trims_prefill", "does not count the white space at the end"), ("refuses_white_space", "refuses a prefill")],
+)
+def test_a_service_that_does_not_take_white_space_is_usable_and_said_to_be_so(
+    fault: str, said: str, in_vertex_world, caplog
+) -> None:
+    setattr(in_vertex_world.faults, fault, True)
+    assert preflight(Q) == Q
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert said in record.getMessage()
 
 
 def test_a_usable_model_says_its_version(in_vertex_world) -> None:
@@ -226,5 +281,5 @@ def test_one_empty_answer_does_not_make_a_model_unusable(in_vertex_world) -> Non
     with pytest.raises(ModelNotUsableError, match="cannot be scored"):
         preflight("gemini-2.5-flash")
     in_vertex_world.faults.no_logprobs_rate = 0.6
-    in_vertex_world.faults.seed = 1
+    in_vertex_world.faults.seed = 3
     assert preflight("gemini-2.5-flash") == "gemini-2.5-flash"

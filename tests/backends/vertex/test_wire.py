@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,8 +159,17 @@ def test_a_plain_answer_is_read_whole() -> None:
 def test_an_integer_zero_is_a_certain_token_and_an_absent_text_the_empty_one() -> None:
     result = wire.parse_response("k", answer([token(None, 0, 9)]))
     assert isinstance(result, Score)
-    assert result.top == (Candidate("", 0.0, 9),)
+    assert result.top == (Candidate("", 0.0, 9),)  # which token it is, the id alone says
     assert isinstance(result.top[0].logprob, float)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"), [(9, 9), (9.0, 9), (9.5, None), (True, None), (-1, None), ("9", None), (math.inf, None)]
+)
+def test_an_id_is_a_whole_number(stated: Any, expected: int | None) -> None:
+    result = wire.parse_response("k", answer([{"logProbability": -0.1, "tokenId": stated}]))
+    assert isinstance(result, Score)
+    assert result.top == (Candidate("", -0.1, expected),)
 
 
 def test_masked_and_unreported_candidates_are_dropped_and_counted() -> None:
@@ -230,8 +240,7 @@ def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, sta
     [
         ('Bad Request: {"error":{"code":400,"message":"no","status":"FAILED_PRECONDITION"}}', "row-error"),
         ({"code": 8, "message": "RESOURCE_EXHAUSTED"}, "row-error"),
-        ("429 RESOURCE_EXHAUSTED: the daily limit of logprobs requests", "daily-quota"),
-        ("429 Quota exceeded for metric LogprobsRequestsPerDayPerProject", "daily-quota"),
+        ("429 RESOURCE_EXHAUSTED: the daily limit of logprobs requests", "row-error"),
     ],
 )
 def test_a_row_error_says_what_the_service_said(status: Any, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -14,15 +15,25 @@ import google.auth.exceptions
 import httpx2
 import pytest
 import requests
+from google.cloud.storage.exceptions import InvalidResponse
 from google.genai import errors
 
-from backends.errors import BackendError, ConfigError, RetryableBackendError
+from backends.errors import ConfigError, RetryableBackendError
 from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
+from tests.vertex_world.wire import quota_details
 
 
 def api_error(code: int, message: str = "no", headers: dict[str, str] | None = None, **fields: Any) -> errors.APIError:
     response = httpx2.Response(code, headers=headers or {}, request=httpx2.Request("GET", "http://localhost"))
     return errors.APIError(code, {"error": {"code": code, "message": message, "status": "S", **fields}}, response)
+
+
+def storage_error(code: int, error: dict[str, Any]) -> InvalidResponse:
+    """What a resumable transfer raises."""
+    response = requests.Response()
+    response.status_code = code
+    response._content = json.dumps({"error": error}).encode()
+    return InvalidResponse(response, "Request failed with status code", code)
 
 
 def failing(*faults: Exception | None) -> tuple[Callable[[], Awaitable[str]], list[float]]:
@@ -72,9 +83,11 @@ LASTING: list[tuple[Exception, type[Exception]]] = [
     (google.api_core.exceptions.Forbidden("no"), StatusError),
     (google.auth.exceptions.DefaultCredentialsError("none"), ConfigError),
     (google.auth.exceptions.RefreshError("invalid_grant"), ConfigError),
-    (api_error(429, "Resource exhausted: the daily limit of logprobs requests has been reached."), DailyQuotaError),
-    (api_error(429, "Quota exceeded for quota metric 'Requests' and limit 'Requests per day'."), DailyQuotaError),
     (api_error(429, details=[{"violations": [{"quotaId": "GenerateRequestsPerDayPerProject"}]}]), DailyQuotaError),
+    (api_error(429, details=quota_details("LogprobsRequestsPerDay", "1/d/{project}", "evals")), DailyQuotaError),
+    (google.api_core.exceptions.TooManyRequests("no", errors=[{"reason": "dailyLimitExceeded"}]), DailyQuotaError),
+    (storage_error(403, {"errors": [{"reason": "dailyLimitExceeded"}]}), DailyQuotaError),
+    (google.api_core.exceptions.Forbidden("no", errors=[{"reason": "forbidden"}]), StatusError),
 ]
 
 
@@ -86,12 +99,29 @@ def test_what_will_not_pass_is_not_repeated(fault: Exception, expected: type[Exc
     assert len(times) == 1
 
 
-def test_a_limit_per_minute_is_no_daily_limit() -> None:
-    call, _ = failing(api_error(429, "Quota exceeded for limit 'Requests per minute'; see /docs/daily-use"), None)
-    with pytest.raises(RetryableBackendError), translated("ask"):
-        raise api_error(429, "Quota exceeded: requests per minute")
-    with pytest.raises(BackendError):
-        asyncio.run(with_retries(call, what="ask", deadline_s=0.0))
+QUOTING: list[Exception] = [
+    api_error(429, "Quota exceeded for limit 'Requests per minute' of projects/daily-evals; see /docs/daily-use"),
+    api_error(429, "Resource exhausted: the daily limit of logprobs requests has been reached."),
+    api_error(429, details=quota_details("RequestsPerMinute", "1/min/{project}", "per-day-quota")),
+    google.api_core.exceptions.TooManyRequests("the bucket per-day-quota", errors=[{"reason": "rateLimitExceeded"}]),
+    google.api_core.exceptions.Forbidden("of daily-evals", errors=[{"reason": "userRateLimitExceeded"}]),
+    storage_error(429, {"message": "too many writes to gs://daily-evals per day", "errors": []}),
+]
+
+
+@pytest.mark.parametrize("fault", QUOTING, ids=lambda fault: str(fault)[:60])
+def test_what_a_message_quotes_is_no_daily_limit(fault: Exception) -> None:
+    with pytest.raises(RetryableBackendError) as caught, translated("ask"):
+        raise fault
+    assert caught.value.status == 429
+
+
+def test_it_waits_as_long_as_the_details_ask_where_no_header_does() -> None:
+    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1.5s"}]
+    for headers, expected in ({}, 1.5), ({"Retry-After": "3"}, 3.0):
+        with pytest.raises(RetryableBackendError) as caught, translated("ask"):
+            raise api_error(429, headers=headers, details=details)
+        assert caught.value.retry_after_s == expected
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
