@@ -71,6 +71,9 @@ class ScoreRequest:
         How many candidates to report.
     full_vocabulary : bool
         Also report the log-probability of every token (backends with that capability only).
+    gaps : tuple of (int, str)
+        (position, reason) of positions whose prefix no text says, asked where token ids are given: a backend that must
+        fall back to the text gives them a failure of that reason.
     """
 
     name: str
@@ -83,6 +86,7 @@ class ScoreRequest:
     keys: tuple[str, ...]
     top_logprobs: int
     full_vocabulary: bool = False
+    gaps: tuple[tuple[int, str], ...] = ()
 
     def contexts(self) -> Iterator[tuple[int, str, str]]:
         """(position, key, prefix text) of each position asked."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Role = Literal["user", "model"]
 
+LARGEST_MASS = 1.01  # of one list: log-probabilities rounded to two decimals reach 1.005
 UNKNOWN_LOGPROB = -1000.0  # at or below: OpenAI's -9999.0 for "not known", Vertex AI's -2**100 for a masked token
 
 # What models write to end a turn: ChatML, Llama 2/Mistral, Gemma (2), GPT, Llama 3 (3), Phi, harmony, DeepSeek.
@@ -69,11 +70,13 @@ class Candidate(NamedTuple):
 class Position:
     """One position of a response: the token that was sampled and the top-k list it came from.
 
-    ``top`` is sorted by falling log-probability. The sampled token may be absent from it.
+    ``top`` is sorted by falling log-probability. The sampled token may be absent from it. ``n_dropped`` counts entries
+    of the source's list that were no probabilities.
     """
 
     sampled: Candidate
     top: tuple[Candidate, ...]
+    n_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ class Response:
 
     ``source_file`` is the path below the input directory; ``response_idx`` counts from 0 as in the file.
     The texts of the sampled tokens, joined, are ``text``. With ``has_stop`` the last position is the end of the turn:
-    what P might have said in place of stopping; the text of its token is no part of ``text``.
+    what P might have said in place of stopping; the text of its token is no part of ``text``, unless the source shows
+    it. ``gaps`` are (position, reason) of the positions whose prefix no text says, as tokens before it hide theirs.
     ``model_version`` is what the service called the model.
     """
 
@@ -105,6 +109,7 @@ class Response:
     sampling: Sampling = Sampling()
     model_version: str | None = None
     has_stop: bool = False
+    gaps: tuple[tuple[int, str], ...] = ()
 
     @property
     def name(self) -> str:

@@ -17,8 +17,8 @@ ROOMS = ("kl", "backends", "flows")
 # From the bottom up. A line is a folder and its modules, by floors between slashes: a module imports from lower floors
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
-kl                      records
-kl.input                problems / logprobs prompts texts writer / responses
+kl                      pieces records
+kl.input                problems hidden / logprobs prompts texts writer / responses
 kl.estimators           token_keys / list_checks / align / bounds censored diagnostic entropy / divergence / comparison
 kl.tables               schemas / totals / responses / pairs / tokens
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns paired figures / summary / dataset

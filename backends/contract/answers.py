@@ -284,7 +284,8 @@ async def _sample(subject: Subject, backend: Backend, n: int) -> list[Response]:
 def _response_problems(response: Response, index: int, subject: Subject) -> Problems:
     if (response.source_file, response.response_idx) != ("", index):
         yield f"source_file is {response.source_file!r} and response_idx {response.response_idx}; '' and {index} it is."
-    if "".join(position.sampled.token for position in response.positions) != response.text:
+    said = response.positions[:-1] if response.has_stop else response.positions
+    if "".join(position.sampled.token for position in said) != response.text:
         yield "the texts of its tokens do not add up to its text."
     if len(response.positions) > _SAMPLED_TOKENS:
         yield f"{len(response.positions)} tokens where max_tokens was {_SAMPLED_TOKENS}."

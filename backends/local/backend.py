@@ -173,7 +173,12 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
     whole = [*prompt_ids, *(own or ())]
     contexts: list[_Context] = []
     refused: list[ScoreFailure] = []
+    gaps = dict(request.gaps) if own is None else {}
     for position, key, prefix in request.contexts():
+        if position in gaps:
+            message = "no text says what P had written here, and P's token ids are not this model's."
+            refused.append(ScoreFailure(key, gaps[position], message, final=True))
+            continue
         try:
             ids = prompt_ids + model.tokenizer.encode(prefix) if own is None else whole
         except PromptRefusedError as error:
@@ -189,13 +194,19 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
 
 
 def own_token_ids(request: ScoreRequest, tokenizer: Tokenizer) -> tuple[int, ...] | None:
-    """P's token ids if they are this vocabulary's: each in range, and standing for exactly the text P gives it."""
-    ids = request.token_ids
-    if ids is None or len(ids) != len(request.prefix_ends) or not all(0 <= index < len(tokenizer) for index in ids):
+    """P's token ids if they are this vocabulary's: each in range, and standing for exactly the text P gives it.
+
+    A last one beyond the text ends the turn and is never fed: it may be of any name and number.
+    """
+    ids, ends = request.token_ids, request.prefix_ends
+    if ids is None or len(ids) != len(ends):
+        return None
+    in_text = ids[:-1] if ends and ends[-1] == len(request.text) else ids
+    if not all(0 <= index < len(tokenizer) for index in in_text):
         return None
     at = 0
-    texts = split_text([tokenizer.token_bytes(index) for index in ids])
-    for end, text in zip(request.prefix_ends, texts, strict=True):
+    texts = split_text([tokenizer.token_bytes(index) for index in in_text])
+    for end, text in zip(ends, texts, strict=False):
         if end != at or not request.text.startswith(text, at):
             return None
         at += len(text)

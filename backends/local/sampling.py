@@ -36,33 +36,34 @@ def sample_steps(prompt: Prompt, name: str, settings: SampleSettings, n: int) ->
     for index in range(n):
         del cache.ids[len(prompt_ids) :]
         rng = np.random.default_rng(settings.seed + index)
-        ids, stopped = _sample_ids(model, cache, first_logits, settings, rng)
+        ids, stop = _sample_ids(model, cache, first_logits, settings, rng)
         yield Response(
             source_file="",
             response_idx=index,
             prompt=prompt,
             model=name,
             text="".join(split_text([model.tokenizer.token_bytes(token) for token in ids])),
-            positions=_positions(model, prompt_ids, ids, settings.top_logprobs),
-            finish_reason="STOP" if stopped else "MAX_TOKENS",
+            positions=_positions(model, prompt_ids, ids, stop, settings.top_logprobs),
+            finish_reason="MAX_TOKENS" if stop is None else "STOP",
             sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
             model_version=model.source.version,
+            has_stop=stop is not None,
         )
 
 
 def _sample_ids(
     model: LocalModel, cache: Cache, logits: FloatArray, settings: SampleSettings, rng: np.random.Generator
-) -> tuple[list[int], bool]:
-    """Token ids of one response after what the cache holds, and whether it ended by itself."""
+) -> tuple[list[int], int | None]:
+    """Token ids of one response after what the cache holds, and the one that ended it, if it ended by itself."""
     room = model.engine.config.context_length - len(cache.ids) + 1  # the last token is not fed back
     ids: list[int] = []
     while True:
         token = draw(logits, settings.temperature, settings.top_p, rng)
         if token in model.tokenizer.stop_ids:
-            return ids, True
+            return ids, token
         ids.append(token)
         if len(ids) >= min(settings.max_tokens, room):
-            return ids, False
+            return ids, None
         logits = model.engine.feed(cache, [token])
 
 
@@ -78,14 +79,18 @@ def draw(logits: FloatArray, temperature: float, top_p: float, rng: np.random.Ge
     return int(order[min(drawn, last)])  # the product may be rounded up to the whole mass
 
 
-def _positions(model: LocalModel, prompt_ids: list[int], ids: list[int], k: int) -> tuple[Position, ...]:
-    """The lists of a sampled response, from the pass that `score` would make."""
-    if not ids:
-        return ()
+def _positions(
+    model: LocalModel, prompt_ids: list[int], ids: list[int], stop: int | None, k: int
+) -> tuple[Position, ...]:
+    """The lists of a sampled response, from the pass that `score` would make; at its end that of the stop."""
     texts = split_text([model.tokenizer.token_bytes(token) for token in ids])
-    rows = range(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(ids))
-    found = (logprobs for chunk in model.engine.logprobs([*prompt_ids, *ids[:-1]], rows) for _, logprobs in chunk)
+    written = list(zip(ids, texts, strict=True))
+    if stop is not None:
+        written.append((stop, model.tokenizer.token_bytes(stop).decode("utf-8", "replace")))
+    rows = range(len(prompt_ids) - 1, len(prompt_ids) - 1 + len(written))
+    fed = [*prompt_ids, *ids][: rows.stop]
+    found = (logprobs for chunk in model.engine.logprobs(fed, rows) for _, logprobs in chunk)
     return tuple(
         Position(candidate(token, logprobs, model.tokenizer, text), top_candidates(logprobs, k, model.tokenizer))
-        for token, text, logprobs in zip(ids, texts, found, strict=True)
+        for (token, text), logprobs in zip(written, found, strict=True)
     )

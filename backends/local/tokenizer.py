@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from backends.errors import BackendError
 from backends.local.gguf import GGUFFile, unusable
+from kl.pieces import visible_bytes
 from kl.records import Prompt
 
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # token types of GGUF
@@ -90,7 +91,7 @@ class _ByteLevel:
         to_visible = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_visible])
         self._tokens = tokens
-        self._byte_of = _visible_bytes()
+        self._byte_of = visible_bytes()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
@@ -110,12 +111,6 @@ class _ByteLevel:
 def _halves(merge: str) -> tuple[str, str]:
     cut = merge.index(" ", 1)  # a merge is "left right"; no half is empty
     return merge[:cut], merge[cut + 1 :]
-
-
-def _visible_bytes() -> dict[str, int]:
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 class _SentencePiece:

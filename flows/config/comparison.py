@@ -16,7 +16,6 @@ from flows.config.folders import resolve_folders
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
-from kl.input.responses import positions_inside_a_character
 from kl.records import Response
 from kl.statistics.position_sampling import Drawn, draw
 
@@ -111,11 +110,12 @@ class Comparison:
             keys=(),
             top_logprobs=self.config.k,
             full_vocabulary=self.config.full_vocabulary,
+            gaps=response.gaps,
         )
 
     def _askable(self, response: Response, by_ids: bool) -> Sequence[int]:
-        """The drawn positions whose prefix can be said in a request: one that ends inside a character has no text."""
-        unaskable = set() if by_ids else set(positions_inside_a_character(response))
+        """The drawn positions whose prefix can be said in a request: some have no text."""
+        unaskable = set[int]() if by_ids else {position for position, _ in response.gaps}
         drawn = self.drawn(response)
         return [
             index

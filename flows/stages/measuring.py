@@ -24,7 +24,8 @@ from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic
 from kl.estimators.divergence import exact_kl
-from kl.input.responses import ResponseFile, positions_inside_a_character
+from kl.input.hidden import PARTIAL, UNKNOWN
+from kl.input.responses import ResponseFile
 from kl.output.files import write_part
 from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
 from kl.tables.responses import ResponseInfo
@@ -37,11 +38,12 @@ _FULL_CHUNK = 64
 # How far a value that P gives now may be from the one on record before another model must have written it.
 _SAME_MODEL_NATS = 0.01
 
-_PARTIAL = (
-    "partial-character",
-    "the text before this position ends inside a character, which no request by text can say; a backend that feeds "
-    "token ids can measure it.",
-)
+_GAPS = {
+    PARTIAL: "the text before this position ends inside a character, which no request by text can say; a backend that "
+    "feeds token ids can measure it.",
+    UNKNOWN: "a token before this position does not say its text, so that no request by text can say what Q should "
+    "continue; sample with token ids or bytes, and use a backend that feeds ids.",
+}
 
 Answers = dict[str, Score | ScoreFailure]
 Results = list[Score | ScoreFailure | None]
@@ -230,8 +232,10 @@ def _results(response: Response, comparison: Comparison, found: Answers) -> Resu
     results: Results = [None] * len(response.positions)
     for position, key in zip(request.positions, request.keys, strict=True):
         results[position] = found.get(key)
-    for position in set(positions_inside_a_character(response)).difference(request.positions):
-        results[position] = ScoreFailure("", *_PARTIAL)
+    asked = set(request.positions)
+    for position, reason in response.gaps:
+        if position not in asked:
+            results[position] = ScoreFailure("", reason, _GAPS[reason])
     return results
 
 

@@ -8,41 +8,56 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 from kl.input.problems import Notes, as_list, encodable, is_encodable, number, show
-from kl.records import UNKNOWN_LOGPROB, Candidate, Position
+from kl.pieces import is_whole, own_bytes
+from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Position
 
 FLOAT_NOISE = 1e-5  # a logprob above 0 by at most this is a rounding error of a float32 log-softmax
-MASS_TOLERANCE = 1e-3  # listed mass above 1 by more than this is no rounding error
-SAMPLED_TOLERANCE = 1e-3  # nats, between a token's own logprob and its entry in the list
+SAMPLED_TOLERANCE = 6e-3  # nats, between a token's own logprob and its entry in the list: one may have two decimals
 _ID_END = 2**63
 
 
 def read_positions(content: list[object], notes: Notes) -> list[Position] | None:
-    """The positions of a response, in order; None where any of them has a defect, all of which are noted."""
-    positions = [_read_position(raw, index, notes) for index, raw in enumerate(content)]
+    """The positions of a response, in order; None where any of them has a defect, all of which are noted.
+
+    The last one may lack its list, which is no defect if it is the end of the turn.
+    """
+    last = len(content) - 1
+    positions = [_read_position(raw, index, notes, needs_list=index < last) for index, raw in enumerate(content)]
     whole = [position for position in positions if position is not None]
     if notes.first_defect is not None or len(whole) < len(positions):
         return None
     return _without_appended(whole, notes)
 
 
-def _read_position(raw: object, index: int, notes: Notes) -> Position | None:
+def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool) -> Position | None:
     entry = notes.as_object(raw, "bad-position", "the entry", index)
     if entry is None:
         return None
     sampled = _read_sampled(entry, index, notes)
-    top = _read_top(entry.get("top_logprobs"), index, notes)
-    if sampled is None or top is None:
+    listed = _read_top(entry.get("top_logprobs"), index, notes)
+    if sampled is None or listed is None:
         return None
-    top, was_sorted = _sorted(top, index, notes)
+    if not listed.top:
+        return _no_list(entry, index, notes) if needs_list else Position(sampled, (), listed.n_masked)
+    top, was_sorted = _sorted(listed.top, index, notes)
     sampled = _agreed(sampled, top, index, notes)
     if not was_sorted and len(top) > 1 and is_same_token(sampled, top[-1]):
         # Some servers write the sampled token first, however improbable, and then the most probable ones.
         top = _drop_last(top, index, notes)
-    return Position(sampled, tuple(top))
+    return Position(sampled, tuple(top), listed.n_masked)
+
+
+def _no_list(entry: dict[str, object], position: int, notes: Notes) -> None:
+    raw = entry.get("top_logprobs")
+    what = "no `top_logprobs`" if raw is None else f"`top_logprobs` is {show(raw)}"
+    if raw:
+        what = "`top_logprobs` holds no probabilities, only marks for masked tokens"
+    notes.defect("no-top-logprobs", what, position)
 
 
 def _read_sampled(entry: dict[str, object], position: int, notes: Notes) -> Candidate | None:
@@ -68,6 +83,9 @@ def _read_candidate(
     if logprob is None and not unknown:
         return None
     token_id = raw.get("token_id")
+    if type(token_id) is float and token_id.is_integer():
+        notes.repair("float-id", f"the `token_id` of {name} is {show(token_id)}; taken as {int(token_id)}", position)
+        token_id = int(token_id)
     if token_id is not None and not (type(token_id) is int and 0 <= token_id < _ID_END):
         return notes.defect("bad-token-id", f"the `token_id` of {name} is {show(token_id)}", position)
     token_bytes = raw.get("bytes")
@@ -100,26 +118,52 @@ def _read_logprob(raw: dict[str, object], name: str, position: int, notes: Notes
     return 0.0
 
 
-def _read_top(raw: object, position: int, notes: Notes) -> list[Candidate] | None:
-    """The list of one position as it stands there, less masked and duplicate entries."""
+class _Listed(NamedTuple):
+    """The list of one position as it stands there, less ``n_masked`` entries that are no probabilities."""
+
+    top: list[Candidate]
+    n_masked: int
+
+
+def _read_top(raw: object, position: int, notes: Notes) -> _Listed | None:
+    """The list of one position, less masked and duplicate entries; empty if there is none."""
     items = as_list(raw)
     if raw is not None and items is None:
         return notes.defect("bad-top-logprobs", f"`top_logprobs` is {show(raw)}", position)
-    if not items:
-        return notes.defect(
-            "no-top-logprobs", f"`top_logprobs` is {show(raw)}" if raw == [] else "no `top_logprobs`", position
-        )
+    whole = _without_null_tail(items or [], position, notes)
     listed: list[Candidate] = []
-    for rank, item in enumerate(items):
+    for rank, item in enumerate(whole):
         name = f"entry {rank} of top_logprobs"
         entry = notes.as_object(item, "bad-candidate", name, position)
         candidate = None if entry is None else _read_candidate(entry, name, position, notes)
         if candidate is not None:
             listed.append(candidate)
-    if len(listed) < len(items):
+    if len(listed) < len(whole):
         return None
     distinct = _without_duplicates(listed, position, notes)
-    return None if distinct is None else _checked_mass(_without_masked(distinct, position, notes), position, notes)
+    if distinct is None:
+        return None
+    kept = _without_masked(distinct, position, notes)
+    mass = math.fsum(math.exp(_value(candidate)) for candidate in kept)
+    if mass > LARGEST_MASS:
+        return notes.defect("mass-above-one", f"the listed probabilities add up to {mass:.6g}", position)
+    return _Listed(kept, len(items or ()) - len(whole) + len(distinct) - len(kept))
+
+
+def _without_null_tail(items: list[object], position: int, notes: Notes) -> list[object]:
+    """The entries before those at the end whose logprob is null: minus infinity, which JSON has no number for."""
+    n = len(items)
+    while n and _is_null(items[n - 1]):
+        n -= 1
+    for rank in range(n, len(items)):
+        what = f"the `logprob` of entry {rank} of top_logprobs, which ends the list, is null"
+        notes.repair("null-logprob", f"{what}; taken as minus infinity and out of the list", position)
+    return items[:n]
+
+
+def _is_null(item: object) -> bool:
+    entry = cast("dict[str, object]", item) if type(item) is dict else {}
+    return "logprob" in entry and entry["logprob"] is None
 
 
 def _without_duplicates(listed: list[Candidate], position: int, notes: Notes) -> list[Candidate] | None:
@@ -153,17 +197,6 @@ def _without_masked(listed: list[Candidate], position: int, notes: Notes) -> lis
     return kept
 
 
-def _checked_mass(listed: list[Candidate], position: int, notes: Notes) -> list[Candidate] | None:
-    if not listed:
-        return notes.defect(
-            "no-top-logprobs", "`top_logprobs` holds no probabilities, only marks for masked tokens", position
-        )
-    mass = math.fsum(math.exp(_value(candidate)) for candidate in listed)
-    if mass > 1 + MASS_TOLERANCE:
-        return notes.defect("mass-above-one", f"the listed probabilities add up to {mass:.6g}", position)
-    return listed
-
-
 def _sorted(top: list[Candidate], position: int, notes: Notes) -> tuple[list[Candidate], bool]:
     if all(_value(left) >= _value(right) for left, right in pairwise(top)):
         return top, True
@@ -194,14 +227,14 @@ def is_same_token(one: Candidate, other: Candidate) -> bool:
     """Whether two entries are one token for certain: by id, else by bytes, else by a text that is whole."""
     if one.token_id is not None and other.token_id is not None:
         return one.token_id == other.token_id
-    if one.token_bytes is not None and other.token_bytes is not None:
-        return one.token_bytes == other.token_bytes
+    known, others = own_bytes(one.token, one.token_bytes), own_bytes(other.token, other.token_bytes)
+    if one.token_bytes and other.token_bytes:
+        return known is not None and known == others
     return one.token == other.token and _is_whole(one.token)
 
 
 def _is_whole(token: str) -> bool:
-    # "" and U+FFFD are how different parts of characters, and tokens that are not shown, look alike.
-    return bool(token) and "\ufffd" not in token and is_encodable(token)
+    return is_whole(token) and is_encodable(token)
 
 
 def _would_be_found(sampled: Candidate, top: list[Candidate]) -> bool:
@@ -215,17 +248,23 @@ def _without_appended(positions: list[Position], notes: Notes) -> list[Position]
     Such a list is one longer than the others and ends with the sampled token. Left in, it would pass for the least of
     the k best, and every bound on what is not listed would be too tight.
     """
-    ends_sampled = [is_same_token(position.sampled, position.top[-1]) for position in positions]
+    ends_sampled = [bool(position.top) and _ends_with_sampled(position) for position in positions]
     usual = Counter(len(p.top) for p, last in zip(positions, ends_sampled, strict=True) if not last).most_common(1)
     if not usual:
         return positions
     k = usual[0][0]
     return [
-        Position(position.sampled, tuple(_drop_last(list(position.top), index, notes)))
+        replace(position, top=tuple(_drop_last(list(position.top), index, notes)))
         if last and len(position.top) == k + 1
         else position
         for index, (position, last) in enumerate(zip(positions, ends_sampled, strict=True))
     ]
+
+
+def _ends_with_sampled(position: Position) -> bool:
+    sampled, last = position.sampled, position.top[-1]
+    alike = sampled.token == last.token and sampled.logprob == last.logprob  # neither need say which token it is
+    return is_same_token(sampled, last) or (alike and sampled.token_id == last.token_id)
 
 
 def _drop_last(top: list[Candidate], position: int, notes: Notes) -> list[Candidate]:

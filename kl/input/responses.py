@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
-from kl.input.texts import positions_inside_a_character, settle_text
+from kl.input.texts import Settled, settle_text
 from kl.records import Position, Prompt, Response, Sampling
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "check_pattern",
     "list_files",
     "parse_responses",
-    "positions_inside_a_character",
     "read_responses",
 ]
 
@@ -239,19 +238,41 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     positions = None if content is None else read_positions(content, notes)
     if text is None or positions is None or notes.first_defect:
         return None
-    tokens = settle_text(text, [position.sampled for position in positions], notes)
-    if tokens is None:
+    settled = settle_text(text, [position.sampled for position in positions], finish_reason, notes)
+    kept = None if settled is None else _kept(positions, settled, notes)
+    if settled is None or not kept:
         return None
-    kept = tuple(_with_token(position, token) for position, token in zip(positions[: len(tokens)], tokens, strict=True))
     index = notes.response_idx
     assert index is not None, "the notes of a response carry its index"
-    place, whole = (facts.source_file, index), "".join(tokens)
-    return Response(*place, facts.prompt, model, whole, kept, finish_reason, sampling, version)
+    has_stop = settled.has_stop and len(kept) == len(settled.tokens)
+    gaps = tuple(gap for gap in settled.gaps if gap[0] < len(kept))
+    place = (facts.source_file, index)
+    return Response(*place, facts.prompt, model, settled.text, kept, finish_reason, sampling, version, has_stop, gaps)
 
 
-def _with_token(position: Position, token: str) -> Position:
+def _kept(positions: list[Position], settled: Settled, notes: Notes) -> tuple[Position, ...] | None:
+    """The positions of the response with the tokens' texts; without its stop where that has no list."""
+    last = len(settled.tokens) - 1
+    kept = [
+        _with_token(position, token, settled.pieces[t] if settled.pieces and t < len(settled.pieces) else None)
+        for t, (position, token) in enumerate(zip(positions[: last + 1], settled.tokens, strict=True))
+    ]
+    if not kept[last].top:
+        if not settled.has_stop:
+            return notes.defect("no-top-logprobs", "no `top_logprobs`", last)
+        if last == 0:
+            return notes.defect("empty-response", "the response has no token but the one that ends the turn")
+        notes.repair("end-token", "the token ends the turn and has no list; position dropped", last)
+        kept.pop()
+    return tuple(kept)
+
+
+def _with_token(position: Position, token: str, piece: bytes | None) -> Position:
     sampled = position.sampled
-    return position if sampled.token == token else Position(sampled._replace(token=token), position.top)
+    if sampled.token == token and piece is None:
+        return position
+    token_bytes = sampled.token_bytes if piece is None else piece
+    return replace(position, sampled=sampled._replace(token=token, token_bytes=token_bytes))
 
 
 def _read_text(raw: dict[str, object], notes: Notes) -> str | None:

@@ -6,90 +6,197 @@ Every prefix that Q is asked about is made of token texts, so these must add up 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from kl.input.hidden import cut, prefix_gaps
 from kl.input.problems import Notes, is_encodable, show
-from kl.records import END_TOKENS, Candidate, Response
+from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, own_bytes, sentence_piece
+from kl.records import END_TOKENS, Candidate
 
-_REPLACEMENT = "\ufffd"
 _CONTEXT = 20  # characters shown of each side where two texts part
+# How services say that the model itself ended its turn, or wrote what it was to stop at.
+_STOPPED = frozenset(
+    "stop end_turn end_of_turn eos eos_token eot eot_token stop_token stop_sequence stop_str end complete completed "
+    "finished done natural".split()
+)
+_CUT = frozenset("length max_tokens max_output_tokens max_length model_length token_limit".split())
+_SPECIAL = re.compile(r"[▁Ġ ]?(<[^<>\n]+>|\[[^\[\]\n]+\])")  # how tokens that are no text are named
+
+
+class Settled(NamedTuple):
+    """The text of a response in its tokens.
+
+    ``tokens``, joined, are ``text``; with ``has_stop`` the last one is the end of the turn, which need not be in it.
+    Further tokens of the source are no part of the response. ``gaps`` are (position, reason) of the positions whose
+    prefix no text says. ``pieces`` are the tokens' bytes where they were written as raw pieces.
+    """
+
+    text: str
+    tokens: list[str]
+    has_stop: bool
+    gaps: tuple[tuple[int, str], ...]
+    pieces: list[bytes] | None = None
 
 
 class _Fit(NamedTuple):
+    """Tokens that are the text, the repair that this is (kind, what), and what is not certain of them."""
+
     tokens: list[str]
-    is_stripped: bool
+    repairs: tuple[tuple[str, str], ...] = ()
+    shown: frozenset[int] = frozenset()
+    doubtful: frozenset[int] = frozenset()
+    pieces: list[bytes] | None = None
 
 
-def settle_text(text: str, sampled: Sequence[Candidate], notes: Notes) -> list[str] | None:
+_FROM_BYTES = ("text-from-bytes", "tokens split a character; their texts were made again from their bytes")
+_STRIPPED = ("stripped-text", "`text` lacks white space that the tokens have; taken from the tokens")
+_CUT_TEXT = ("cut-text", "`text` ends before the sequence that the response was stopped at; taken from the tokens")
+_RAW = ("raw-pieces", "the tokens are raw pieces of a tokenizer; their texts were made from the bytes they stand for")
+_HIDDEN = ("hidden-text", "tokens do not say their text; it was cut out of `text` between their neighbours")
+
+
+def settle_text(text: str, sampled: Sequence[Candidate], finish_reason: str | None, notes: Notes) -> Settled | None:
     """Texts of the tokens to keep, which joined are what the model wrote; None where a defect was noted.
 
-    Three differences have one explanation only and are repaired: tokens that split a character, where all bytes are
-    known; one token beyond ``text`` that ends the turn (its position is dropped); white space stripped from ``text``.
+    Differences that have one explanation only are repaired: tokens that split a character, where all bytes are known
+    or the text says what they hide; raw pieces of a tokenizer; one token beyond ``text`` that ends the turn; white
+    space stripped from ``text``, or a stop sequence cut from it.
     """
+    readings = list(_readings(sampled, finish_reason))
+    found = next(
+        (
+            (fit, n)
+            for way in (_as_written, _as_pieces, _as_hidden)
+            for n in readings
+            if (fit := way(text, sampled[:n])) is not None
+        ),
+        None,
+    )
+    if found is None and (fit := _stopped_within(text, sampled, finish_reason)) is not None:
+        found = fit, len(sampled)
+    if found is None:
+        return _note_mismatch(text, [candidate.token for candidate in sampled], notes)
+    fit, n = found
+    for kind, what in fit.repairs:
+        notes.repair(kind, what)
+    tokens, joined = list(fit.tokens), "".join(fit.tokens)
+    has_stop = n < len(sampled) or _ends_itself(sampled, tokens, finish_reason)
+    if n < len(sampled):
+        tokens.append(sampled[n].token)
+    for position in range(n + 1, len(sampled)):
+        notes.repair("end-token", "the token comes after the end of the turn; position dropped", position)
+    return Settled(joined, tokens, has_stop, prefix_gaps(tokens, fit.shown, fit.doubtful), fit.pieces)
+
+
+def _readings(sampled: Sequence[Candidate], finish_reason: str | None) -> Iterator[int]:
+    """How many of the tokens may be the text: all, or all before the end of the turn."""
+    n = len(sampled)
+    yield n
+    last = sampled[-1].token
+    reason = _reason(finish_reason)
+    if last in END_TOKENS or reason in _STOPPED or (reason not in _CUT and _SPECIAL.fullmatch(last)):
+        yield n - 1
+    if n > 1 and all(
+        candidate.token in END_TOKENS or _SPECIAL.fullmatch(candidate.token) for candidate in sampled[-2:]
+    ):
+        yield n - 2
+
+
+def _reason(finish_reason: str | None) -> str:
+    name = (finish_reason or "").lower().rsplit(".", 1)[-1]
+    return name.removeprefix("finish_reason_").replace("-", "_").replace(" ", "_")
+
+
+def _ends_itself(sampled: Sequence[Candidate], tokens: Sequence[str], finish_reason: str | None) -> bool:
+    """Whether the last of the tokens that are the text ends the turn: it has no text, or the text shows its name."""
+    last = sampled[-1]
+    nameless = tokens[-1] == last.token == "" and own_bytes(last.token, last.token_bytes) is None
+    return _reason(finish_reason) in _STOPPED and (nameless or last.token in END_TOKENS)
+
+
+def _as_written(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
     written = [candidate.token for candidate in sampled]
     exact = "".join(written) == text
-    rebuilt = _from_bytes(sampled) if not exact or _REPLACEMENT in text else None
+    suspicious = not exact or REPLACEMENT in text or any(escaped_bytes(token) is not None for token in written)
+    rebuilt = _from_bytes(sampled) if suspicious else None
     if exact and rebuilt is None:
-        return _checked(written, notes)
+        return _Fit(written)
     # Bytes first: where they are known and tell another story than the tokens' texts, these are the lossy ones.
     fit = None if rebuilt is None else _fit_rebuilt(text, written, rebuilt)
     if fit is not None:
-        notes.repair("text-from-bytes", "tokens split a character; their texts were made again from their bytes")
-    else:
-        fit = _fit(text, written)
-    if fit is None:
-        return _note_mismatch(text, written, notes)
-    _note_fit(fit, len(written), notes)
-    return _checked(fit.tokens, notes)
+        return fit._replace(repairs=(_FROM_BYTES, *fit.repairs))
+    return _fit(text, written)
 
 
 def _from_bytes(sampled: Sequence[Candidate]) -> list[str] | None:
     """Each token's text from its bytes, a character with the token that completes it; None where that adds nothing."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    tokens: list[str] = []
-    for candidate in sampled:
-        if candidate.token_bytes is None:
-            return None
-        try:
-            tokens.append(decoder.decode(candidate.token_bytes))
-        except UnicodeDecodeError:
-            return None
+    pieces = [own_bytes(candidate.token, candidate.token_bytes) for candidate in sampled]
+    tokens = _decoded([piece for piece in pieces if piece is not None]) if None not in pieces else None
     return None if tokens == [candidate.token for candidate in sampled] else tokens
+
+
+def _decoded(pieces: Sequence[bytes]) -> list[str] | None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return [decoder.decode(piece) for piece in pieces]
+    except UnicodeDecodeError:
+        return None
 
 
 def _fit_rebuilt(text: str, written: list[str], rebuilt: list[str]) -> _Fit | None:
     # A response that was cut inside a character may show the rest as U+FFFD, or leave it out.
-    for wanted in dict.fromkeys((text, text.rstrip(_REPLACEMENT))):
+    for wanted in dict.fromkeys((text, text.rstrip(REPLACEMENT))):
         fit = _fit(wanted, rebuilt)
         if fit is not None:
             return fit
     joined = "".join(rebuilt)
-    is_lossy_copy = "".join(written) == text and _REPLACEMENT not in joined
-    whole_ones_agree = all(w == r for w, r in zip(written, rebuilt, strict=True) if _REPLACEMENT not in w)
-    return _Fit(rebuilt, is_stripped=False) if is_lossy_copy and whole_ones_agree else None
+    is_lossy_copy = "".join(written) == text and REPLACEMENT not in joined
+    lossy = (REPLACEMENT in token or escaped_bytes(token) is not None for token in written)
+    whole_ones_agree = all(w == r or is_lossy for w, r, is_lossy in zip(written, rebuilt, lossy, strict=True))
+    return _Fit(rebuilt) if is_lossy_copy and whole_ones_agree else None
 
 
 def _fit(text: str, tokens: list[str]) -> _Fit | None:
-    """The tokens, or all but an end token, if they are ``text`` with at most white space around it."""
-    kept = tokens
-    while True:
-        joined = "".join(kept)
-        if joined == text:
-            return _Fit(kept, is_stripped=False)
-        if joined.strip() == text.strip() and text in joined:
-            return _Fit(kept, is_stripped=True)
-        if len(kept) < len(tokens) or not kept or kept[-1] not in END_TOKENS:
-            return None
-        kept = tokens[:-1]
+    """The tokens, if they are ``text`` with at most white space around it."""
+    joined = "".join(tokens)
+    if joined == text:
+        return _Fit(tokens)
+    if joined.strip() == text.strip() and text in joined:
+        return _Fit(tokens, (_STRIPPED,))
+    return None
 
 
-def _note_fit(fit: _Fit, n_written: int, notes: Notes) -> None:
-    if len(fit.tokens) < n_written:
-        position = n_written - 1
-        notes.repair("end-token", "the token ends the turn and is not part of `text`; position dropped", position)
-    if fit.is_stripped:
-        notes.repair("stripped-text", "`text` lacks white space that the tokens have; taken from the tokens")
+def _as_pieces(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
+    """The tokens as raw pieces of byte-level BPE or of SentencePiece, which begins every text with a blank."""
+    written = [candidate.token for candidate in sampled]
+    levels = [byte_level(token) for token in written]
+    pieces = [sentence_piece(token) for token in written]
+    readings = [(pieces, [pieces[0].removeprefix(b" "), *pieces[1:]]), (pieces, pieces)] if pieces else []
+    if None not in levels:
+        whole = [piece for piece in levels if piece is not None]
+        readings.insert(0, (whole, whole))
+    for pieces, shown in readings:
+        tokens = _decoded(shown)
+        fit = None if tokens is None or tokens == written else _fit(text, tokens)
+        if fit is not None:
+            return fit._replace(repairs=(_RAW, *fit.repairs), pieces=pieces)
+    return None
+
+
+def _as_hidden(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
+    pieces = [own_bytes(candidate.token, candidate.token_bytes) for candidate in sampled]
+    found = cut(text, pieces) if None in pieces and REPLACEMENT not in text else None
+    return None if found is None else _Fit(found.tokens, (_HIDDEN,), found.shown, found.doubtful)
+
+
+def _stopped_within(text: str, sampled: Sequence[Candidate], finish_reason: str | None) -> _Fit | None:
+    """All tokens, where ``text`` is what stood before a stop sequence that begins and ends within them."""
+    if not text or _reason(finish_reason) not in _STOPPED:
+        return None
+    tokens = _from_bytes(sampled) or [candidate.token for candidate in sampled]
+    return _Fit(tokens, (_CUT_TEXT,)) if "".join(tokens).startswith(text) else None
 
 
 def _note_mismatch(text: str, tokens: list[str], notes: Notes) -> None:
@@ -105,30 +212,3 @@ def _note_mismatch(text: str, tokens: list[str], notes: Notes) -> None:
             break
     sides = f"the tokens have {show(joined[at : at + _CONTEXT])}, `text` has {show(text[at : at + _CONTEXT])}"
     return notes.defect("text-mismatch", f"the tokens do not add up to `text`: at character {at} {sides}", position)
-
-
-def _checked(tokens: list[str], notes: Notes) -> list[str] | None:
-    if not tokens:
-        return notes.defect("empty-response", "the response has no token but the one that ends the turn")
-    return tokens
-
-
-def positions_inside_a_character(response: Response) -> tuple[int, ...]:
-    """Positions whose prefix ends inside a character, so that no text can say it.
-
-    Q asked with ``text[:prefix_ends[t]]`` would continue another prefix than P did; only token ids can ask there. Known
-    where the bytes of all tokens before the position are stated.
-    """
-    return tuple(_inside(position.sampled.token_bytes for position in response.positions))
-
-
-def _inside(token_bytes: Iterable[bytes | None]) -> list[int]:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    inside: list[int] = []
-    for position, piece in enumerate(token_bytes):
-        if decoder.getstate()[0]:
-            inside.append(position)
-        if piece is None:
-            break
-        decoder.decode(piece)
-    return inside

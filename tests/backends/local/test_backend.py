@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib.util
 import itertools
+import json
 import subprocess
 import sys
 import textwrap
@@ -28,6 +29,8 @@ from backends.errors import ModelNotUsableError
 from backends.local.backend import LocalBackend, own_token_ids
 from backends.local.models import find_model, load_model
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
+from kl.input.responses import parse_responses
+from kl.input.writer import response_document
 from kl.records import Prompt, Response, Score, ScoreFailure, Turn
 
 _spec = importlib.util.spec_from_file_location("tiny_llama", Path(__file__).with_name("tiny_llama.py"))
@@ -293,12 +296,14 @@ def test_ids_of_another_model_are_not_used(tokenizer: Tokenizer, foreign: Any) -
 
 def test_sampled_texts_add_up_and_their_bytes_are_exact(responses: list[Response], tokenizer: Tokenizer) -> None:
     for response in responses:
-        assert "".join(position.sampled.token for position in response.positions) == response.text
+        said = response.positions[:-1] if response.has_stop else response.positions
+        assert "".join(position.sampled.token for position in said) == response.text
         ids = [position.sampled.token_id for position in response.positions]
         exact = [position.sampled.token_bytes for position in response.positions]
         assert exact == [tokenizer.token_bytes(index) for index in ids if index is not None]
-        assert not set(ids) & tokenizer.stop_ids
-        assert (response.finish_reason == "MAX_TOKENS") == (len(response.positions) == 40)
+        assert [index in tokenizer.stop_ids for index in ids] == [False] * len(said) + [True] * response.has_stop
+        assert response.has_stop == (response.finish_reason == "STOP")
+        assert response.has_stop or len(response.positions) == 40
         assert response.source_file == ""
         assert response.sampling.temperature == 1.0
     assert [response.response_idx for response in responses] == [0, 1]
@@ -317,13 +322,32 @@ def test_greedy_takes_the_best_token_and_stops_at_the_end_of_the_turn(tokenizer:
     assert response.finish_reason == "STOP"
     assert all(position.sampled.token_id == position.top[0].token_id for position in response.positions)
     assert response.sampling.temperature == 0
-    ended = dataclasses.replace(
-        response,
-        positions=(*response.positions, response.positions[-1]),
-        text=response.text + response.positions[-1].sampled.token,
-    )
-    after = scores(request(ended, positions=(len(response.positions),)))[0]
-    assert after.top[0].token_id in tokenizer.stop_ids
+    assert response.has_stop
+    assert response.positions[-1].sampled.token_id in tokenizer.stop_ids
+    after = scores(request(response, positions=(len(response.positions) - 1,)))[0]
+    assert after.top == response.positions[-1].top
+
+
+def test_a_written_stop_is_read_as_one(tokenizer: Tokenizer) -> None:
+    prompt = Prompt((Turn("user", "Answer with the single word Paris. What is the capital of France?"),))
+    response = write_responses(prompt, max_tokens=40, temperature=0, seed=1)[0]
+    document = response_document(prompt, MODEL, {}, [response])
+    (read,) = parse_responses(json.dumps(document).encode(), "").responses
+    assert (read.text, read.has_stop, len(read.positions)) == (response.text, True, len(response.positions))
+    assert own_token_ids(request(read), tokenizer) is not None
+    of_another = [position.sampled.token_id for position in read.positions[:-1]]
+    assert own_token_ids(request(read, token_ids=(*of_another, 10**6)), tokenizer) is not None  # it is never fed
+
+
+def test_tokens_that_hide_their_text_are_fed_by_id_or_have_a_reason(tokenizer: Tokenizer) -> None:
+    response = greedy_text(tokenizer, "a 🧎.")
+    gaps = ((2, "partial-character"), (3, "partial-character"))
+    made = request(response, gaps=gaps, positions=(1, 2, 3))
+    assert len(scores(made)) == 3
+    wrong = dataclasses.replace(made, token_ids=tuple(reversed(made.token_ids or ())))
+    found = [ask(wrong)[key] for key in wrong.keys]
+    assert isinstance(found[0], Score)
+    assert [item.reason for item in found[1:] if isinstance(item, ScoreFailure)] == ["partial-character"] * 2
 
 
 def test_a_response_that_ends_within_a_character_still_adds_up(tmp_path: Path) -> None:
@@ -331,8 +355,9 @@ def test_a_response_that_ends_within_a_character_still_adds_up(tmp_path: Path) -
     weights = tiny.random_weights(seed=4)
     path = tiny.write(tmp_path / "bytes.gguf", weights, tiny.metadata())
     for response in write_responses(PROMPTS[0], str(path), n=6, max_tokens=15, top_logprobs=5):
-        assert "".join(position.sampled.token for position in response.positions) == response.text
-        exact = b"".join(position.sampled.token_bytes or b"" for position in response.positions)
+        said = response.positions[:-1] if response.has_stop else response.positions
+        assert "".join(position.sampled.token for position in said) == response.text
+        exact = b"".join(position.sampled.token_bytes or b"" for position in said)
         assert exact.decode("utf-8", "replace").startswith(response.text)
         assert [score.top for score in scores(request(response, str(path), top_logprobs=5))] == [
             position.top for position in response.positions

@@ -75,9 +75,11 @@ def test_equal_prompts_in_two_files_share_their_contexts(plan_of: MakePlan) -> N
     assert sorted(asked(plan, comparison)) == sorted(set(asked(plan, comparison)))
 
 
-def test_empty_tokens_change_no_context(plan_of: MakePlan) -> None:
-    plan, _, _ = plan_of({"a.json": ("Hi", [["", "x", "", "y"]])})
-    assert (plan.n_positions, plan.n_contexts) == (4, 2)
+def test_nothing_is_asked_after_a_token_that_does_not_say_its_text(plan_of: MakePlan) -> None:
+    plan, _, _ = plan_of({"a.json": ("Hi", [["x", "", "y", "z"]])})
+    assert (plan.n_positions, plan.n_contexts) == (4, 2)  # "", "x"
+    plan, _, _ = plan_of({"a.json": ("Hi", [["x", "", "é", "z"]])})
+    assert (plan.n_positions, plan.n_contexts) == (4, 3)  # and "xé"
 
 
 def test_responses_are_grouped_as_configured(plan_of: MakePlan) -> None:

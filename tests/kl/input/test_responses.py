@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kl.input.problems import KEPT_PER_KIND, WHAT_TO_DO
-from kl.input.responses import ResponseFile, parse_responses, positions_inside_a_character
+from kl.input.responses import ResponseFile, parse_responses
 from kl.input.writer import response_document
 from kl.records import END_TOKENS, Candidate, Prompt, Response, Sampling, Turn
 
@@ -124,14 +124,15 @@ DEFECTS = [
     Defect("content is an object", set_response(logprobs={"content": {}}), "bad-logprobs", shown="an object"),
     Defect("content empty", set_response(logprobs={"content": []}), "no-logprobs", shown="an empty list"),
     Defect("nothing written", set_response(text="", logprobs={"content": []}), "empty-response"),
-    Defect("only an end token", set_tokens("", "</s>"), "empty-response"),
+    Defect("only an end token, without a list",
+           both(set_tokens("", "</s>"), set_position(0, top_logprobs=None)), "empty-response"),
     Defect("position is a number", lambda d: content_of(d).__setitem__(1, 3.5), "bad-position", 1, "3.5"),
     Defect("token missing", drop_position_key(1, "token"), "bad-token", 1, "missing"),
     Defect("token is a number", set_position(1, token=5), "bad-token", 1, "5"),
     Defect("listed token is null", set_candidate(2, 1, token=None), "bad-token", 2, "entry 1 of top_logprobs is null"),
     Defect("candidate is a list", lambda d: content_of(d)[0].update(top_logprobs=[["a", -1]]), "bad-candidate", 0),
     Defect("logprob missing", drop_position_key(2, "logprob"), "missing-logprob", 2, "missing"),
-    Defect("listed logprob null", set_candidate(1, 2, logprob=None), "bad-logprob", 1, "null"),
+    Defect("listed logprob null before others", set_candidate(1, 1, logprob=None), "bad-logprob", 1, "null"),
     Defect("logprob is a text", set_position(0, logprob="-0.5"), "bad-logprob", 0, "'-0.5'"),
     Defect("logprob is a boolean", set_position(2, logprob=False), "bad-logprob", 2, "False"),
     Defect("NaN logprob", set_position(1, logprob=float("nan")), "nan-logprob", 1, "nan"),
@@ -145,7 +146,8 @@ DEFECTS = [
     Defect("token id is a text", set_position(0, token_id="10"), "bad-token-id", 0, "'10'"),
     Defect("token id is a boolean", set_candidate(0, 1, token_id=True), "bad-token-id", 0, "True"),
     Defect("token id is negative", set_candidate(0, 1, token_id=-1), "bad-token-id", 0, "-1"),
-    Defect("token id has a point", set_position(0, token_id=10.0), "bad-token-id", 0, "10.0"),
+    Defect("token id has a part", set_position(0, token_id=10.5), "bad-token-id", 0, "10.5"),
+    Defect("list of the last position missing", drop_position_key(2, "top_logprobs"), "no-top-logprobs", 2),
     Defect("token id beyond 64 bits", set_position(0, token_id=2**63), "bad-token-id", 0, "9223372036854775808"),
     Defect("bytes out of range", set_position(1, bytes=[32, 256]), "bad-bytes", 1, "a list of 2"),
     Defect("bytes as text", set_candidate(1, 1, bytes="IHlv"), "bad-bytes", 1, "'IHlv'"),
@@ -169,8 +171,10 @@ DEFECTS = [
     Defect("token texts of another response", set_response(text="Hello world"), "text-mismatch", 1, "character 6"),
     Defect("text goes on after the tokens", set_response(text="Hello you! And"), "text-mismatch", 2, "character 10"),
     Defect("white space that no token has", set_response(text="Hello you!\n"), "text-mismatch", 2, r"'\n'"),
-    Defect("an unknown token beyond the text", set_tokens("ab", "ab", "<odd>"), "text-mismatch", 1, "'<odd>'"),
-    Defect("split character without bytes", set_tokens("é", "\ufffd", "\ufffd"), "text-mismatch", 0, "character 0"),
+    Defect(
+        "a token beyond a text that was cut", both(set_tokens("ab", "ab", "odd"), set_response(finish_reason="length")),
+        "text-mismatch", 1, "'odd'",
+    ),
     Defect(
         "split character with bytes of another text",
         set_tokens("é", "\ufffd", "\ufffd", token_bytes=(b"\xc3", b"\xa8")), "text-mismatch", 0,
@@ -245,7 +249,28 @@ REPAIRS = [
            lambda r: r.text, "\n a b \n"),
     Repair("text stripped of one of two line ends", set_tokens("a\n", "a", "\n", "\n"), "stripped-text", None,
            lambda r: r.text, "a\n\n"),
-    Repair("end token beyond the text", set_tokens("ab", "a", "b", "<|im_end|>"), "end-token", 2, tokens, ["a", "b"]),
+    Repair("end token without a list", both(set_tokens("ab", "a", "b", "<|im_end|>"), set_position(2, top_logprobs=[])),
+           "end-token", 2, tokens, ["a", "b"]),
+    Repair("a second end token", set_tokens("ab", "ab", "<|im_end|>", "<|endoftext|>"), "end-token", 2, tokens,
+           ["ab", "<|im_end|>"]),
+    Repair("a stop sequence of several tokens cut from the text", set_tokens("ab", "ab", "\n\nHuman", ":"), "cut-text",
+           None, lambda r: r.text, "ab\n\nHuman:"),
+    Repair("null for minus infinity", set_candidate(1, 2, logprob=None), "null-logprob", 1, logprobs(1), [-0.25, -2.0]),
+    Repair("a whole number with a point as id", set_position(0, token_id=10.0), "float-id", 0,
+           lambda r: r.positions[0].sampled.token_id, 10),
+    Repair("pieces of byte-level BPE", set_tokens("né où\n", "n", "Ã", "©", "ĠoÃ¹", "Ċ"), "raw-pieces", None, tokens,
+           ["n", "", "é", " où", "\n"]),
+    Repair("pieces of SentencePiece, and its first blank", set_tokens("The é", "▁The", "▁", "<0xC3>", "<0xA9>"),
+           "raw-pieces", None, tokens, ["The", " ", "", "é"]),
+    Repair("bytes that the text shows by their names", set_tokens("a<0xC3><0xA9>", "a", "<0xC3>", "<0xA9>"),
+           "text-from-bytes", None, tokens, ["a", "", "é"]),
+    Repair("split character without bytes", set_tokens("né!", "n", "\ufffd", "\ufffd", "!"), "hidden-text", None,
+           tokens, ["n", "", "é", "!"]),
+    Repair("split character with the bytes of the sign for it", set_tokens("né!", "n", "\ufffd", "\ufffd", "!",
+           token_bytes=(b"n", b"\xef\xbf\xbd", b"\xef\xbf\xbd", b"!")), "hidden-text", None, tokens,
+           ["n", "", "é", "!"]),
+    Repair("characters that no token shows", set_tokens("a 🌊 b", "a", " ", "", "", " b"), "hidden-text", None, tokens,
+           ["a", " ", "", "🌊", " b"]),
     Repair("split character",
            set_tokens("né!", "n", "\ufffd", "\ufffd", "!", token_bytes=(b"n", b"\xc3", b"\xa9", b"!")),
            "text-from-bytes", None, tokens, ["n", "", "é", "!"]),
@@ -285,7 +310,8 @@ def assert_prefixes_are_of_the_text(response: Response) -> None:
     assert len(ends) == len(response.positions)
     for t, end in enumerate(ends):
         assert response.text[:end] == "".join(position.sampled.token for position in response.positions[:t])
-    assert "".join(tokens(response)) == response.text
+    said = tokens(response)
+    assert response.text == "".join(said) or (response.has_stop and response.text == "".join(said[:-1]))
 
 
 ORDINARY = [
@@ -328,13 +354,111 @@ def test_ordinary_input_is_read_as_it_stands(mutate: Callable[[dict[str, Any]], 
     assert_prefixes_are_of_the_text(response)
 
 
-@pytest.mark.parametrize("end", sorted(END_TOKENS))
-def test_every_token_that_ends_a_turn_is_left_out_after_the_text(end: str) -> None:
+NAMES_OF_ENDS = ("<|eot|>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<|user|>", "[EOS]", "[|endofturn|]", "over", "")
+
+
+@pytest.mark.parametrize("end", [*sorted(END_TOKENS), *NAMES_OF_ENDS])
+@pytest.mark.parametrize("reason", ["stop", "STOP", "FinishReason.STOP", "end_turn", "eos_token"])
+def test_the_last_token_that_the_text_does_not_hold_ends_the_turn_whatever_its_name(end: str, reason: str) -> None:
     document = good_document()
-    set_tokens("ab", "a", "b", end)(document)
+    both(set_tokens("ab", "a", "b", end), set_response(finish_reason=reason))(document)
     file = read(document)
-    assert [position.sampled.token for position in file.responses[0].positions] == ["a", "b"]
-    assert kinds(file) == [(0, 2, "end-token", True)]
+    (response,) = file.responses[:1]
+    assert (tokens(response), response.text, response.has_stop) == (["a", "b", end], "ab", True)
+    assert response.prefix_ends().tolist() == [0, 1, 2]
+    assert response.gaps == ()
+    assert file.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "has_stop"),
+    [("</s>", None, True), ("<|odd|>", None, True), ("<|call|>", "tool_calls", True), ("<|im_end|>", "length", True),
+     ("", "length", False), ("", None, False)],
+)  # fmt: skip
+def test_a_name_that_is_no_text_says_the_end_where_the_finish_reason_does_not(end, reason, has_stop) -> None:
+    document = good_document()
+    both(set_tokens("ab", "a", "b", end), set_response(finish_reason=reason))(document)
+    response = read(document).responses[0]
+    assert (response.has_stop, response.text, len(response.positions)) == (has_stop, "ab", 3)
+
+
+def test_an_answer_that_ends_at_once_is_a_stop_and_no_text() -> None:
+    document = good_document()
+    set_tokens("", "<|im_end|>")(document)
+    response = read(document).responses[0]
+    assert (response.text, tokens(response), response.has_stop) == ("", ["<|im_end|>"], True)
+    assert response.prefix_ends().tolist() == [0]
+
+
+def test_an_end_token_whose_list_holds_marks_alone_is_dropped() -> None:
+    document = good_document()
+    set_tokens("ab", "a", "b", "</s>")(document)
+    content_of(document)[2]["top_logprobs"] = [{"token": "</s>", "logprob": -9999.0}]
+    file = read(document)
+    assert (tokens(file.responses[0]), file.responses[0].has_stop) == (["a", "b"], False)
+    assert kinds(file) == [(0, 2, "masked-candidate", True), (0, 2, "end-token", True)]
+
+
+def test_an_end_token_that_the_text_shows_is_the_stop_all_the_same() -> None:
+    document = good_document()
+    set_tokens("ab</s>", "ab", "</s>")(document)
+    response = read(document).responses[0]
+    assert (response.text, response.has_stop) == ("ab</s>", True)
+
+
+def test_a_stop_is_kept_after_white_space_that_the_text_lacks() -> None:
+    document = good_document()
+    set_tokens("ab", "ab", " \n", "<|eot|>")(document)
+    file = read(document)
+    assert (file.responses[0].text, file.responses[0].has_stop) == ("ab \n", True)
+    assert kinds(file) == [(0, None, "stripped-text", True)]
+
+
+PART, WHOLE = "partial-character", "unknown-prefix"
+GAPS = [
+    ("nothing hidden", set_tokens("a é", "a", " é"), []),
+    ("parts of one character, shown by the last", set_tokens("🧎", "", "", "🧎"), [(1, PART), (2, PART)]),
+    ("text goes on after them", set_tokens("🧎 a 🌊.", "", "", "🧎", " a", " ", "", "🌊", "."),
+     [(1, PART), (2, PART), (6, PART)]),
+    ("with empty bytes, and those of the whole character",
+     set_tokens("a🌊.", "a", "", "🌊", ".", token_bytes=(b"a", b"", "🌊".encode(), b".")), [(2, PART)]),
+    ("more of them than the character has bytes", set_tokens("aé.", "a", "", "", "é", "."),
+     [(2, WHOLE), (3, WHOLE), (4, WHOLE)]),
+    ("a token that is in no text", set_tokens("Hello you", "", "Hello", " you"), [(1, WHOLE), (2, WHOLE)]),
+    ("parts before a blank", set_tokens("a 🙂", "a", "", " 🙂"), [(2, WHOLE)]),
+    ("the sign for parts, in the text too", set_tokens("a\ufffd b", "a", "\ufffd", " b"), [(2, WHOLE)]),
+    ("parts that no token shows", set_tokens("a🌊 b", "a", "", "", " b"), [(2, PART)]),
+    ("two characters that no token shows", set_tokens("a🌊🌊 b", "a", "", "", "", "", " b"),
+     [(2, WHOLE), (3, WHOLE), (4, WHOLE)]),
+    ("texts that fit in two places", set_tokens("xaxax!", "\ufffd", "a", "\ufffd", "!"),
+     [(1, WHOLE), (2, WHOLE)]),
+    ("texts that fit in two places, or in no text", set_tokens("aa b", "\ufffd", "a", "\ufffd", " b"),
+     [(1, WHOLE), (2, WHOLE), (3, WHOLE)]),
+    ("a text that is certain again", set_tokens("🌊a🌊a🌊b!", "\ufffd", "a", "\ufffd", "b", "!"),
+     [(1, WHOLE), (2, WHOLE)]),
+    ("bytes that say all", set_tokens("n😀!", "n", "\ufffd", "\ufffd", "!",
+     token_bytes=(b"n", b"\xf0\x9f", b"\x98\x80", b"!")), [(2, PART)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mutate", "gaps"), [pytest.param(*case[1:], id=case[0]) for case in GAPS])
+def test_positions_whose_prefix_no_text_says_are_known(mutate: Callable[[dict[str, Any]], None], gaps: Any) -> None:
+    document = good_document()
+    both(mutate, set_response(finish_reason="length"))(document)
+    response = read(document).responses[0]
+    assert list(response.gaps) == gaps
+    assert_prefixes_are_of_the_text(response)
+
+
+def test_two_tokens_without_bytes_are_not_one_token() -> None:
+    document = good_document()
+    set_tokens("é", "", "é", token_bytes=(b"", "é".encode()))(document)
+    content = content_of(document)
+    content[0] |= {"logprob": -2.0}
+    content[0]["top_logprobs"] = [{"token": "", "logprob": value, "bytes": []} for value in (-0.5, -1.5, -3.0)]
+    file = read(document)
+    assert file.problems == ()
+    assert logprobs(0)(file.responses[0]) == [-0.5, -1.5, -3.0]
 
 
 def test_prepended_improbable_token_does_not_pass_for_the_least_of_the_best() -> None:
@@ -404,14 +528,6 @@ def test_skipped_response_keeps_what_its_place_in_the_output_needs() -> None:
     json.dumps(place).encode()
     document["responses"][0] = 5
     assert read(document).unreadable[0].text is None
-
-
-def test_positions_inside_a_character_are_known_from_the_bytes() -> None:
-    document = good_document()
-    set_tokens("n😀!", "n", "\ufffd", "\ufffd", "!", token_bytes=(b"n", b"\xf0\x9f", b"\x98\x80", b"!"))(document)
-    file = read(document)
-    assert positions_inside_a_character(file.responses[0]) == (2,)
-    assert positions_inside_a_character(file.responses[1]) == ()
 
 
 FILE_KINDS = (
