@@ -30,8 +30,7 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport] | State[Pen
     """
     try:
         with open_run(config) as run:
-            plan = read(run)
-            with run.asking(plan):
+            with run.asking(read(run)) as plan:
                 run.take(score.map(plan.groups, unmapped(run.scorer)))
             measured = measure(run, plan)
             return run.end(write(run, measured))

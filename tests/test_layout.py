@@ -20,8 +20,9 @@ FLOORS = """
 kl                      pieces records
 kl.input                problems hidden / logprobs prompts texts writer / responses
 kl.estimators           token_keys / list_checks / align / bounds censored diagnostic entropy / divergence / comparison
-kl.tables               schemas / totals / responses / pairs / tokens
-kl.statistics           intervals / drift / clusters position_sampling / breakdowns paired figures / summary / dataset
+kl.tables               schemas / totals / responses / pairs / repeats tokens
+kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
+kl.statistics           noise_floor / summary / dataset
 kl.output               atomic digits / kl_json / files headline
 
 backends                errors hookspecs / base builtin keys / registry session
@@ -42,7 +43,7 @@ flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend
-flows.folder            layout / finished lock
+flows.folder            layout / finished lock refusals
 flows.config            folders / comparison
 flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending

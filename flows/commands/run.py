@@ -56,7 +56,7 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "alert"))
+    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "noise_floor", "alert"))
     config = parse_config(parser, RunConfig, arguments)
     comparison = Comparison.of(config, RunValues.of_a_dry_run())
     if not names_the_run(str(config.input_dir)):

@@ -24,6 +24,7 @@ def history_cells(frame: pl.DataFrame) -> Rows:
             "KL per token": number_text(row["kl_per_token"]),
             "95 % CI": _range(row["kl_per_token_low"], row["kl_per_token_high"]),
             "lower bound": number_text(row["kl_per_token_certified_lower"]),
+            "noise floor": number_text(row["noise_floor"]),
             "measured": _amount(row),
             "asked": "" if row["contexts_asked"] is None else f"{row['contexts_asked']:,}",
             "USD": number_text(row["cost_usd"]),

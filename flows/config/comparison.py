@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backends.base import Backend, BackendOptions, ScoreRequest
 from backends.errors import ModelNotUsableError
@@ -17,9 +17,13 @@ from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from kl.records import Response
-from kl.statistics.position_sampling import Drawn, draw
+from kl.statistics.noise_floor import AskedAgain
+from kl.statistics.position_sampling import Drawn, draw, draw_again
 
-Side = Literal["p", "q"]
+Side = Literal["p", "q", "again"]
+
+# In the identity of what is asked a second time: another score than the first one of the same context.
+_AGAIN = {"asked": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Comparison:
     notes : tuple of str
         Settings that this backend has no use for.
     folder : OutputFolder
+    refused : frozenset of str
+        Models that wrote responses and whose preflight failed; Q is asked twice in their place.
     """
 
     written: RunConfig
@@ -43,6 +49,7 @@ class Comparison:
     options: BackendOptions
     notes: tuple[str, ...]
     folder: OutputFolder
+    refused: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, written: RunConfig, values: RunValues) -> Comparison:
@@ -64,6 +71,10 @@ class Comparison:
         config = self.config.model_copy(update=folders)
         return replace(self, config=config, folder=OutputFolder(config.output_dir))
 
+    def without(self, refused: Iterable[str]) -> Comparison:
+        """The same, with Q asked twice in the place of these models."""
+        return replace(self, refused=self.refused | frozenset(refused))
+
     def build_backend(self, run_id: str | None = None) -> Backend:
         """The backend, not entered yet; ``run_id`` is the flow run that it works for."""
         built = self.backend(self.options, state_dir=self.folder.scores)
@@ -71,31 +82,57 @@ class Comparison:
         return built
 
     def sides(self) -> tuple[Side, ...]:
-        """Q is always asked; P too where its full vocabulary is wanted, which no response file holds."""
-        return ("q", "p") if self.config.full_vocabulary else ("q",)
+        """Q is always asked; P too where its full vocabulary is wanted, which no response file holds; one again."""
+        models: tuple[Side, ...] = ("q", "p") if self.config.full_vocabulary else ("q",)
+        return (*models, "again") if self.config.noise_floor is not None else models
 
     def drawn(self, response: Response) -> Drawn | None:
         """Which positions are measured, with their probabilities; None if all are."""
         return None if self.config.positions is None else draw(response, self.config.positions.sample)
 
+    def drawn_again(self, response: Response) -> Drawn | None:
+        """Which positions are asked a second time, with their probabilities; None if none are."""
+        noise = self.config.noise_floor
+        return None if noise is None else draw_again(response, noise.sample, self.drawn(response))
+
+    def asked_again(self, response: Response) -> AskedAgain:
+        """Who is asked a second time: P, whose first answer is on record; Q where P cannot be asked."""
+        if response.model in self.refused:
+            return "q"
+        return "q" if self._named(response, "p", whole=False) is None else "p"
+
     def request(self, response: Response, side: Side) -> ScoreRequest | None:
         """All contexts of a response that can be asked; None if the file names no P that this backend has."""
+        if side == "again":
+            named, drawn = self._named(response, self.asked_again(response), whole=False), self.drawn_again(response)
+        else:
+            named, drawn = self._named(response, side, whole=self.config.full_vocabulary), self.drawn(response)
+        if named is None:
+            return None
+        bare, identity = named
+        if side == "again":
+            identity = identity | _AGAIN
+        tokens = [position.sampled.token for position in response.positions]
+        keys = list(context_keys(bare.model, bare.prompt, identity, tokens, bare.token_ids))
+        positions = _askable(response, bare.token_ids is not None, drawn)
+        return replace(bare, positions=tuple(positions), keys=tuple(keys[position] for position in positions))
+
+    def _named(
+        self, response: Response, side: AskedAgain, *, whole: bool
+    ) -> tuple[ScoreRequest, dict[str, Any]] | None:
+        """A request without positions and its identity; None if the file names no P that this backend has."""
         model = self.config.model2 if side == "q" else response.model
         if model is None:
             return None
-        bare = self._bare_request(response, side, model)
+        bare = self._bare_request(response, side, model, whole=whole)
         try:
-            identity = self.backend.identity(self.options, bare)
+            return bare, self.backend.identity(self.options, bare)
         except ModelNotUsableError:
             if side == "q":
                 raise
             return None
-        tokens = [position.sampled.token for position in response.positions]
-        keys = list(context_keys(model, bare.prompt, identity, tokens, bare.token_ids))
-        positions = self._askable(response, bare.token_ids is not None)
-        return replace(bare, positions=tuple(positions), keys=tuple(keys[position] for position in positions))
 
-    def _bare_request(self, response: Response, side: Side, model: str) -> ScoreRequest:
+    def _bare_request(self, response: Response, side: AskedAgain, model: str, *, whole: bool) -> ScoreRequest:
         prompt = response.prompt
         if side == "q" and self.options.system is not None:
             prompt = replace(prompt, system=self.options.system)
@@ -109,19 +146,19 @@ class Comparison:
             positions=(),
             keys=(),
             top_logprobs=self.config.k,
-            full_vocabulary=self.config.full_vocabulary,
+            full_vocabulary=whole,
             gaps=response.gaps,
         )
 
-    def _askable(self, response: Response, by_ids: bool) -> Sequence[int]:
-        """The drawn positions whose prefix can be said in a request: some have no text."""
-        unaskable = set[int]() if by_ids else {position for position, _ in response.gaps}
-        drawn = self.drawn(response)
-        return [
-            index
-            for index in range(len(response.positions))
-            if index not in unaskable and (drawn is None or bool(drawn.selected[index]))
-        ]
+
+def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[int]:
+    """The drawn positions whose prefix can be said in a request: some have no text."""
+    unaskable = set[int]() if by_ids else {position for position, _ in response.gaps}
+    return [
+        index
+        for index in range(len(response.positions))
+        if index not in unaskable and (drawn is None or bool(drawn.selected[index]))
+    ]
 
 
 def _own_ids(response: Response) -> tuple[int, ...] | None:

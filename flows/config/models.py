@@ -141,6 +141,11 @@ class RunConfig(CommonConfig):
         description="Ask a sample of the positions only: a share of them, {fraction: 0.2}, or so many of each "
         "response, {per_response: 8}. Default: all.",
     )
+    noise_floor: PositionsConfig | None = Field(
+        default=None,
+        description="Ask P's own model again at a sample of the measured positions, such as {fraction: 0.05}, and "
+        "report how far it is from itself; where P cannot be asked, Q is asked twice. Default: no.",
+    )
     force: bool = Field(
         default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
     )

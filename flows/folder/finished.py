@@ -17,6 +17,7 @@ from flows.folder.layout import OutputFolder
 from kl.statistics.drift import COLUMNS
 from kl.statistics.figures import LogprobDifference, Perplexity, TopToken
 from kl.statistics.intervals import Estimate
+from kl.statistics.noise_floor import NoiseFloor
 from kl.statistics.summary import FORMAT, Counts, DeltaP, Divergence, Identification, SampledToken, Summary
 from kl.tables.responses import RESPONSES
 from kl.tables.schemas import ADDED, TOKENS
@@ -35,6 +36,7 @@ _KINDS: dict[str, type[Any]] = {
     "perplexity": Perplexity,
     "logprob_difference": LogprobDifference,
     "top_token": TopToken,
+    "noise_floor": NoiseFloor,
 }
 
 _CONTEXT_TOKENS = 8  # shown before a position

@@ -34,6 +34,11 @@ class OutputFolder:
         return self.scores / "jobs"
 
     @property
+    def refusals(self) -> Path:
+        """Models that wrote responses and cannot be asked again; take it away to have them tried anew."""
+        return self.scores / "not_asked_again.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that uses the folder."""
         return self.path / ".lock"

@@ -12,6 +12,7 @@ from backends.vertex.prices import PRICES_AS_OF
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.folder.finished import load_run
+from flows.folder.refusals import refused_models
 from flows.stages.inputs import find_inputs
 from flows.stages.plan import Plan, make_plan
 from flows.stages.reuse import check_raw
@@ -24,6 +25,7 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
+    comparison = comparison.without(refused_models(comparison.folder))
     scores = comparison.folder.stores().scores
     scores.prefetch()
     built = comparison.build_backend()
@@ -75,9 +77,19 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
         ("input tokens, estimated", f"{work.input_tokens:,}"),
         ("output tokens, estimated", f"{work.output_tokens:,}"),
         ("cost, estimated", _cost_text(work.cost_usd)),
+        *_again_rows(plan),
         ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(comparison))),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _again_rows(plan: Plan) -> Rows:
+    again = plan.again
+    if not again.n_drawn:
+        return []
+    models = ", ".join(f"{model} at {count:,} positions" for model, count in sorted(again.n_drawn.items()))
+    asked = f"{again.estimate.requests:,} of the requests, {_cost_text(again.estimate.cost_usd)}"
+    return [("noise floor", f"asks again {models}: {asked}")]
 
 
 def _groups_text(plan: Plan, comparison: Comparison) -> str:

@@ -21,13 +21,16 @@ from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.folder.layout import Stores
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
-from kl.estimators.censored import SpreadEvidence, SpreadPrior
+from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
 from kl.estimators.diagnostic import AlignmentDiagnostic
 from kl.estimators.divergence import exact_kl
 from kl.input.hidden import PARTIAL, UNKNOWN
 from kl.input.responses import ResponseFile
 from kl.output.files import write_part
 from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
+from kl.statistics.noise_floor import AskedTwice
+from kl.statistics.position_sampling import Drawn
+from kl.tables.repeats import first_answers, where_both
 from kl.tables.responses import ResponseInfo
 from kl.tables.tokens import measure_response, response_diagnostic, response_spread
 
@@ -49,15 +52,22 @@ Answers = dict[str, Score | ScoreFailure]
 Results = list[Score | ScoreFailure | None]
 
 
+class Priors(NamedTuple):
+    """What variance of log p/q to expect of a position, None where none shows one: of Q, and of one model twice."""
+
+    q: SpreadPrior | None = None
+    twice: SpreadPrior | None = None
+
+
 @dataclass(slots=True)
 class Measured:
     """The parts of the token table, and what the input says beside it.
 
-    ``prior`` is the variance of log p/q to expect of a position, None where no position shows one.
+    ``twice`` is what one model said twice.
     """
 
     files: list[InputFile]
-    prior: SpreadPrior | None
+    priors: Priors
     diagnostic: AlignmentDiagnostic
     parts: list[Path] = field(default_factory=list[Path])
     responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
@@ -67,6 +77,7 @@ class Measured:
     versions_q: set[str] = field(default_factory=set[str])
     other_writers: list[str] = field(default_factory=list[str])
     repaired: dict[str, int] = field(default_factory=dict[str, int])
+    twice: AskedTwice = field(default_factory=AskedTwice)
 
     def add(self, other: Measured) -> None:
         """Take in what the next files gave."""
@@ -79,6 +90,7 @@ class Measured:
         self.other_writers += other.other_writers
         for kind, count in other.repaired.items():
             self.repaired[kind] = self.repaired.get(kind, 0) + count
+        self.twice.add(other.twice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +102,38 @@ class Survey:
     """
 
     spread: SpreadEvidence
+    twice: SpreadEvidence
     counts: AlignmentDiagnostic
     masses: NDArray[np.float64]
 
     @classmethod
-    def of(cls, spread: Sequence[SpreadEvidence], diagnostics: Sequence[AlignmentDiagnostic]) -> Survey:
+    def of(
+        cls,
+        spread: Sequence[SpreadEvidence],
+        twice: Sequence[SpreadEvidence],
+        diagnostics: Sequence[AlignmentDiagnostic],
+    ) -> Survey:
         """From those of the responses, in their order."""
         masses = [(item.shared_mass_p, item.ambiguous_mass_p, item.ambiguous_mass_q) for item in diagnostics]
         counts = replace(
             AlignmentDiagnostic.total(diagnostics), shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0
         )
-        return cls(SpreadEvidence.total(spread), counts, np.array(masses, dtype=np.float64).reshape(-1, 3))
+        table = np.array(masses, dtype=np.float64).reshape(-1, 3)
+        return cls(SpreadEvidence.total(spread), SpreadEvidence.total(twice), counts, table)
 
     @classmethod
     def total(cls, parts: Sequence[Survey]) -> Survey:
         """Of all files, in the order of the parts."""
         return cls(
             SpreadEvidence.total([part.spread for part in parts]),
+            SpreadEvidence.total([part.twice for part in parts]),
             AlignmentDiagnostic.total([part.counts for part in parts]),
             np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
         )
+
+    def priors(self) -> Priors:
+        """What the data set lets expect of a position."""
+        return Priors(pooled_prior(self.spread), pooled_prior(self.twice))
 
     def diagnostic(self) -> AlignmentDiagnostic:
         """The counts with the masses, added one after the other."""
@@ -123,18 +147,23 @@ def survey_files(
 ) -> Survey:
     """The first pass over some files."""
     spread: list[SpreadEvidence] = []
+    twice: list[SpreadEvidence] = []
     diagnostics: list[AlignmentDiagnostic] = []
+    sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
     for file in read_ahead(files):
         parsed = read_input(file)
-        found = _found(parsed, comparison, stores, ("q",))
+        found = _found(parsed, comparison, stores, sides)
         of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
             results = _results(response, comparison, found)
             spread.append(response_spread(response, results))
             of_file.append(response_diagnostic(response, results))
+            pair = _asked_twice(response, comparison, found)
+            if pair is not None:
+                twice.append(response_spread(pair.first, pair.second))
         diagnostics += _with_joint_keys(of_file)
         on_file()
-    return Survey.of(spread, diagnostics)
+    return Survey.of(spread, twice, diagnostics)
 
 
 def _with_joint_keys(diagnostics: list[AlignmentDiagnostic]) -> list[AlignmentDiagnostic]:
@@ -150,7 +179,7 @@ def measure_part(
     files: Sequence[InputFile],
     start: int,
     folder: Path,
-    prior: SpreadPrior | None,
+    priors: Priors,
     comparison: Comparison,
     stores: Stores,
     on_file: Callable[[], None],
@@ -160,7 +189,7 @@ def measure_part(
     The table of each goes to ``folder``, on this machine's disk, under the file's number; unreadable responses are
     noted with their reason.
     """
-    measured = Measured([], prior, AlignmentDiagnostic())
+    measured = Measured([], priors, AlignmentDiagnostic())
     for index, file in enumerate(read_ahead(files), start):
         _measure_file(file, folder / f"{index:08d}.parquet", comparison, stores, measured)
         on_file()
@@ -174,6 +203,13 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
     found = _found(parsed, comparison, stores, comparison.sides())
     frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
+    measured.twice.take(
+        [
+            table
+            for response in parsed.responses
+            if (table := _measure_again(response, comparison, found, measured)) is not None
+        ]
+    )
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
                      parsed.model, None, item.kind, item.message)
@@ -207,11 +243,48 @@ def _measure_response(
         response,
         results,
         estimator=comparison.config.estimator,
-        prior=measured.prior,
+        prior=measured.priors.q,
         exact_kl=exact.kl,
         selected=None if drawn is None else drawn.selected,
         pi=None if drawn is None else drawn.pi,
         vocabulary=exact.vocabulary,
+    )
+
+
+class _AskedTwice(NamedTuple):
+    """What one model said twice of some positions of a response: the first time in the place of P's lists."""
+
+    first: Response
+    second: Results
+    drawn: Drawn
+
+
+def _asked_twice(response: Response, comparison: Comparison, found: Answers) -> _AskedTwice | None:
+    drawn = comparison.drawn_again(response)
+    if drawn is None:
+        return None
+    again = _results(response, comparison, found, "again")
+    if comparison.asked_again(response) == "p":
+        return _AskedTwice(response, again, drawn)
+    once = _results(response, comparison, found)
+    return _AskedTwice(first_answers(response, once), where_both(once, again), drawn)
+
+
+def _measure_again(
+    response: Response, comparison: Comparison, found: Answers, measured: Measured
+) -> pl.DataFrame | None:
+    """The tokens of a response between the two answers of one model; None if nothing is asked again."""
+    pair = _asked_twice(response, comparison, found)
+    if pair is None:
+        return None
+    measured.twice.note(comparison.asked_again(response), comparison.config.model2, response.model, pair.second)
+    return measure_response(
+        pair.first,
+        pair.second,
+        estimator=comparison.config.estimator,
+        prior=measured.priors.twice,
+        selected=pair.drawn.selected,
+        pi=pair.drawn.pi,
     )
 
 
@@ -225,9 +298,9 @@ def _found(parsed: ResponseFile, comparison: Comparison, stores: Stores, sides: 
     return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
 
 
-def _results(response: Response, comparison: Comparison, found: Answers) -> Results:
-    """Q's answer at every position; None where there is none."""
-    request = comparison.request(response, "q")
+def _results(response: Response, comparison: Comparison, found: Answers, side: Side = "q") -> Results:
+    """Q's answer at every position, or that of the model asked again; None where there is none."""
+    request = comparison.request(response, side)
     assert request is not None, "Q always has a name"
     results: Results = [None] * len(response.positions)
     for position, key in zip(request.positions, request.keys, strict=True):

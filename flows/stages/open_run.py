@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from backends.base import Backend
-from backends.errors import ConfigError
+from backends.errors import BackendError, ConfigError, ModelNotUsableError
 from backends.session import BackendSession, SessionClosedError
 from backends.storage import exists, is_remote, remove_folder, scratch_folder
 from flows.cluster.mapping import results_of, tasks_run_by
@@ -29,12 +29,13 @@ from flows.config.templates import RunValues
 from flows.folder.layout import Stores
 from flows.folder.lock import FolderInUseError, run_lock
 from flows.folder.output import prepare_output
+from flows.folder.refusals import note_refusals, refused_models
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
 from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
-from flows.stages.plan import Group, Plan
+from flows.stages.plan import Group, Plan, make_plan
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
 from flows.stages.scoring import GroupOutcome
 from flows.watch.artifacts import progress_artifact, show_plan, show_report
@@ -152,6 +153,7 @@ class OpenRun:
 
         Only when the folder's lock is held: a run that had it before may have written until then.
         """
+        self.comparison = self.comparison.without(refused_models(self.comparison.folder))
         self.stores = self.comparison.folder.stores()
         self.backend = self.comparison.build_backend(flow_run.id)
         for note in self.comparison.notes:
@@ -167,8 +169,10 @@ class OpenRun:
             self._session.cancel()
 
     @contextmanager
-    def asking(self, plan: Plan) -> Generator[None]:
+    def asking(self, plan: Plan) -> Generator[Plan]:
         """While groups are scored: the session with the backend, signals, progress, and what works on the tasks.
+
+        Gives the plan that stands: another one if a model cannot be asked again.
 
         Raises
         ------
@@ -177,15 +181,14 @@ class OpenRun:
         InterruptedRunError
             At the end, if the user stopped the run.
         """
-        self._plan = plan
         self._check(plan)
         self._session = BackendSession(self.backend)
         with self._session as session:
-            self._preflight(plan, session)
+            plan = self._plan = self._preflight(plan, session)
             _log_plan(plan)
             with stop_on_signal(session) as stopped:
                 with self._scoring(plan, session):
-                    yield
+                    yield plan
                 if stopped.is_set():
                     line = session.interrupt() or "nothing goes on elsewhere."
                     raise InterruptedRunError(line, self.comparison.config)
@@ -206,10 +209,31 @@ class OpenRun:
             needs = Needs(absolute(plan.files[0].path), absolute(config.output_dir))
             check_workers(self.cluster.get(), config.task_runner.kind, needs)
 
-    def _preflight(self, plan: Plan, session: BackendSession) -> None:
+    def _preflight(self, plan: Plan, session: BackendSession) -> Plan:
+        """Prove that the models can be used; gives the plan that stands then."""
         config = self.comparison.config
-        if config.preflight and config.stage != "collect" and plan.n_to_ask > plan.n_in_flight:
-            self._proven = session.run(self.backend.preflight(config.model2))
+        if not config.preflight or config.stage == "collect" or plan.n_to_ask <= plan.n_in_flight:
+            return plan
+        self._proven = session.run(self.backend.preflight(config.model2))
+        refused: dict[str, str] = {}
+        for model in sorted(+plan.again.fresh):
+            try:
+                if model != config.model2:
+                    session.run(self.backend.preflight(model))
+            except ModelNotUsableError as error:
+                refused[model] = str(error)
+                logger.warning("noise floor: %s cannot be asked again, so that Q is asked twice: %s", model, error)
+            except BackendError as error:
+                logger.warning("noise floor: the preflight of %s failed; it is asked all the same: %s", model, error)
+        if not refused:
+            return plan
+        note_refusals(self.comparison.folder, refused)
+        self.comparison = self.comparison.without(refused)
+        plan = make_plan(
+            plan.files, self.comparison, self.stores.scores, self.backend.in_flight(), self.backend.parallel_groups()
+        )
+        self._check(plan)
+        return plan
 
     @contextmanager
     def _scoring(self, plan: Plan, session: BackendSession) -> Generator[None]:
@@ -266,6 +290,7 @@ class OpenRun:
             "contexts_in_earlier_jobs": plan.n_in_flight,
             "contexts_asked": plan.n_to_ask,
             "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
+            "asked_again": {"positions": dict(plan.again.n_drawn), "estimate": asdict(plan.again.estimate)},
             "estimate": asdict(plan.estimate),
             "preflight_version": self._proven,
             "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),

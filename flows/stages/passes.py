@@ -23,8 +23,7 @@ from flows.config.comparison import Comparison, absolute
 from flows.folder.layout import Stores
 from flows.runtime.terminal import ProgressReporter
 from flows.stages.inputs import InputFile
-from flows.stages.measuring import Measured, Survey, measure_part, survey_files
-from kl.estimators.censored import SpreadPrior, pooled_prior
+from flows.stages.measuring import Measured, Priors, Survey, measure_part, survey_files
 
 FILES_PER_PART = 32
 
@@ -63,9 +62,9 @@ def measure_files(
             f"the models cannot be compared token by token: {verdict.reasons[0]} What was bought is kept; --force "
             "measures all the same, and only the bounds then mean something."
         )
-    measured = Measured(list(files), pooled_prior(survey.spread), diagnostic)
+    measured = Measured(list(files), survey.priors(), diagnostic)
     with ProgressReporter("files measured", len(files)) as progress:
-        for part in passes.measured(measured.prior, progress):
+        for part in passes.measured(measured.priors, progress):
             measured.add(part)
     return measured
 
@@ -89,10 +88,10 @@ class _InProcess:
         for part in self._parts:
             yield survey_files(part.files, self._comparison, self._stores, partial(progress.advance, 1))
 
-    def measured(self, prior: SpreadPrior | None, progress: ProgressReporter) -> Iterator[Measured]:
+    def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
         done = partial(progress.advance, 1)
         for part in self._parts:
-            yield measure_part(part.files, part.start, self._folder, prior, self._comparison, self._stores, done)
+            yield measure_part(part.files, part.start, self._folder, priors, self._comparison, self._stores, done)
 
 
 class _OnCluster:
@@ -108,8 +107,8 @@ class _OnCluster:
             progress.advance(len(part.files))
             yield found
 
-    def measured(self, prior: SpreadPrior | None, progress: ProgressReporter) -> Iterator[Measured]:
-        values = [{"part": part, "prior": prior, "comparison": self._comparison} for part in self._parts]
+    def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
+        values = [{"part": part, "priors": priors, "comparison": self._comparison} for part in self._parts]
         for part, found in zip(self._parts, self._cluster.map_in_order(measure_on_worker, values), strict=True):
             progress.advance(len(part.files))
             for name, table in found.tables.items():
@@ -132,11 +131,11 @@ def survey_on_worker(part: Part, comparison: Comparison) -> Survey:
 
 
 @task(name="measure", cache_policy=NO_CACHE, persist_result=False)
-def measure_on_worker(part: Part, prior: SpreadPrior | None, comparison: Comparison) -> Tables:
+def measure_on_worker(part: Part, priors: Priors, comparison: Comparison) -> Tables:
     """The second pass over some files."""
     with scratch_folder() as scratch:
         stores = comparison.folder.stores()
-        measured = measure_part(part.files, part.start, scratch, prior, comparison, stores, _nothing)
+        measured = measure_part(part.files, part.start, scratch, priors, comparison, stores, _nothing)
         return Tables(measured, {path.name: path.read_bytes() for path in measured.parts})
 
 

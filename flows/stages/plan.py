@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 
@@ -15,6 +16,8 @@ from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.stages.inputs import InputFile, read_ahead, read_input
 from kl.input.problems import InputProblem
+
+_REPEATS_TOGETHER = 1000  # responses of which a job asks some contexts again; their texts are in memory together
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,29 @@ class Group:
 
 
 @dataclass(slots=True)
+class AgainPlan:
+    """What is asked a second time: ``n_drawn`` positions, by model; ``fresh`` contexts that no answer or job is for."""
+
+    n_drawn: Counter[str] = field(default_factory=Counter[str])
+    fresh: Counter[str] = field(default_factory=Counter[str])
+    estimate: WorkEstimate = field(default_factory=WorkEstimate)
+
+    def note(self, request: ScoreRequest, fresh: int, estimate: WorkEstimate) -> None:
+        """Count one response."""
+        self.n_drawn[request.model] += len(request.positions)
+        self.fresh[request.model] += fresh
+        self.estimate += estimate
+
+
+@dataclass(slots=True)
 class Plan:
     """The work of a run, by reference: no response is held.
 
     ``n_positions`` counts the positions of all readable responses, ``n_selected`` those that are measured,
     ``n_contexts`` the distinct contexts among them (of
     both models where both are asked), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of
-    an earlier run answers. ``estimate`` is for the contexts that are not on disk.
+    an earlier run answers. ``estimate`` is for the contexts that are not on disk. ``again`` is the part of all these
+    that asks a model a second time.
     """
 
     files: list[InputFile]
@@ -67,6 +86,7 @@ class Plan:
     n_stored: int = 0
     n_in_flight: int = 0
     estimate: WorkEstimate = field(default_factory=WorkEstimate)
+    again: AgainPlan = field(default_factory=AgainPlan)
 
     @property
     def n_to_ask(self) -> int:
@@ -92,6 +112,7 @@ def make_plan(
     seen: dict[str, set[int]] = {}
     by_job: dict[str, list[Selection]] = {}
     fresh: list[list[Selection]] = []
+    repeats: list[Selection] = []
     for file in read_ahead(files):
         parsed = read_input(file)
         plan.problems += parsed.problems
@@ -109,18 +130,28 @@ def make_plan(
             for side in comparison.sides():
                 request = comparison.request(response, side)
                 missing = _missing(request, stored, asked, plan)
-                if request is not None and missing:
+                jobs = _by_job(missing, in_flight)
+                if request is not None:
                     to_ask = request.only({key for _, key in missing})
-                    plan.estimate += comparison.backend.estimate(comparison.options, to_ask)
-                for job, positions in _by_job(missing, in_flight).items():
+                    estimate = comparison.backend.estimate(comparison.options, to_ask)
+                    plan.estimate += estimate
+                    if side == "again":
+                        plan.again.note(request, len(jobs.get("", ())), estimate)
+                for job, positions in jobs.items():
                     selection = Selection(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
-                    by_job.setdefault(job, []).append(selection) if job else new.append(selection)
+                    together = repeats if side == "again" and comparison.backend.capabilities.deferred else new
+                    (by_job.setdefault(job, []) if job else together).append(selection)
             if new:
                 fresh.append(new)
     plan.n_prompts = len(seen)
     plan.n_in_flight = sum(len(selection.positions) for job in by_job.values() for selection in job)
-    size = group_size(comparison, len(fresh), at_once - len(by_job))
-    plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size))
+    # Few contexts of each response, which as jobs of their own would each take the place of a job of many.
+    joint = [
+        replace(group, name=f"{group.name}, again")
+        for group in _chunks([[selection] for selection in repeats], _REPEATS_TOGETHER)
+    ]
+    size = group_size(comparison, len(fresh), at_once - len(by_job) - len(joint))
+    plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size)) + joint
     return plan
 
 

@@ -21,6 +21,7 @@ from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from flows.stages.measuring import Measured
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
+from kl.estimators.censored import SpreadPrior
 from kl.output.files import result_paths, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.output.kl_json import ResponseText, write_kl_json
@@ -45,7 +46,7 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
         write_responses(summarise_responses(tokens, measured.responses), made.responses)
-        summary = summarise_dataset(tokens, measured.responses, _facts(measured, config))
+        summary = summarise_dataset(tokens, measured.responses, _facts(measured, config), measured.twice)
         write_summary(summary, made.summary)
         publish_from(folder, place.path, (path.name for path in (made.tokens, made.responses, made.summary)))
         publish_from(folder, place.path, _per_file(measured, folder, config))
@@ -61,7 +62,8 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
         model_q=config.model2,
         estimator=config.estimator,
         top_logprobs=config.k,
-        prior_var=None if measured.prior is None else measured.prior.variance,
+        prior_var=_variance(measured.priors.q),
+        prior_var_again=_variance(measured.priors.twice),
         samplings=sorted(measured.samplings, key=repr),
         alignment={
             "verdict": verdict.level,
@@ -75,6 +77,10 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
             "positions_by_id_bytes_text": list(diagnostic.n_by_key),
         },
     )
+
+
+def _variance(prior: SpreadPrior | None) -> float | None:
+    return None if prior is None else prior.variance
 
 
 def _per_file(measured: Measured, folder: Path, config: RunConfig) -> Iterator[str]:
@@ -137,6 +143,13 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
     versions = measured.versions_q | ({proven} if isinstance(proven, str) else set())
     if len(versions) > 1:
         warnings.append(f"the answers come from {len(versions)} versions of model 2: {', '.join(sorted(versions))}")
+    if summary.noise_floor is not None and measured.versions_p and summary.noise_floor.of != "q":
+        others = set(summary.noise_floor.versions) - measured.versions_p
+        if others:
+            warnings.append(
+                f"noise floor: P was asked again as {', '.join(sorted(others))}, and its responses were written by "
+                f"{', '.join(sorted(measured.versions_p))}: the floor has the change of P in it"
+            )
     paths = (place.summary, place.responses, place.tokens, place.run)
     return RunReport(
         n_positions=summary.counts.positions,

@@ -181,7 +181,7 @@ def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: R
     alert = context.config.alert
     if alert is None:
         return None
-    verdict = _compared(context, alert, row, before, responses)
+    verdict = replace(_compared(context, alert, row, before, responses), noise_floor=row["noise_floor"])
     if alert.compared_with == "previous" and row["contexts_asked"] == 0 and context.config.stage != "collect":
         hint = "" if context.rolling else "; give each day a folder, such as --output-dir 'results/{date}'"
         verdict.warnings.append(

@@ -15,7 +15,7 @@ from backends.storage import as_location, read_bytes, write_bytes_atomic
 from flows.folder.layout import HISTORY_FILE
 from flows.folder.lock import exclusive
 
-VERSION = 1
+VERSION = 2
 _TIME = pl.Datetime("us", "UTC")
 _DIVERGENCES = ("kl_per_token", "kl_per_response")
 # A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
@@ -69,6 +69,12 @@ HISTORY = pl.Schema(
         "drift_reference": pl.String,  # folder of the run compared with
         "events": pl.List(pl.String),  # names of the events that the run emitted
         "exit_status": pl.Int32,
+        # Nats per token, of a model against itself asked again, with the interval of summary.json.
+        "noise_floor": pl.Float64,
+        "noise_floor_low": pl.Float64,
+        "noise_floor_high": pl.Float64,
+        "noise_floor_of": pl.String,  # p, q, both
+        "above_noise_floor": pl.Boolean,  # whether all of the interval of the KL of Q less the floor is above 0
         "responses_sha256": pl.String,  # of responses.parquet, by which a later run knows that it is still this one
     }
 )
@@ -175,6 +181,7 @@ def row_of(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "same_top_rate": summary["same_top_p"]["value"],
         **{name: run[name] for name in ("contexts", "contexts_on_disk", "contexts_asked")},
         **_spent(run["spent"]),
+        **_noise_values(summary["noise_floor"]),
     }
 
 
@@ -186,6 +193,19 @@ def _divergence_values(divergence: Mapping[str, Any]) -> dict[str, float | None]
         "_high": estimate["ci_high"],
         "_certified_lower": divergence["lower"]["value"],
         "_plausible_upper": divergence["plausible_upper"]["value"],
+    }
+
+
+def _noise_values(floor: Mapping[str, Any] | None) -> Row:
+    if floor is None:
+        return {"noise_floor": None}
+    estimate = floor["kl_per_token"]
+    return {
+        "noise_floor": estimate["value"],
+        "noise_floor_low": estimate["ci_low"],
+        "noise_floor_high": estimate["ci_high"],
+        "noise_floor_of": floor["of"],
+        "above_noise_floor": floor["above"],
     }
 
 

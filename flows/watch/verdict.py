@@ -16,13 +16,24 @@ from kl.statistics.drift import Change, Direction, DriftDecision, change
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an alert decided. ``change`` is ``None`` if there was nothing to compare with; ``reason`` then says why."""
+    """What an alert decided. ``change`` is ``None`` if there was nothing to compare with; ``reason`` then says why.
+
+    ``noise_floor`` is the run's, nats per token; ``None`` if it has none.
+    """
 
     alert: AlertConfig
     reference: Reference | None
     change: Change | None
     reason: str | None
     warnings: list[str] = field(default_factory=list[str])
+    noise_floor: float | None = None
+
+    @property
+    def below_noise_floor(self) -> bool | None:
+        """Whether the difference is smaller than that of a model from itself; ``None`` if either is not known."""
+        if self.noise_floor is None or self.change is None or self.change.value is None:
+            return None
+        return abs(self.change.value) < self.noise_floor
 
     @property
     def decision(self) -> DriftDecision:
@@ -40,7 +51,15 @@ class Verdict:
         found = self.change
         if found is None or found.value is None or found.low is None or found.high is None:
             return f"{self.decision}: {self.reason or (found.no_interval if found is not None else None)}"
-        return f"{self.decision}: KL per token {self._figures(found, found.value, found.low, found.high)}"
+        return (
+            f"{self.decision}: KL per token {self._figures(found, found.value, found.low, found.high)}{self._noise()}"
+        )
+
+    def _noise(self) -> str:
+        if self.noise_floor is None:
+            return ""
+        floor = f"the noise floor of {rounded(self.noise_floor)}"
+        return f"; below {floor}, the service's own unrest" if self.below_noise_floor else f"; above {floor}"
 
     def _figures(self, found: Change, value: float, low: float, high: float) -> str:
         show = partial(rounded, se=found.se)
@@ -79,6 +98,8 @@ class Verdict:
             if self.reference is None
             else {"kind": self.reference.kind, "folder": self.reference.folder} | self.reference.about,
             "reason": self.reason or found.get("no_interval"),
+            "noise_floor": self.noise_floor,
+            "below_noise_floor": self.below_noise_floor,
         }
 
 

@@ -14,6 +14,7 @@ def headline(summary: Summary) -> Rows:
     return [
         ("KL(P‖Q) per token", _divergence_text(summary.kl_per_token)),
         ("KL(P‖Q) per response", _divergence_text(summary.kl_per_response)),
+        *_noise_rows(summary),
         *_estimator_rows(summary),
         *_token_rows(summary),
         ("Reverse KL(Q‖P) per token", _estimate_text(summary.reverse_kl_per_token)),
@@ -59,6 +60,21 @@ def _percent_text(estimate: Estimate, unit: str) -> str:
     text = rounded(100 * estimate.value, None if estimate.se is None else 100 * estimate.se)
     partly = f"; {unit} of {estimate.n_unknown:,} positions are not known" if estimate.n_unknown else ""
     return f"{text} % ({_interval_text(estimate, 100.0)}){partly}"
+
+
+def _noise_rows(summary: Summary) -> Rows:
+    floor = summary.noise_floor
+    if floor is None:
+        return []
+    whose = {"p": "KL(P‖P again)", "q": "KL(Q‖Q again)", "both": "one model asked twice"}[floor.of]
+    text = f"{_estimate_text(floor.kl_per_token)}; {whose} at {floor.n_measured:,} positions"
+    above = floor.difference
+    if above.value is not None:
+        stands = {True: "above it", False: "not above it", None: "not known to be above it"}[floor.above]
+        text += (
+            f"; KL(P‖Q) is {stands}: less this it is {rounded(above.value, above.se)} ({_interval_text(above, 1.0)})"
+        )
+    return [("Noise floor per token", text)]
 
 
 def _estimator_rows(summary: Summary) -> Rows:

@@ -22,6 +22,7 @@ from kl.statistics.breakdowns import (
 )
 from kl.statistics.clusters import per_response, per_token, prompts_needed
 from kl.statistics.figures import logprob_difference, perplexity, top_token
+from kl.statistics.noise_floor import AskedTwice, noise_floor
 from kl.statistics.summary import (
     FORMAT,
     Counts,
@@ -38,10 +39,13 @@ from kl.tables.totals import response_totals
 AMBIGUOUS_MASS_WARNING = 0.01
 
 
-def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], facts: RunFacts) -> Summary:
+def summarise_dataset(
+    tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], facts: RunFacts, twice: AskedTwice | None = None
+) -> Summary:
     """Summary of a data set: means with intervals clustered by prompt, bounds, percentiles, counts and warnings.
 
-    Reads the token table a few times in batches; holds a row per response and three numbers per position.
+    ``twice`` is what one model was asked twice, for the noise floor. Reads the token table a few times in batches;
+    holds a row per response and three numbers per position.
 
     Raises
     ------
@@ -49,7 +53,8 @@ def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], f
         If the token table contradicts itself.
     """
     totals = response_totals(tokens)
-    counts = _counts(tokens, response_rows(totals, info_frame(responses)))
+    rows = response_rows(totals, info_frame(responses))
+    counts = _counts(tokens, rows)
     distribution, share = kl_distribution(tokens)
     token_rows, position_rows = by_token_and_position(tokens)
     summary = Summary(
@@ -92,6 +97,7 @@ def summarise_dataset(tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], f
         perplexity=perplexity(totals),
         logprob_difference=logprob_difference(tokens, totals),
         top_token=top_token(totals),
+        noise_floor=None if twice is None else noise_floor(twice, rows, facts.prior_var_again),
     )
     summary.warnings.extend(_warnings(summary, facts))
     return summary
@@ -203,6 +209,7 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
             f"({_listed(counts.bounds_only_by_reason)}); estimates are over the others, the certified lower bound is "
             "over all."
         )
+    yield from _noise_warnings(summary)
     unidentified = summary.identification.n_unidentified
     if unidentified:
         yield (
@@ -214,6 +221,19 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
     for side, mass in (("P", summary.mean_ambiguous_mass_p), ("Q", summary.mean_ambiguous_mass_q)):
         if mass is not None and mass > AMBIGUOUS_MASS_WARNING:
             yield f"{mass:.1%} of {side}'s mass is on tokens whose text does not tell them apart; bounds stay valid."
+
+
+def _noise_warnings(summary: Summary) -> Iterator[str]:
+    floor = summary.noise_floor
+    if floor is None:
+        return
+    if floor.n_measured < floor.n_drawn:
+        yield (
+            f"noise floor: {floor.n_drawn - floor.n_measured:,} of {floor.n_drawn:,} positions have no second answer "
+            f"to compare ({_listed(floor.missing_by_reason)})."
+        )
+    if floor.above is False:
+        yield "the KL of Q is not above the noise floor: what Q differs by may be the service's own unrest."
 
 
 def _missing_warnings(counts: Counts) -> Iterator[str]:

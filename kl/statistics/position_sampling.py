@@ -99,6 +99,30 @@ def draw(response: Response, sample: PositionSample) -> Drawn:
     return Drawn(selected, np.full(n, m / n))
 
 
+def draw_again(response: Response, sample: PositionSample, among: Drawn | None = None) -> Drawn:
+    """The positions that are asked a second time, drawn as `draw` does from those that are measured.
+
+    The two draws are independent, so that the probability of a position is the product of both. Every response that
+    has a measured position has one of these.
+
+    Parameters
+    ----------
+    among : Drawn, optional
+        The positions that are measured; default all.
+    """
+    n = len(response.positions)
+    measured = Drawn(np.ones(n, dtype=np.bool_), np.ones(n)) if among is None else among
+    frame = np.flatnonzero(measured.selected)
+    m = sample.size(len(frame))
+    if m == len(frame):
+        return measured
+    order = np.argsort(listed_entropy(response)[frame].round(_ENTROPY_DECIMALS), kind="stable")
+    selected = np.zeros(n, dtype=np.bool_)
+    ranks = systematic_ranks(len(frame), m, _start(response, sample.seed, len(frame), "again"))
+    selected[frame[order[ranks]]] = True
+    return Drawn(selected, measured.pi * (m / len(frame)))
+
+
 def systematic_ranks(n: int, m: int, start: int) -> NDArray[np.int64]:
     """``m`` of the ranks 0 … n-1 at distances of ``n/m``: rank ``⌊(start + j n)/m⌋`` for j = 0 … m-1, rising.
 
@@ -126,13 +150,14 @@ def listed_entropy(response: Response) -> FloatArray:
     return entr(probs).sum(axis=1) + entr(rest)
 
 
-def _start(response: Response, seed: int, n: int) -> int:
-    """A uniform number from 0 to n-1.
+def _start(response: Response, seed: int, n: int, *purpose: str) -> int:
+    """A uniform number from 0 to n-1, another for each purpose.
 
     The hash is itself the random number, because NumPy's streams may change between versions, and another sample would
     have to be bought anew. The remainder of 256 bits is uniform up to n/2**256.
     """
-    named = json.dumps([seed, response.prompt.prompt_id, response.text], ensure_ascii=False, separators=(",", ":"))
+    parts = [seed, response.prompt.prompt_id, response.text, *purpose]
+    named = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest, "big") % n
 

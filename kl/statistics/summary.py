@@ -14,6 +14,7 @@ from kl.records import Sampling
 from kl.statistics.breakdowns import Row
 from kl.statistics.figures import LogprobDifference, Perplexity, TopToken
 from kl.statistics.intervals import Estimate
+from kl.statistics.noise_floor import NoiseFloor
 
 FORMAT = 1
 
@@ -23,7 +24,7 @@ class RunFacts:
     """What the summary repeats from the run; ``None`` means not known or not used.
 
     ``samplings`` are the different ways in which P's responses were sampled. ``alignment`` is the diagnostic of the
-    two vocabularies, of plain JSON types.
+    two vocabularies, of plain JSON types. ``prior_var_again`` is the ``prior_var`` of one model's two answers.
     """
 
     model_p: str | None
@@ -33,6 +34,7 @@ class RunFacts:
     prior_var: float | None
     samplings: Sequence[Sampling]
     alignment: Mapping[str, Any] | None
+    prior_var_again: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ class Summary:
     perplexity: Perplexity | None = None
     logprob_difference: LogprobDifference | None = None
     top_token: TopToken | None = None
+    noise_floor: NoiseFloor | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, numbers and texts."""

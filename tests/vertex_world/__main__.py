@@ -21,13 +21,16 @@ def main() -> None:
     for kind, _, fault in (item.partition(":") for item in arguments.http):
         name, _, rate = fault.partition("=")
         http.setdefault(kind, {})[cast(HttpFault, name)] = float(rate)
-    noise = {name: float(value) for name, _, value in (item.partition("=") for item in arguments.noise)}
+    noise, unrest = (
+        {name: float(value) for name, _, value in (item.partition("=") for item in items)}
+        for items in (arguments.noise, arguments.unrest)
+    )
     world = VertexWorld(
         project=arguments.project,
         location=arguments.location,
         port=arguments.port,
         job_seconds=arguments.job_seconds,
-        language_model=SyntheticModel(noise=noise),
+        language_model=SyntheticModel(noise=noise, unrest=unrest),
         faults=Faults(latency_s=arguments.latency, http=http),
         storage_backend=arguments.storage,
     )
@@ -73,6 +76,13 @@ def _parse() -> argparse.Namespace:
         default=[],
         metavar="MODEL=NATS",
         help="how far a model is from the base (repeatable)",
+    )
+    parser.add_argument(
+        "--unrest",
+        action="append",
+        default=[],
+        metavar="MODEL=NATS",
+        help="how far a model is from itself when it is asked again (repeatable)",
     )
     parser.add_argument("--responses", type=Path, help="write response files of P into this directory first")
     parser.add_argument("--prompts", type=int, default=3, help="how many of them")

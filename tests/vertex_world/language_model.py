@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,7 +33,7 @@ class Distribution(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """What answers. Equal arguments must give equal distributions."""
+    """What answers. Equal arguments must give equal distributions, unless a service is to be unquiet."""
 
     def distribution(self, model: str, contents: Contents, system: str | None, prefix: str) -> Distribution:
         """The next token after ``prefix``, the text the model has already written."""
@@ -81,6 +83,8 @@ class SyntheticModel:
     noise : mapping of model name to float
         Standard deviation, in nats, of what is added to that model's logits. A model not named is the base itself, so
         two models without noise have KL 0 everywhere.
+    unrest : mapping of model name to float
+        Standard deviation, in nats, of what is added anew each time that a model is asked about a context.
     exponents : pair of float
         The Zipf exponent of a context is drawn between these: the smaller, the flatter.
     eos_probability : float
@@ -92,6 +96,7 @@ class SyntheticModel:
     vocabulary: int = 1000
     seed: int = 0
     noise: Mapping[str, float] = field(default_factory=dict)
+    unrest: Mapping[str, float] = field(default_factory=dict)
     exponents: tuple[float, float] = (1.2, 4.0)
     eos_probability: float = 0.01
     certain_rate: float = 0.0
@@ -101,16 +106,28 @@ class SyntheticModel:
         self._log_rank = np.log(np.arange(1, self.vocabulary, dtype=np.float64))
         self._pattern = re.compile(_longest_match(self.texts) + "|.", re.DOTALL)
         self.count_tokens = lru_cache(maxsize=4096)(self._count_tokens)
+        self._times: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
 
     def distribution(self, model: str, contents: Contents, system: str | None, prefix: str) -> Distribution:
-        """The exact next-token distribution; deterministic in its arguments and the seed."""
+        """The exact next-token distribution; deterministic in its arguments and the seed, or with unrest in how often
+        it was asked.
+        """
         context = json.dumps([self.seed, system, [list(turn) for turn in contents], prefix])
         logits = self._base_logits(_generator("base", context))
         noise = self.noise.get(model, 0.0)
         if noise:
             logits += noise * _generator(model, context).standard_normal(self.vocabulary)
+        unrest = self.unrest.get(model, 0.0)
+        if unrest:
+            logits += unrest * self._next_generator(model, context).standard_normal(self.vocabulary)
         logits -= _logsumexp(logits)
         return Distribution(self.texts, self.ids, logits, 0)
+
+    def _next_generator(self, model: str, context: str) -> np.random.Generator:
+        with self._lock:
+            self._times[model, context] += 1
+            return _generator("unrest", model, context, str(self._times[model, context]))
 
     def _base_logits(self, rng: np.random.Generator) -> FloatArray:
         low, high = self.exponents

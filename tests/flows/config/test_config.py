@@ -194,6 +194,17 @@ def test_the_bounds_of_an_inner_setting_are_in_its_message() -> None:
         config_of(*BASE, "--set", "positions.fraction=0")
 
 
+@pytest.mark.parametrize("text", ["noise_floor: {fraction: 0.05}", "noise_floor:\n  fraction: 0.05\n  seed: 0"])
+def test_a_noise_floor_is_a_sample_of_positions(text: str, yaml_file) -> None:
+    by_file = config_of(*BASE, "--config", yaml_file(text))
+    assert by_file == config_of(*BASE, "--set", "noise_floor.fraction=0.05")
+    assert (by_file.noise_floor.sample.size(40), config_of(*BASE).noise_floor) == (2, None)
+    with pytest.raises(ConfigError, match=r"noise_floor: set one of fraction \(0\.2\) and per_response"):
+        config_of(*BASE, "--set", "noise_floor.seed=1")
+    with pytest.raises(ConfigError, match=r"noise_floor\.fraction: .*got 0\b"):
+        config_of(*BASE, "--set", "noise_floor.fraction=0")
+
+
 @pytest.mark.parametrize("name", ["input_dir", "output_dir"])
 def test_an_empty_path_is_not_the_current_folder(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: the path is empty"):

@@ -15,6 +15,9 @@ from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.config.templates import RunValues
+from flows.folder.layout import OutputFolder
+from flows.folder.refusals import note_refusals, refused_models
+from flows.stages.dry_run import plan_rows
 from flows.stages.inputs import find_inputs, read_input
 from flows.stages.plan import Plan, make_plan, requests_of
 from kl.records import Candidate, Score
@@ -162,6 +165,100 @@ def test_a_sample_asks_its_positions_only(plan_of: MakePlan) -> None:
     files = {"a.json": ("Hi", [[str(digit) for digit in range(10)]])}
     plan, comparison, _ = plan_of(files, positions={"fraction": 0.3})
     assert (plan.n_positions, plan.n_selected, len(asked(plan, comparison))) == (10, 3, 3)
+
+
+# Who is asked a second time.
+
+NOISE = {"noise_floor": {"fraction": 0.2}}
+TEN = [str(digit) for digit in range(10)]
+
+
+def test_p_is_asked_again_under_keys_of_its_own(plan_of: MakePlan) -> None:
+    files = {f"{name}.json": (f"Prompt {name}", [TEN]) for name in "ab"}
+    plain, comparison, _ = plan_of(files)
+    keys = asked(plain, comparison)
+    again, comparison, _ = plan_of(files, model2="gemini-2.0-flash", **NOISE)
+    assert sides(again) == ["q", "again"] * 2
+    requests = [request for group in again.groups for _, request in requests_of(group, comparison)]
+    assert [(request.model, len(request.keys)) for request in requests] == [("gemini-2.0-flash", 10), ("p", 2)] * 2
+    assert (again.n_contexts, again.n_to_ask, again.n_selected) == (24, 24, 20)
+    assert (dict(again.again.n_drawn), dict(again.again.fresh), again.again.estimate.requests) == (
+        {"p": 4},
+        {"p": 4},
+        4,
+    )
+    # P against itself: its first score and its second are two, and the first is what it is without a second.
+    itself, comparison, _ = plan_of(files, model2="p", **NOISE)
+    assert len(set(asked(itself, comparison))) == 24
+    with_noise, comparison, _ = plan_of(files, **NOISE)
+    assert asked(with_noise, comparison)[:10] == keys[:10]
+    assert set(keys) < set(asked(with_noise, comparison))
+
+
+def test_a_second_answer_is_bought_once(plan_of: MakePlan) -> None:
+    files = {"a.json": ("Hi", [TEN]), "b.json": ("Hi", [TEN])}
+    plan, comparison, store = plan_of(files, **NOISE)
+    keys = asked(plan, comparison)
+    assert len(keys) == len(set(keys)) == 12  # the same text twice is one
+    prompt_id = read_input(plan.files[0]).responses[0].prompt.prompt_id
+    store.append(prompt_id, "p", [Score(key, (Candidate("x", -0.1),)) for key in keys])
+    assert plan_of(files, **NOISE)[0].n_to_ask == 0
+
+
+@pytest.mark.parametrize(
+    ("written_by", "backend", "refused"),
+    [
+        pytest.param(None, {}, (), id="the file names no model"),
+        pytest.param("gemini-2.5-pro", {}, (), id="the backend says that it cannot"),
+        pytest.param("p", {"backend": "local", "model2": "smollm2-135m@int8", "project_id": None}, (), id="not there"),
+        pytest.param("p", {}, ("p",), id="its preflight refused"),
+    ],
+)
+def test_q_is_asked_twice_where_p_cannot_be_asked(
+    written_by: str | None, backend: dict[str, Any], refused: tuple[str, ...], plan_of: MakePlan, tmp_path: Path
+) -> None:
+    plan_of({"a.json": ("Hi", [TEN])})
+    document = json.loads((tmp_path / "in" / "a.json").read_text())
+    document["responses"][0]["model"] = written_by
+    (tmp_path / "in" / "a.json").write_text(json.dumps(document))
+    if refused:
+        note_refusals(OutputFolder(tmp_path / "out"), dict.fromkeys(refused, "gives no log-probabilities"))
+    plan, comparison, store = plan_of({}, **NOISE, **backend)
+    comparison = comparison.without(refused_models(comparison.folder))
+    plan = make_plan(plan.files, comparison, store, {}, 50)
+    (again,) = plan.again.n_drawn
+    assert again == comparison.config.model2
+    assert plan.n_to_ask == len(set(asked(plan, comparison))) == 12
+
+
+def test_second_answers_are_of_measured_positions(plan_of: MakePlan) -> None:
+    settings = {"positions": {"fraction": 0.5}, "noise_floor": {"per_response": 2}}
+    plan, comparison, _ = plan_of({"a.json": ("Hi", [TEN])}, **settings)
+    first, again = [request for group in plan.groups for _, request in requests_of(group, comparison)]
+    assert (len(first.positions), len(again.positions)) == (5, 2)
+    assert set(again.positions) < set(first.positions)
+    (response,) = read_input(plan.files[0]).responses
+    drawn = comparison.drawn_again(response)
+    assert drawn.pi.tolist() == [0.5 * 2 / 5] * 10
+
+
+def test_batch_jobs_ask_again_for_many_responses_together(plan_of: MakePlan) -> None:
+    files = {f"{index}.json": (f"Prompt {index}", [TEN]) for index in range(6)}
+    plan, comparison, _ = plan_of(files, backend="vertex_batch", at_once=4, **NOISE)
+    assert [(group.n_responses, group.n_positions) for group in plan.groups] == [(2, 20)] * 3 + [(6, 12)]
+    assert plan.groups[-1].name == "0.json#0 +5, again"
+    keys = [key for _, request in requests_of(plan.groups[-1], comparison) for key in request.keys]
+    again, _, _ = plan_of(files, in_flight=dict.fromkeys(keys, "job"), backend="vertex_batch", at_once=4, **NOISE)
+    assert [group.n_positions for group in again.groups] == [12, 20, 20, 20]
+    assert (again.n_in_flight, sum(again.again.fresh.values())) == (12, 0)
+
+
+def test_a_dry_run_says_what_the_noise_floor_costs(plan_of: MakePlan) -> None:
+    prices = {"name": "vertex_online", "prices": {"p": {"input": 1.0, "output": 1.0}}}
+    plan, comparison, _ = plan_of({"a.json": ("Hi", [TEN])}, **NOISE, backend=prices)
+    rows = dict(plan_rows(plan, comparison))
+    assert rows["noise floor"].startswith("asks again p at 2 positions: 2 of the requests, 0.0000 USD")
+    assert "noise floor" not in dict(plan_rows(*plan_of({})[:2]))
 
 
 def test_results_in_a_folder_below_the_input_are_not_read_as_responses(plan_of: MakePlan, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from kl.statistics.position_sampling import (
     PositionSample,
     Variation,
     draw,
+    draw_again,
     expected_half_width,
     expected_width_text,
     listed_entropy,
@@ -161,6 +162,33 @@ class TestDraw:
         response = response_of([peaked(0.4 + (17 * t % 40) / 80) for t in range(40)])
         selected, _ = draw(response, PositionSample(per_response=6, seed=3))
         assert np.flatnonzero(selected).tolist() == [6, 8, 17, 26, 28, 37]
+
+    def test_positions_asked_again_are_of_the_measured_ones_with_the_product_of_both_probabilities(self):
+        response, n_seeds = varied(24), 4000
+        taken = np.zeros(24)
+        for seed in range(n_seeds):
+            measured = draw(response, PositionSample(per_response=12, seed=seed))
+            again = draw_again(response, PositionSample(per_response=3, seed=seed), measured)
+            assert again.selected.sum() == 3
+            assert not (again.selected & ~measured.selected).any()
+            assert again.pi.tolist() == [3 / 24] * 24
+            taken += again.selected
+        assert np.abs(taken / n_seeds - 3 / 24).max() < 4.5 * math.sqrt(3 / 24 * 21 / 24 / n_seeds)
+
+    def test_positions_asked_again_of_all_are_another_draw(self):
+        response = varied(40)
+        samples = [PositionSample(fraction=0.1, seed=seed) for seed in range(30)]
+        once = [draw(response, sample).selected.tolist() for sample in samples]
+        again = [draw_again(response, sample) for sample in samples]
+        assert [found.selected.tolist() for found in again] != once
+        assert {(int(found.selected.sum()), found.pi[0]) for found in again} == {(4, 0.1)}
+        everything = draw_again(response, PositionSample(fraction=1.0))
+        assert (everything.selected.all(), everything.pi.tolist()) == (True, [1.0] * 40)
+
+    def test_positions_asked_again_are_the_same_on_every_machine_and_version(self):
+        response = response_of([peaked(0.4 + (17 * t % 40) / 80) for t in range(40)])
+        selected, _ = draw_again(response, PositionSample(per_response=6, seed=3))
+        assert np.flatnonzero(selected).tolist() == [6, 15, 17, 26, 35, 37]
 
     def test_takes_a_text_with_half_a_surrogate_pair(self):
         selected, _ = draw(response_of([peaked(0.5)] * 4, text="\ud83d"), PositionSample(per_response=2))

@@ -1,0 +1,48 @@
+"""What a verdict says of the noise floor; what it decides is tested with `kl.statistics.drift`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+
+from flows.config.alert import AlertConfig
+from flows.watch.reference import Reference
+from flows.watch.verdict import decide, undecided
+from kl.tables.responses import summarise_responses
+from tests.kl.conftest import Answer, build_tokens
+
+ALERT = AlertConfig(kl_per_token=0.0)
+
+
+def responses(kl: float) -> pl.DataFrame:
+    answers = [Answer(f"f{index}", f"p{index}", 0, [kl, kl + 0.001 * index]) for index in range(6)]
+    return summarise_responses(build_tokens(answers).lazy())
+
+
+@pytest.mark.parametrize(
+    ("floor", "below", "text"),
+    [
+        pytest.param(None, None, "the alert is for a rise above 0", id="none"),
+        pytest.param(0.02, True, "; below the noise floor of 0.02, the service's own unrest", id="above the rise"),
+        pytest.param(0.004, False, "; above the noise floor of 0.004", id="below the rise"),
+    ],
+)
+def test_a_rise_stands_beside_the_noise_floor(floor: float | None, below: bool | None, text: str) -> None:
+    reference = Reference("baseline", "earlier", responses(0.1))
+    found = replace(decide(ALERT, responses(0.11), reference), noise_floor=floor)
+    assert found.decision == "drift", "the floor says how to take it, and decides nothing"
+    assert found.message.endswith(text)
+    assert (found.to_json()["noise_floor"], found.to_json()["below_noise_floor"]) == (floor, below)
+
+
+def test_a_fall_is_measured_by_its_size() -> None:
+    found = decide(ALERT, responses(0.1), Reference("baseline", "earlier", responses(0.11)))
+    assert replace(found, noise_floor=0.02).below_noise_floor
+    assert not replace(found, noise_floor=0.004).below_noise_floor
+
+
+def test_without_a_run_to_compare_with_nothing_is_below() -> None:
+    found = replace(undecided(ALERT, "no earlier run"), noise_floor=0.02)
+    assert (found.below_noise_floor, found.message) == (None, "undecided: no earlier run")
