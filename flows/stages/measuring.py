@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
+from flows.folder.answers import FileAnswers
 from flows.folder.layout import Stores
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
 from kl.estimators.diagnostic import AlignmentDiagnostic
 from kl.estimators.divergence import exact_kl
-from kl.input.hidden import PARTIAL, UNKNOWN
-from kl.input.responses import ResponseFile
 from kl.output.files import write_part
-from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
+from kl.records import Candidate, Response, Sampling, Score
 from kl.statistics.noise_floor import AskedTwice
 from kl.statistics.position_sampling import Drawn
+from kl.tables.context_counts import CountEvidence, Results
 from kl.tables.repeats import first_answers, where_both
 from kl.tables.responses import ResponseInfo
 from kl.tables.tokens import measure_response, response_diagnostic, response_spread
@@ -41,29 +41,24 @@ _FULL_CHUNK = 64
 # How far a value that P gives now may be from the one on record before another model must have written it.
 _SAME_MODEL_NATS = 0.01
 
-_GAPS = {
-    PARTIAL: "the text before this position ends inside a character, which no request by text can say; a backend that "
-    "feeds token ids can measure it.",
-    UNKNOWN: "a token before this position does not say its text, so that no request by text can say what Q should "
-    "continue; sample with token ids or bytes, and use a backend that feeds ids.",
-}
-
-Answers = dict[str, Score | ScoreFailure]
-Results = list[Score | ScoreFailure | None]
-
 
 class Priors(NamedTuple):
-    """What variance of log p/q to expect of a position, None where none shows one: of Q, and of one model twice."""
+    """What variance of log p/q to expect of a position, None where none shows one: of Q, and of one model twice.
+
+    ``counts`` say whether Q's counts of the prompt's tokens can be used.
+    """
 
     q: SpreadPrior | None = None
     twice: SpreadPrior | None = None
+    counts: CountEvidence = CountEvidence()
 
 
 @dataclass(slots=True)
 class Measured:
     """The parts of the token table, and what the input says beside it.
 
-    ``twice`` is what one model said twice.
+    ``twice`` is what one model said twice; ``n_odd_counts`` is at how many positions the count of the prompt's tokens
+    says nothing.
     """
 
     files: list[InputFile]
@@ -78,6 +73,7 @@ class Measured:
     other_writers: list[str] = field(default_factory=list[str])
     repaired: dict[str, int] = field(default_factory=dict[str, int])
     twice: AskedTwice = field(default_factory=AskedTwice)
+    n_odd_counts: int = 0
 
     def add(self, other: Measured) -> None:
         """Take in what the next files gave."""
@@ -91,6 +87,7 @@ class Measured:
         for kind, count in other.repaired.items():
             self.repaired[kind] = self.repaired.get(kind, 0) + count
         self.twice.add(other.twice)
+        self.n_odd_counts += other.n_odd_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +102,7 @@ class Survey:
     twice: SpreadEvidence
     counts: AlignmentDiagnostic
     masses: NDArray[np.float64]
+    prompt_counts: CountEvidence
 
     @classmethod
     def of(
@@ -112,6 +110,7 @@ class Survey:
         spread: Sequence[SpreadEvidence],
         twice: Sequence[SpreadEvidence],
         diagnostics: Sequence[AlignmentDiagnostic],
+        prompt_counts: Sequence[CountEvidence],
     ) -> Survey:
         """From those of the responses, in their order."""
         masses = [(item.shared_mass_p, item.ambiguous_mass_p, item.ambiguous_mass_q) for item in diagnostics]
@@ -119,7 +118,8 @@ class Survey:
             AlignmentDiagnostic.total(diagnostics), shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0
         )
         table = np.array(masses, dtype=np.float64).reshape(-1, 3)
-        return cls(SpreadEvidence.total(spread), SpreadEvidence.total(twice), counts, table)
+        of_all = CountEvidence.total(prompt_counts)
+        return cls(SpreadEvidence.total(spread), SpreadEvidence.total(twice), counts, table, of_all)
 
     @classmethod
     def total(cls, parts: Sequence[Survey]) -> Survey:
@@ -129,11 +129,12 @@ class Survey:
             SpreadEvidence.total([part.twice for part in parts]),
             AlignmentDiagnostic.total([part.counts for part in parts]),
             np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
+            CountEvidence.total(part.prompt_counts for part in parts),
         )
 
     def priors(self) -> Priors:
         """What the data set lets expect of a position."""
-        return Priors(pooled_prior(self.spread), pooled_prior(self.twice))
+        return Priors(pooled_prior(self.spread), pooled_prior(self.twice), self.prompt_counts)
 
     def diagnostic(self) -> AlignmentDiagnostic:
         """The counts with the masses, added one after the other."""
@@ -149,13 +150,15 @@ def survey_files(
     spread: list[SpreadEvidence] = []
     twice: list[SpreadEvidence] = []
     diagnostics: list[AlignmentDiagnostic] = []
+    prompt_counts: list[CountEvidence] = []
     sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
     for file in read_ahead(files):
         parsed = read_input(file)
-        found = _found(parsed, comparison, stores, sides)
+        found = FileAnswers(parsed, comparison, stores, sides)
+        prompt_counts.append(found.counts)
         of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
-            results = _results(response, comparison, found)
+            results = found.results(response)
             spread.append(response_spread(response, results))
             of_file.append(response_diagnostic(response, results))
             pair = _asked_twice(response, comparison, found)
@@ -163,7 +166,7 @@ def survey_files(
                 twice.append(response_spread(pair.first, pair.second))
         diagnostics += _with_joint_keys(of_file)
         on_file()
-    return Survey.of(spread, twice, diagnostics)
+    return Survey.of(spread, twice, diagnostics, prompt_counts)
 
 
 def _with_joint_keys(diagnostics: list[AlignmentDiagnostic]) -> list[AlignmentDiagnostic]:
@@ -201,7 +204,7 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
     for problem in parsed.problems:
         if problem.repaired:
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    found = _found(parsed, comparison, stores, comparison.sides())
+    found = FileAnswers(parsed, comparison, stores, comparison.sides(), measured.priors.counts)
     frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
     measured.twice.take(
         [
@@ -210,6 +213,7 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
             if (table := _measure_again(response, comparison, found, measured)) is not None
         ]
     )
+    measured.n_odd_counts += found.n_odd
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
                      parsed.model, None, item.kind, item.message)
@@ -224,9 +228,9 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
 
 
 def _measure_response(
-    response: Response, comparison: Comparison, found: Answers, scores: ScoreStore, measured: Measured
+    response: Response, comparison: Comparison, found: FileAnswers, scores: ScoreStore, measured: Measured
 ) -> pl.DataFrame:
-    results = _results(response, comparison, found)
+    results = found.results(response)
     answers = [result for result in results if isinstance(result, Score)]
     measured.samplings.add(response.sampling)
     measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
@@ -259,19 +263,19 @@ class _AskedTwice(NamedTuple):
     drawn: Drawn
 
 
-def _asked_twice(response: Response, comparison: Comparison, found: Answers) -> _AskedTwice | None:
+def _asked_twice(response: Response, comparison: Comparison, found: FileAnswers) -> _AskedTwice | None:
     drawn = comparison.drawn_again(response)
     if drawn is None:
         return None
-    again = _results(response, comparison, found, "again")
+    again = found.results(response, "again")
     if comparison.asked_again(response) == "p":
         return _AskedTwice(response, again, drawn)
-    once = _results(response, comparison, found)
+    once = found.results(response)
     return _AskedTwice(first_answers(response, once), where_both(once, again), drawn)
 
 
 def _measure_again(
-    response: Response, comparison: Comparison, found: Answers, measured: Measured
+    response: Response, comparison: Comparison, found: FileAnswers, measured: Measured
 ) -> pl.DataFrame | None:
     """The tokens of a response between the two answers of one model; None if nothing is asked again."""
     pair = _asked_twice(response, comparison, found)
@@ -288,30 +292,6 @@ def _measure_again(
     )
 
 
-def _found(parsed: ResponseFile, comparison: Comparison, stores: Stores, sides: Sequence[Side]) -> Answers:
-    """The models' answers to all contexts of a file, read once: scores, else this run's failures."""
-    if parsed.prompt is None:
-        return {}
-    requests = [comparison.request(response, side) for response in parsed.responses for side in sides]
-    keys = {key for request in requests if request is not None for key in request.keys}
-    prompt_id = parsed.prompt.prompt_id
-    return stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
-
-
-def _results(response: Response, comparison: Comparison, found: Answers, side: Side = "q") -> Results:
-    """Q's answer at every position, or that of the model asked again; None where there is none."""
-    request = comparison.request(response, side)
-    assert request is not None, "Q always has a name"
-    results: Results = [None] * len(response.positions)
-    for position, key in zip(request.positions, request.keys, strict=True):
-        results[position] = found.get(key)
-    asked = set(request.positions)
-    for position, reason in response.gaps:
-        if position not in asked:
-            results[position] = ScoreFailure("", reason, _GAPS[reason])
-    return results
-
-
 class _Exact(NamedTuple):
     """Exact KL per position, shape (T,), NaN where it is not known; how many tokens P has, if they were all seen."""
 
@@ -320,7 +300,7 @@ class _Exact(NamedTuple):
 
 
 def _exact_kl(
-    response: Response, comparison: Comparison, found: Answers, scores: ScoreStore, measured: Measured
+    response: Response, comparison: Comparison, found: FileAnswers, scores: ScoreStore, measured: Measured
 ) -> _Exact:
     """What full vocabularies say: nothing where one is missing or P is not the model on record."""
     values = np.full(len(response.positions), np.nan)
@@ -348,7 +328,7 @@ def _exact_kl(
     return _Exact(values, vocabulary)
 
 
-def _wrote_it(response: Response, request: ScoreRequest, found: Answers) -> bool:
+def _wrote_it(response: Response, request: ScoreRequest, found: FileAnswers) -> bool:
     """Whether the model that the file names gives the log-probabilities on record."""
     for position, key in zip(request.positions, request.keys, strict=True):
         score = found.get(key)

@@ -137,6 +137,7 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
     if measured.other_writers:
         first = measured.other_writers[0]
         warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
+    warnings += _count_warnings(measured)
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]
     proven = record.get("preflight_version")
@@ -161,6 +162,23 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
         warnings=warnings,
         paths=[*map(str, paths), f"{place.path}/*_kl.json ({len(measured.files)} files)"],
     )
+
+
+def _count_warnings(measured: Measured) -> Iterator[str]:
+    """What Q's counts of the prompt's tokens do not show."""
+    counts = measured.priors.counts
+    if counts.n_steps and not counts.usable:
+        yield (
+            f"model 2's counts of the prompt's tokens rise by one a position at {counts.n_right:,} of "
+            f"{counts.n_steps:,} steps: they do not count P's tokens (or none, or those of another tokenizer), so that "
+            "they do not show whether prefixes were trimmed or tokenised otherwise"
+        )
+    if measured.n_odd_counts:
+        yield (
+            f"model 2's counts of the prompt's tokens jump at {measured.n_odd_counts:,} positions by more than "
+            "tokenising can make (tokens of a cache left out, perhaps): there they do not show whether the prefix was "
+            "trimmed or tokenised otherwise"
+        )
 
 
 def _skipped(info: ResponseInfo) -> str:

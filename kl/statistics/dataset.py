@@ -33,6 +33,7 @@ from kl.statistics.summary import (
     SampledToken,
     Summary,
 )
+from kl.tables.context_counts import RETOKENISED
 from kl.tables.responses import ResponseInfo, info_frame, response_rows
 from kl.tables.totals import response_totals
 
@@ -242,6 +243,12 @@ def _missing_warnings(counts: Counts) -> Iterator[str]:
     if counts.responses_not_scored:
         reasons = _listed(counts.responses_not_scored_by_reason)
         yield f"{counts.responses_not_scored:,} of {counts.responses:,} responses could not be scored ({reasons})."
+    if retokenised := counts.missing_by_reason.get(RETOKENISED):
+        yield (
+            f"{retokenised:,} of {counts.selected:,} positions were asked about another context than P's: model 2's "
+            "service trimmed the prefix or tokenised it otherwise, by its counts of tokens (retokenised). They are not "
+            "measured. A backend that feeds token ids measures them; if they are most, model 2 has another tokenizer."
+        )
     if counts.missing:
         yield (
             f"{counts.missing:,} of {counts.selected:,} positions asked were not measured "

@@ -16,7 +16,7 @@ from kl.records import Response, Score, ScoreFailure
 
 Results = list[Score | ScoreFailure | None]
 
-REASON = "retokenised"
+RETOKENISED = "retokenised"
 _EARLY = 5  # positions of a response that say what its prompt counts
 _SLACK = 8  # tokens by which one step may differ: runs of white space and words that are cut otherwise are shorter
 
@@ -109,7 +109,7 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
         wrong, odd = _judged(response, sequence, base)
         n_odd += odd
         checked.append(
-            [ScoreFailure(_key(item), REASON, wrong[t]) if t in wrong else item for t, item in enumerate(found)]
+            [ScoreFailure(_key(item), RETOKENISED, wrong[t]) if t in wrong else item for t, item in enumerate(found)]
         )
     return Checked(checked, n_odd)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
-from kl.tables.context_counts import REASON, CountEvidence, Results, without_retokenised
+from kl.tables.context_counts import RETOKENISED, CountEvidence, Results, without_retokenised
 
 PROMPT = Prompt((Turn("user", "Why?"),))
 BASE = 11
@@ -52,7 +52,7 @@ def replaced(responses: Sequence[Response], results: Sequence[Results]) -> list[
     found: list[list[int]] = []
     for before, after in zip(results, without_retokenised(responses, results).results, strict=True):
         found.append([t for t, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new])
-        assert all(isinstance(after[t], ScoreFailure) and after[t].reason == REASON for t in found[-1])
+        assert all(isinstance(after[t], ScoreFailure) and after[t].reason == RETOKENISED for t in found[-1])
         assert all(after[t].key == before[t].key for t in found[-1])
     return found
 

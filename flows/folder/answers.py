@@ -1,0 +1,101 @@
+"""What an output folder holds of the models' answers to one input file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flows.config.comparison import Comparison, Side
+from flows.folder.layout import Stores
+from kl.input.hidden import PARTIAL, UNKNOWN
+from kl.input.responses import ResponseFile
+from kl.records import Response, Score, ScoreFailure
+from kl.tables.context_counts import CountEvidence, Results, without_retokenised
+
+_GAPS = {
+    PARTIAL: "the text before this position ends inside a character, which no request by text can say; a backend that "
+    "feeds token ids can measure it.",
+    UNKNOWN: "a token before this position does not say its text, so that no request by text can say what Q should "
+    "continue; sample with token ids or bytes, and use a backend that feeds ids.",
+}
+
+
+class FileAnswers:
+    """The answers to all contexts of a file, read once: scores, else this run's failures.
+
+    Scores of contexts that the model saw otherwise than P wrote them are failures here (`without_retokenised`).
+
+    Parameters
+    ----------
+    parsed : ResponseFile
+    comparison : Comparison
+    stores : Stores
+    sides : sequence of Side
+        Whose answers are read.
+    counts : CountEvidence, optional
+        Of the data set; default that of this file alone.
+
+    Attributes
+    ----------
+    counts : CountEvidence
+        Of Q's answers to this file.
+    n_odd : int
+        How many of the results that were asked for have a count that says nothing.
+    """
+
+    def __init__(
+        self,
+        parsed: ResponseFile,
+        comparison: Comparison,
+        stores: Stores,
+        sides: Sequence[Side],
+        counts: CountEvidence | None = None,
+    ) -> None:
+        self._parsed, self._comparison = parsed, comparison
+        self._answers: dict[str, Score | ScoreFailure] = {}
+        if parsed.prompt is not None:
+            requests = [comparison.request(response, side) for response in parsed.responses for side in sides]
+            keys = {key for request in requests if request is not None for key in request.keys}
+            prompt_id = parsed.prompt.prompt_id
+            self._answers = stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
+        self._results: dict[Side, dict[int, Results]] = {}
+        self.counts = CountEvidence.of(parsed.responses, [self._of(item, "q")[1] for item in parsed.responses])
+        self.n_odd = 0
+        self._use_counts = (self.counts if counts is None else counts).usable
+
+    def get(self, key: str) -> Score | ScoreFailure | None:
+        """The answer to a context as it came."""
+        return self._answers.get(key)
+
+    def results(self, response: Response, side: Side = "q") -> Results:
+        """The answer at every position of a response; None where there is none."""
+        if side not in self._results:
+            self._results[side] = self._checked(side)
+        return self._results[side][response.response_idx]
+
+    def _checked(self, side: Side) -> dict[int, Results]:
+        by_model: dict[str, dict[int, Results]] = {}
+        for response in self._parsed.responses:
+            model, results = self._of(response, side)
+            by_model.setdefault(model, {})[response.response_idx] = results
+        if not self._use_counts:
+            return {index: results for found in by_model.values() for index, results in found.items()}
+        checked: dict[int, Results] = {}
+        for found in by_model.values():
+            responses = [response for response in self._parsed.responses if response.response_idx in found]
+            results, n_odd = without_retokenised(responses, list(found.values()))
+            checked |= dict(zip(found, results, strict=True))
+            self.n_odd += n_odd
+        return checked
+
+    def _of(self, response: Response, side: Side) -> tuple[str, Results]:
+        """The model that was asked, and what it said."""
+        request = self._comparison.request(response, side)
+        assert request is not None, "Q always has a name"
+        results: Results = [None] * len(response.positions)
+        for position, key in zip(request.positions, request.keys, strict=True):
+            results[position] = self._answers.get(key)
+        asked = set(request.positions)
+        for position, reason in response.gaps:
+            if position not in asked:
+                results[position] = ScoreFailure("", reason, _GAPS[reason])
+        return request.model, results
