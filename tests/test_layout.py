@@ -19,7 +19,8 @@ ROOMS = ("kl", "backends", "flows")
 FLOORS = """
 kl                      pieces records
 kl.input                problems hidden / logprobs prompts texts writer / responses
-kl.estimators           token_keys / list_checks / align / bounds censored diagnostic entropy / divergence / comparison
+kl.estimators           token_bytes / token_keys / list_checks / align
+kl.estimators           bounds censored diagnostic entropy / divergence / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor / summary / dataset

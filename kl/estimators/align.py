@@ -1,13 +1,14 @@
 """Which listed token of P is which listed token of Q.
 
-Two ragged candidate lists per position become padded arrays. A key that several tokens share cannot be matched: its
-mass is kept apart as *open* mass, of which only "at least this much, on tokens that the other side may or may not
-list" is known.
+Two ragged candidate lists per position become padded arrays. An entry without a key, or with one that several tokens
+share, is *open*: its probability is known, and that it is no token that its own side names otherwise. It may be one
+that the other side names, one that the other side holds open too, or one that the other side does not list.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,19 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.estimators.list_checks import check_lengths, check_lists
+from kl.estimators.token_bytes import Candidates, byte_functions
 from kl.estimators.token_keys import (
-    AlignKey,
-    Candidates,
     Key,
     KeyChoice,
     KeyFunction,
     choose_key,
+    contradicted_ids,
     end_roles,
+    id_key,
     is_known,
-    key_functions,
     logprob_of,
     role_key,
 )
+from kl.pieces import is_whole
 from kl.records import Candidate
 
 FloatArray = NDArray[np.float64]
@@ -47,22 +49,25 @@ class Aligned:
         Listed log-probabilities of the tokens that have a key of their own, by falling value; ``-inf`` is padding.
     index_q : int64, shape (T, K_p)
         Where P's token stands in Q's row, -1 where Q does not list it. ``index_p``, shape (T, K_q), is the inverse.
+    log_open_p, log_open_q : float64, shapes (T, M_p) and (T, M_q)
+        Listed log-probabilities of the open entries, each as often as it is listed; ``-inf`` is padding.
     log_cap_p, log_cap_q : float64, shape (T,)
-        The smallest listed log-probability: no token that the side does not list has more.
+        The smallest listed log-probability: no token that the side does not list has more. It may have as much, as
+        equal values are ordinary, and which of two is listed says nothing.
     coverage_p, coverage_q : float64, shape (T,)
-        All listed mass, open mass included; may exceed 1 by the rounding of the source.
+        All listed mass, open mass included, as the source gives it; may exceed 1 by its rounding.
     open_p, open_q : float64, shape (T,)
-        Listed mass on keys that more than one token has.
+        Mass of the open entries; one that is listed twice without an id counts once.
     n_listed_p, n_listed_q : int64, shape (T,)
-        Listed tokens after merging.
+        Listed tokens, an entry that is there twice counted once.
     top_open : bool, shape (T,)
-        Whether the most probable token of a side is among the open mass.
+        Whether an open entry of a side is as probable as its most probable token with a key.
     n_duplicate_keys : int64, shape (T,)
         Entries of both lists that repeat a key of their list.
     logp_sampled, logq_sampled : float64, shape (T,)
         Of the sampled token; NaN where not reported.
     sampled_clear : bool, shape (T,)
-        Whether the sampled token has a key of its own, so that its absence from Q's list means something.
+        Whether the sampled token has a key of its own: where Q does not list it, Q gives it at most ``log_limit_q``.
     choice : KeyChoice
         What the tokens were matched by.
     keys_p, keys_q : frozenset
@@ -73,6 +78,8 @@ class Aligned:
     logq: FloatArray
     index_q: IntArray
     index_p: IntArray
+    log_open_p: FloatArray
+    log_open_q: FloatArray
     log_cap_p: FloatArray
     log_cap_q: FloatArray
     coverage_p: FloatArray
@@ -91,6 +98,26 @@ class Aligned:
     keys_q: frozenset[Key]
 
     @property
+    def log_limit_p(self) -> FloatArray:
+        """No token that P does not name has more: P's cap, or its largest open entry. Shape (T,)."""
+        return np.maximum(self.log_cap_p, self.log_open_p.max(axis=1))
+
+    @property
+    def log_limit_q(self) -> FloatArray:
+        """No token that Q does not name has more: Q's cap, or its largest open entry. Shape (T,)."""
+        return np.maximum(self.log_cap_q, self.log_open_q.max(axis=1))
+
+    @property
+    def log_top_p(self) -> FloatArray:
+        """The largest listed value of P, with a key or open. Shape (T,)."""
+        return np.maximum(self.logp.max(axis=1), self.log_open_p.max(axis=1))
+
+    @property
+    def log_top_q(self) -> FloatArray:
+        """The largest listed value of Q, with a key or open. Shape (T,)."""
+        return np.maximum(self.logq.max(axis=1), self.log_open_q.max(axis=1))
+
+    @property
     def overlap(self) -> IntArray:
         """Tokens that both sides list, shape (T,)."""
         return np.count_nonzero(self.index_q >= 0, axis=1)
@@ -107,22 +134,29 @@ class _KeyedList(NamedTuple):
 
     keys: list[Key | None]
     logs: list[float]
-    candidates: tuple[Candidate, ...]
+    candidates: Candidates
+
+
+class _Split(NamedTuple):
+    """One list of one position: tokens with a key of their own, the values and the mass of the others."""
+
+    keys: list[Key]
+    logs: list[float]
+    open_logs: list[float]
+    open_mass: float
+    n_listed: int
+    n_repeats: int
+
+    @property
+    def top_open(self) -> bool:
+        return bool(self.open_logs) and max(self.open_logs) >= max(self.logs, default=-math.inf)
 
 
 class _Row(NamedTuple):
-    """One matched position."""
+    """One matched position; ``sampled`` is its value under P and Q, and whether it has a key of its own."""
 
-    keys_p: list[Key]
-    keys_q: list[Key]
-    logp: list[float]
-    logq: list[float]
-    open_p: float
-    open_q: float
-    n_open_p: int
-    n_open_q: int
-    top_open: bool
-    n_duplicates: int
+    p: _Split
+    q: _Split
     sampled: tuple[float, float, bool]
 
 
@@ -153,140 +187,158 @@ def align(
     check_lengths(lists_p, lists_q, sampled_p, sampled_q)
     check_lists(lists_p, "P")
     check_lists(lists_q, "Q")
-    choice = choose_key(lists_p, lists_q)
-    key_p, key_q = key_functions(choice.key, lists_p, lists_q)
+    bytes_p, bytes_q = byte_functions(lists_p, lists_q)
+    choice = choose_key(lists_p, lists_q, bytes_p, bytes_q)
+    key_p, key_q = (id_key, id_key) if choice.key == "id" else (bytes_p, bytes_q)
+    sides_p, sides_q = [_keyed(cands, key_p) for cands in lists_p], [_keyed(cands, key_q) for cands in lists_q]
+    ambiguous = frozenset[Key | None]().union(*map(_of_several, sides_p), *map(_of_several, sides_q))
     nobody = [None] * len(lists_p)
-    rows = [
-        _match(cands_p, cands_q, key_p, key_q, choice.key, sample_p, sample_q)
-        for cands_p, cands_q, sample_p, sample_q in zip(
-            lists_p, lists_q, sampled_p or nobody, sampled_q or nobody, strict=True
-        )
-    ]
+    rows: list[_Row] = []
+    for side_p, side_q, sample_p, sample_q in zip(
+        sides_p, sides_q, sampled_p or nobody, sampled_q or nobody, strict=True
+    ):
+        unclear = ambiguous
+        if choice.key == "id":
+            unclear |= contradicted_ids(side_p.candidates, side_q.candidates, bytes_p, bytes_q)
+        samples = _Sample(sample_p, key_p), _Sample(sample_q, key_q)
+        rows.append(_match(side_p, side_q, *samples, unclear, by_role=choice.key == "text"))
     caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
     caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
     return _stack(rows, caps_p, caps_q, choice)
 
 
+def _keyed(candidates: Candidates, key_of: KeyFunction) -> _KeyedList:
+    return _KeyedList([key_of(c) for c in candidates], [logprob_of(c) for c in candidates], candidates)
+
+
+class _Sample(NamedTuple):
+    """The sampled token as a side reports it, and how the side's keys are found."""
+
+    candidate: Candidate | None
+    key_of: KeyFunction
+
+
 def _match(
-    cands_p: Candidates,
-    cands_q: Candidates,
-    key_p: KeyFunction,
-    key_q: KeyFunction,
-    kind: AlignKey,
-    sample_p: Candidate | None,
-    sample_q: Candidate | None,
+    side_p: _KeyedList,
+    side_q: _KeyedList,
+    sample_p: _Sample,
+    sample_q: _Sample,
+    unclear: frozenset[Key | None],
+    *,
+    by_role: bool,
 ) -> _Row:
-    side_p = _KeyedList([key_p(c) for c in cands_p], [logprob_of(c) for c in cands_p], tuple(cands_p))
-    side_q = _KeyedList([key_q(c) for c in cands_q], [logprob_of(c) for c in cands_q], tuple(cands_q))
-    ends = end_roles(side_p.keys, side_q.keys) if kind == "text" else frozenset[Key]()
+    """One position. Entries with an ``unclear`` key are open; end tokens may be matched ``by_role``."""
+    ends = end_roles(side_p.keys, side_q.keys) if by_role else frozenset[Key]()
     if ends:
         side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
-    several = _several(side_p) | _several(side_q)
-    keys_p, logp, open_p, n_open_p, repeats_p = _split(side_p, several)
-    keys_q, logq, open_q, n_open_q, repeats_q = _split(side_q, several)
-    top_open = side_p.keys[0] in several or side_q.keys[0] in several
-    wanted = None if sample_p is None else role_key(_sampled_key(sample_p, side_p, key_p), ends)
-    own = None if sample_q is None else role_key(key_q(sample_q), ends)
-    sample_q = sample_q if own is not None and own == wanted else None
-    sampled = _sampled(sample_p, sample_q, wanted, several, keys_p, logp, keys_q, logq)
-    n_duplicates = repeats_p + repeats_q
-    return _Row(keys_p, keys_q, logp, logq, open_p, open_q, n_open_p, n_open_q, top_open, n_duplicates, sampled)
+    several = unclear | _several(side_p) | _several(side_q)
+    split_p, split_q = _split(side_p, several), _split(side_q, several)
+    wanted = role_key(_sampled_key(sample_p, side_p), ends)
+    clear = wanted is not None and wanted not in several
+    own = None if sample_q.candidate is None else role_key(sample_q.key_of(sample_q.candidate), ends)
+    logp = _lookup(sample_p.candidate, wanted, clear, split_p)
+    logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
+    return _Row(split_p, split_q, (logp, logq, clear))
+
+
+def _of_several(side: _KeyedList) -> set[Key | None]:
+    """Keys that a list gives to entries which are different tokens for certain: whatever has them, has no key."""
+    if len(set(side.keys)) == len(side.keys):
+        return set()
+    values: dict[Key | None, set[tuple[int | None, float]]] = {}
+    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
+        values.setdefault(key, set()).add((candidate.token_id, logprob))
+    return {key for key, seen in values.items() if len(seen) > 1 and key is not None}
 
 
 def _several(side: _KeyedList) -> set[Key | None]:
-    """Keys of one list that stand for more than one token; ``None`` is the key of all unidentified ones."""
+    """Keys of one list that may stand for more than one token; ``None`` is the key of all unidentified ones."""
     if len(set(side.keys)) == len(side.keys):
         return {None} if None in side.keys else set()
-    tokens: dict[Key | None, set[tuple[int | None, float]]] = {}
-    counts: dict[Key | None, int] = {}
-    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
-        tokens.setdefault(key, set()).add((candidate.token_id, logprob))
-        counts[key] = counts.get(key, 0) + 1
     # One id listed twice with one value is one token that the source repeats; anything else may be two tokens.
-    repeats = {key for key, seen in tokens.items() if len(seen) == 1 and None not in {number for number, _ in seen}}
-    return {key for key, count in counts.items() if (count > 1 and key not in repeats) or key is None}
+    entries = {
+        (key, candidate.token_id, logprob if candidate.token_id is not None else place)
+        for place, (key, logprob, candidate) in enumerate(zip(side.keys, side.logs, side.candidates, strict=True))
+    }
+    counts = Counter(key for key, _, _ in entries)
+    return {key for key, count in counts.items() if count > 1 or key is None}
 
 
-def _split(side: _KeyedList, several: set[Key | None]) -> tuple[list[Key], list[float], float, int, int]:
-    """Keys and log-probabilities of clear tokens; mass and number of the other keys; number of repeated entries."""
+def _split(side: _KeyedList, several: frozenset[Key | None]) -> _Split:
     if not several and len(set(side.keys)) == len(side.keys):
-        return [key for key in side.keys if key is not None], side.logs, 0.0, 0, 0
+        return _Split([key for key in side.keys if key is not None], side.logs, [], 0.0, len(side.keys), 0)
     clear: dict[Key, float] = {}
     other: dict[tuple[Key | None, str, int | None, float], float] = {}
+    open_logs: list[float] = []
     for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
         if key is None or key in several:
-            # An entry repeated to the last bit is counted once: "at least" stays true whether it is one token or two.
+            # Listed twice to the last bit may be one token or two that tie: the mass counts once, the values twice.
             other[key, candidate.token, candidate.token_id, logprob] = math.exp(logprob)
+            open_logs.append(logprob)
         else:
             clear.setdefault(key, logprob)
     keyed = [key for key in side.keys if key is not None]
-    n_open = len({entry[0] for entry in other})
-    return list(clear), list(clear.values()), math.fsum(other.values()), n_open, len(keyed) - len(set(keyed))
+    n_listed = len(clear) + len(other)
+    return _Split(
+        list(clear),
+        list(clear.values()),
+        open_logs,
+        math.fsum(other.values()),
+        n_listed,
+        len(keyed) - len(set(keyed)),
+    )
 
 
-def _sampled_key(sample: Candidate, side: _KeyedList, key_of: KeyFunction) -> Key | None:
+def _sampled_key(sample: _Sample, side: _KeyedList) -> Key | None:
     """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
-    key = key_of(sample)
-    if key is not None:
+    if sample.candidate is None:
+        return None
+    key, token = sample.key_of(sample.candidate), sample.candidate.token
+    if key is not None or not is_whole(token):
         return key
-    same = [key for key, candidate in zip(side.keys, side.candidates, strict=True) if candidate.token == sample.token]
+    same = [key for key, candidate in zip(side.keys, side.candidates, strict=True) if candidate.token == token]
     return same[0] if len(same) == 1 else None
 
 
-def _sampled(
-    sample_p: Candidate | None,
-    sample_q: Candidate | None,
-    wanted: Key | None,
-    several: set[Key | None],
-    keys_p: list[Key],
-    logp: list[float],
-    keys_q: list[Key],
-    logq: list[float],
-) -> tuple[float, float, bool]:
-    """Log-probability of the sampled token under P and Q (NaN where unknown), and whether its key is its own."""
-    clear = wanted is not None and wanted not in several
-    own_p = None if sample_p is None else sample_p.logprob
-    own_q = None if sample_q is None else sample_q.logprob
-    return _lookup(own_p, wanted, clear, keys_p, logp), _lookup(own_q, wanted, clear, keys_q, logq), clear
-
-
-def _lookup(own: float | None, wanted: Key | None, clear: bool, keys: list[Key], logs: list[float]) -> float:
-    if clear and wanted in keys:
-        return logs[keys.index(wanted)]
+def _lookup(sample: Candidate | None, wanted: Key | None, clear: bool, side: _Split) -> float:
+    """The log-probability of the sampled token on one side; NaN where unknown."""
+    if clear and wanted in side.keys:
+        return side.logs[side.keys.index(wanted)]
+    own = None if sample is None else sample.logprob
     return own if is_known(own) else math.nan
 
 
 def _stack(rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, choice: KeyChoice) -> Aligned:
-    n_p = np.array([len(row.logp) for row in rows], dtype=np.int64)
-    n_q = np.array([len(row.logq) for row in rows], dtype=np.int64)
-    logp, logq = _pad([row.logp for row in rows], n_p, -np.inf), _pad([row.logq for row in rows], n_q, -np.inf)
-    index_q = _pad([_indices(row.keys_p, row.keys_q) for row in rows], n_p, -1.0).astype(np.int64)
+    logp, logq = _pad([row.p.logs for row in rows], -np.inf), _pad([row.q.logs for row in rows], -np.inf)
+    index_q = _pad([_indices(row.p.keys, row.q.keys) for row in rows], -1.0).astype(np.int64)
     index_p = np.full(logq.shape, -1, dtype=np.int64)
     at, column = np.nonzero(index_q >= 0)
     index_p[at, index_q[at, column]] = column
-    open_p = np.array([row.open_p for row in rows], dtype=np.float64)
-    open_q = np.array([row.open_q for row in rows], dtype=np.float64)
+    open_p = np.array([row.p.open_mass for row in rows], dtype=np.float64)
+    open_q = np.array([row.q.open_mass for row in rows], dtype=np.float64)
     return Aligned(
         logp=logp,
         logq=logq,
         index_q=index_q,
         index_p=index_p,
+        log_open_p=_pad([row.p.open_logs for row in rows], -np.inf),
+        log_open_q=_pad([row.q.open_logs for row in rows], -np.inf),
         log_cap_p=caps_p,
         log_cap_q=caps_q,
         coverage_p=np.exp(logp).sum(axis=1) + open_p,
         coverage_q=np.exp(logq).sum(axis=1) + open_q,
         open_p=open_p,
         open_q=open_q,
-        n_listed_p=n_p + np.array([row.n_open_p for row in rows], dtype=np.int64),
-        n_listed_q=n_q + np.array([row.n_open_q for row in rows], dtype=np.int64),
-        top_open=np.array([row.top_open for row in rows], dtype=np.bool_),
-        n_duplicate_keys=np.array([row.n_duplicates for row in rows], dtype=np.int64),
+        n_listed_p=np.array([row.p.n_listed for row in rows], dtype=np.int64),
+        n_listed_q=np.array([row.q.n_listed for row in rows], dtype=np.int64),
+        top_open=np.array([row.p.top_open or row.q.top_open for row in rows], dtype=np.bool_),
+        n_duplicate_keys=np.array([row.p.n_repeats + row.q.n_repeats for row in rows], dtype=np.int64),
         logp_sampled=np.array([row.sampled[0] for row in rows], dtype=np.float64),
         logq_sampled=np.array([row.sampled[1] for row in rows], dtype=np.float64),
         sampled_clear=np.array([row.sampled[2] for row in rows], dtype=np.bool_),
         choice=choice,
-        keys_p=frozenset(chain.from_iterable(row.keys_p for row in rows)),
-        keys_q=frozenset(chain.from_iterable(row.keys_q for row in rows)),
+        keys_p=frozenset(chain.from_iterable(row.p.keys for row in rows)),
+        keys_q=frozenset(chain.from_iterable(row.q.keys for row in rows)),
     )
 
 
@@ -295,7 +347,8 @@ def _indices(keys_p: list[Key], keys_q: list[Key]) -> list[int]:
     return [place.get(key, -1) for key in keys_p]
 
 
-def _pad(rows: Sequence[Sequence[float]], lengths: IntArray, fill: float) -> FloatArray:
+def _pad(rows: Sequence[Sequence[float]], fill: float) -> FloatArray:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
     width = int(lengths.max(initial=1))  # a column even where no token has a key, so that rows can be indexed
     padded = np.full((len(rows), width), fill, dtype=np.float64)
     padded[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), dtype=np.float64)

@@ -3,10 +3,13 @@
 At one position let A and B be the listed tokens of P and Q. Known are p on A and q on B, the rest masses
 ``r_p = 1 - sum_A p`` and ``r_q``, and the caps ``c_p`` and ``c_q``: no unlisted token has more than the smallest listed
 one. Unknown are y = q on A outside B, x = p on B outside A, and the masses X, Y of the tokens in neither list.
+
+An *open* entry has a known probability and may be any token that its own side does not name: x and y may take it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +24,7 @@ from kl.estimators.align import Aligned, BoolArray, FloatArray
 REST_SLACK = 1e-6
 SMALLEST = 1e-300  # probability of a token that exists; below, float64 ends and divergences become infinite
 _LOG_SMALLEST = -690.0  # of caps and listed masses, a little above it
+_BISECTIONS = 64  # of a logarithm within some hundreds: to the last bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,17 @@ class Cells:
         q of the tokens that only Q lists; 0 elsewhere. ``n_b``, shape (T,), is their number.
     cap_p, cap_q : shape (T,)
         Largest possible mass of one unlisted token.
+    cap_x, cap_y : shapes (T, K_q) and (T, K_p)
+        Largest mass of each x and each y that the smallest completion needs: the cap, or more where a token that one
+        side lists may be an open entry of the other.
     rest_p, rest_q : shape (T,)
         Mass that is not listed, at least 0, without the slack.
     open_p, open_q : shape (T,)
-        Listed mass that cannot be matched: it lies somewhere outside the cells above.
-    slack : float
+        Mass of the open entries: x and X, or y and Y, share it with the rest.
+    slack : shape (T,)
         Added to both rests.
+    mass_above_1_p, mass_above_1_q : bool, shape (T,)
+        Whether the listed mass was above 1 by more than the noise of float32, and the list was scaled to 1.
     """
 
     p: FloatArray
@@ -58,7 +67,11 @@ class Cells:
     rest_q: FloatArray
     open_p: FloatArray
     open_q: FloatArray
-    slack: float
+    cap_x: FloatArray
+    cap_y: FloatArray
+    slack: FloatArray
+    mass_above_1_p: BoolArray
+    mass_above_1_q: BoolArray
 
     @property
     def total_p(self) -> FloatArray:
@@ -94,6 +107,9 @@ class Cells:
 def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
     """Split aligned positions into cells of probability.
 
+    A list of mass above 1 is whole, as nothing can be left over: it is scaled to 1. How much it was above is how far
+    its values are known to be off, so that as much is added to both rests.
+
     Parameters
     ----------
     slack : float
@@ -101,30 +117,70 @@ def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
     """
     if not slack > 0:
         raise ValueError(f"slack={slack} must be above 0; rests of exactly 0 have no finite bound.")
+    above_p, above_q = aligned.coverage_p > 1.0 + REST_SLACK, aligned.coverage_q > 1.0 + REST_SLACK
+    scale_p, scale_q = np.where(above_p, aligned.coverage_p, 1.0), np.where(above_q, aligned.coverage_q, 1.0)
+    logp, logq = aligned.logp - np.log(scale_p)[:, None], aligned.logq - np.log(scale_q)[:, None]
+    shared_logq = aligned.shared_logq - np.log(scale_q)[:, None]
     shared_p, shared_q = aligned.index_q >= 0, aligned.index_p >= 0
-    listed_p, listed_q = np.isfinite(aligned.logp), np.isfinite(aligned.logq)
-    shared_logq = aligned.shared_logq
-    only_p, only_q = listed_p & ~shared_p, listed_q & ~shared_q
+    only_p, only_q = np.isfinite(logp) & ~shared_p, np.isfinite(logq) & ~shared_q
+    a, b = np.where(only_p, _exp(logp), 0.0), np.where(only_q, _exp(logq), 0.0)
+    cap_p, cap_q = _exp(aligned.log_cap_p) / scale_p, _exp(aligned.log_cap_q) / scale_q
     return Cells(
-        p=np.where(shared_p, np.exp(aligned.logp), 0.0),
+        p=np.where(shared_p, np.exp(logp), 0.0),
         q=np.where(shared_p, np.exp(shared_logq), 0.0),
-        log_ratio=np.subtract(aligned.logp, shared_logq, out=np.zeros(shared_p.shape), where=shared_p),
-        a=np.where(only_p, _exp(aligned.logp), 0.0),
-        b=np.where(only_q, _exp(aligned.logq), 0.0),
+        log_ratio=np.subtract(logp, shared_logq, out=np.zeros(shared_p.shape), where=shared_p),
+        a=a,
+        b=b,
         n_a=np.count_nonzero(only_p, axis=1),
         n_b=np.count_nonzero(only_q, axis=1),
-        cap_p=_exp(aligned.log_cap_p),
-        cap_q=_exp(aligned.log_cap_q),
+        cap_p=cap_p,
+        cap_q=cap_q,
         rest_p=np.maximum(1.0 - aligned.coverage_p, 0.0),
         rest_q=np.maximum(1.0 - aligned.coverage_q, 0.0),
-        open_p=aligned.open_p,
-        open_q=aligned.open_q,
-        slack=slack,
+        open_p=aligned.open_p / scale_p,
+        open_q=aligned.open_q / scale_q,
+        cap_x=_raised_caps(b, cap_p, np.exp(aligned.log_open_p) / scale_p[:, None]),
+        cap_y=_raised_caps(a, cap_q, np.exp(aligned.log_open_q) / scale_q[:, None]),
+        slack=np.maximum(slack, np.where(above_p | above_q, np.maximum(scale_p, scale_q) - 1.0, 0.0)),
+        mass_above_1_p=above_p,
+        mass_above_1_q=above_q,
     )
 
 
 def _exp(logs: FloatArray) -> FloatArray:
     return np.exp(np.maximum(logs, _LOG_SMALLEST))
+
+
+def _raised_caps(weights: FloatArray, cap: FloatArray, open_values: FloatArray) -> FloatArray:
+    """Caps of the tokens that only the other side names, each of which may be one of a side's open entries.
+
+    At most one token can be one entry: what the tokens have above the cap is, all together, at most what the entries
+    have above it. Of all ways to share that the smallest completion takes ``min(largest entry, L * weight)`` with one
+    level L, at which it is used up.
+
+    Parameters
+    ----------
+    weights : shape (T, K)
+        Of the tokens under the other side; 0 is no token.
+    cap : shape (T,)
+    open_values : shape (T, M)
+        Probabilities of the open entries; 0 is none.
+    """
+    caps = np.repeat(cap[:, None], weights.shape[1], axis=1)
+    rows = np.flatnonzero(open_values.any(axis=1) & weights.any(axis=1))
+    if not rows.size:
+        return caps
+    held, least, largest = weights[rows], cap[rows, None], open_values[rows].max(axis=1, keepdims=True)
+    budget = np.maximum(open_values[rows] - least, 0.0).sum(axis=1)
+
+    def raised(level: FloatArray) -> FloatArray:
+        return np.maximum(np.minimum(largest, level[:, None] * held), least)
+
+    smallest = np.where(held > 0, held, np.inf).min(axis=1)
+    low, high = cap[rows] / held.max(axis=1), largest[:, 0] / smallest
+    level = _rising_root(lambda level: ((raised(level) - least) * (held > 0)).sum(axis=1) - budget, low, high)
+    caps[rows] = raised(level)
+    return caps
 
 
 class Completion(NamedTuple):
@@ -188,7 +244,7 @@ def bucket(cell: Cells) -> Divergences:
 
 
 def lower_bounds(cell: Cells) -> Divergences:
-    """Tight lower bounds: no pair of distributions with these lists has a smaller divergence.
+    """Lower bounds: no pair of distributions with these lists has a smaller divergence. Tight without open mass.
 
     One completion minimises KL, reverse KL, Jensen-Shannon, total variation and every other f-divergence, as the
     optimality conditions hold the ratio p/q alone. The size of the vocabulary does not matter. Cost: one sort per row.
@@ -200,18 +256,20 @@ def lower_bounds(cell: Cells) -> Divergences:
 def lower_completion(cell: Cells) -> Completion:
     """The completion at which every f-divergence is smallest.
 
-    With X >= open_p and Y >= open_q (the unmatched listed mass cannot leave the outside cell) and one ratio L = X/Y the
-    conditions are ``x = min(c_p, L b)`` and ``y = min(c_q, a / L)``. As every a >= c_p and every b >= c_q, either
-    L <= c_p/c_q and all y are at their cap, or all x are. Either way the other side is one water-filling.
+    With one ratio L = X/Y the conditions are ``x = min(cap_x, L b)`` and ``y = min(cap_y, a / L)``. Without open mass
+    every a >= c_p and every b >= c_q, so that either L <= c_p/c_q and all y are at their cap, or all x are. Either way
+    the other side is one water-filling. With open mass L is found by bisection.
     """
-    free = _free_outside(cell)
-    if not (cell.open_p.any() or cell.open_q.any()):
-        return free
-    return _keep_open_outside(cell, free)
+    found = _by_sorting(cell)
+    rows = np.flatnonzero((cell.open_p > 0) | (cell.open_q > 0))
+    if rows.size:
+        for whole, part in zip(found, _by_bisection(cell, rows), strict=True):
+            whole[rows] = part
+    return found
 
 
-def _free_outside(cell: Cells) -> Completion:
-    """`lower_completion` under X >= 0 and Y >= 0."""
+def _by_sorting(cell: Cells) -> Completion:
+    """`lower_completion` of positions where all tokens of a side have one cap."""
     left_p = cell.total_p - cell.n_b * cell.cap_p  # X if every x is at its cap
     left_q = cell.total_q - cell.n_a * cell.cap_q
     fill_q = (left_q >= 0) & ((left_p < 0) | (left_p * cell.cap_q <= cell.cap_p * left_q))
@@ -219,60 +277,54 @@ def _free_outside(cell: Cells) -> Completion:
     out_p, out_q = np.where(fill_p, left_p, 0.0), np.where(fill_q, left_q, 0.0)
     level_p = _water_level(cell.b, cell.cap_p, out_q, cell.total_p)
     level_q = _water_level(cell.a, cell.cap_q, out_p, cell.total_q)
-    x = _filled(cell.b, cell.cap_p, np.where(fill_p, np.inf, level_p))
-    y = _filled(cell.a, cell.cap_q, np.where(fill_q, np.inf, level_q))
+    x = _filled(cell.b, cell.cap_p[:, None], np.where(fill_p, np.inf, level_p))
+    y = _filled(cell.a, cell.cap_q[:, None], np.where(fill_q, np.inf, level_q))
     with np.errstate(invalid="ignore"):  # levels that no row uses may be infinite
         return Completion(x, y, np.where(fill_q, level_p * out_q, out_p), np.where(fill_p, level_q * out_p, out_q))
 
 
-def _keep_open_outside(cell: Cells, free: Completion) -> Completion:
-    """`lower_completion` where open mass must stay outside: the best of the faces X = open_p, Y = open_q."""
-    short = (free.out_p < cell.open_p) | (free.out_q < cell.open_q)
-    room_p, room_q = cell.total_p - cell.open_p, cell.total_q - cell.open_q
-    best, best_kl = free, np.where(short, np.inf, -np.inf)
-    nothing = np.zeros_like(room_p)
-    # A side that is held at its open mass fills its own tokens; the other side keeps one ratio to the mass held.
-    held = _water_level(cell.b, cell.cap_p, nothing, room_p), _water_level(cell.a, cell.cap_q, nothing, room_q)
-    follows = (
-        _water_level(cell.b, cell.cap_p, cell.open_q, cell.total_p),
-        _water_level(cell.a, cell.cap_q, cell.open_p, cell.total_q),
-    )
-    for hold_p, hold_q in ((True, False), (False, True), (True, True)):
-        level_p, level_q = held[0] if hold_p else follows[0], held[1] if hold_q else follows[1]
-        with np.errstate(invalid="ignore"):
-            out_p = cell.open_p if hold_p else level_p * cell.open_q
-            out_q = cell.open_q if hold_q else level_q * cell.open_p
-        x, y = _filled(cell.b, cell.cap_p, level_p), _filled(cell.a, cell.cap_q, level_q)
-        trial = Completion(x, y, out_p, out_q)
-        fits = _fits(trial, cell)
-        kl = np.where(fits, divergences(cell, trial).kl, np.inf)
-        best = _where(kl < best_kl, trial, best)
-        best_kl = np.minimum(kl, best_kl)
-    return best
+def _by_bisection(cell: Cells, rows: NDArray[np.int64]) -> Completion:
+    """`lower_completion` of some positions, whatever the caps: what is left of P's mass is L times what is left of Q's.
+
+    Where both sides can be filled by x and y alone, and the level at which P's is full is below that of Q's, nothing is
+    left outside, and each side has its own level.
+    """
+    a, b, cap_x, cap_y = cell.a[rows], cell.b[rows], cell.cap_x[rows], cell.cap_y[rows]
+    total_p, total_q = cell.total_p[rows], cell.total_q[rows]
+
+    def left_p(level: FloatArray) -> FloatArray:
+        return total_p - _filled(b, cap_x, level).sum(axis=1)
+
+    def left_q(level: FloatArray) -> FloatArray:
+        return total_q - _filled(a, cap_y, 1.0 / level).sum(axis=1)
+
+    low = total_p / (b.sum(axis=1) + total_q)
+    high = (total_p + a.sum(axis=1)) / total_q
+    level = _rising_root(lambda level: level * left_q(level) - left_p(level), low, high)
+    out_p, out_q = left_p(level), left_q(level)
+    corner = (out_p < 0) & (out_q < 0)
+    full_p = _rising_root(lambda level: -left_p(level), np.minimum(low, level), level)
+    full_q = _rising_root(left_q, level, np.maximum(high, level))
+    level_p, level_q = np.where(corner, full_p, level), np.where(corner, full_q, level)
+    x, y = _filled(b, cap_x, level_p), _filled(a, cap_y, 1.0 / level_q)
+    outside = (out_p > 0) & (out_q > 0)
+    return Completion(x, y, np.where(outside, out_p, 0.0), np.where(outside, out_q, 0.0))
 
 
-def _fits(trial: Completion, cell: Cells) -> BoolArray:
-    """Whether the masses add up and the open mass stays outside (rounding allowed)."""
-    near = 1e-12
-    sums_p = np.abs(trial.x.sum(axis=1) + trial.out_p - cell.total_p) <= near
-    sums_q = np.abs(trial.y.sum(axis=1) + trial.out_q - cell.total_q) <= near
-    return sums_p & sums_q & (trial.out_p >= cell.open_p - near) & (trial.out_q >= cell.open_q - near)
-
-
-def _where(chosen: BoolArray, new: Completion, old: Completion) -> Completion:
-    column = chosen[:, None]
-    return Completion(
-        np.where(column, new.x, old.x),
-        np.where(column, new.y, old.y),
-        np.where(chosen, new.out_p, old.out_p),
-        np.where(chosen, new.out_q, old.out_q),
-    )
+def _rising_root(function: Callable[[FloatArray], FloatArray], low: FloatArray, high: FloatArray) -> FloatArray:
+    """Where a function turns from below 0 to above, row by row; ``high`` where it does not. All of shape (T,), > 0."""
+    below, above = np.log(low), np.log(high)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (below + above)
+        is_above = function(np.exp(middle)) >= 0
+        below, above = np.where(is_above, below, middle), np.where(is_above, middle, above)
+    return np.exp(above)
 
 
 def _filled(weights: FloatArray, cap: FloatArray, level: FloatArray) -> FloatArray:
-    """``min(cap, level * weight)``, 0 where there is no token."""
+    """``min(cap, level * weight)``, 0 where there is no token. The cap has shape (T, K) or (T, 1)."""
     with np.errstate(invalid="ignore"):
-        filled = np.minimum(cap[:, None], level[:, None] * weights)
+        filled = np.minimum(cap, level[:, None] * weights)
     return np.where(weights > 0, np.maximum(filled, SMALLEST), 0.0)
 
 

@@ -88,9 +88,9 @@ def _sides(aligned: Aligned) -> tuple[_Side, _Side]:
     d = np.subtract(aligned.logp, aligned.shared_logq, out=np.zeros(shared.shape), where=shared)
     only_p = np.isfinite(aligned.logp) & ~shared
     only_q = np.isfinite(aligned.logq) & (aligned.index_p < 0)
-    side_p = _side(only_p, aligned.logp - aligned.log_cap_q[:, None], d, shared)
+    side_p = _side(only_p, aligned.logp - aligned.log_limit_q[:, None], d, shared)
     # Over Q's tokens -d is censored from above in the same way.
-    side_q = _side(only_q, aligned.logq - aligned.log_cap_p[:, None], -d, shared)
+    side_q = _side(only_q, aligned.logq - aligned.log_limit_p[:, None], -d, shared)
     return side_p, side_q
 
 

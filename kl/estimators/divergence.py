@@ -58,15 +58,15 @@ class PointEstimates(NamedTuple):
 
 def _completion(cell: Cells, model: tobit.LogRatioModel) -> Completion:
     """Expected values of the tokens that one side does not list; each side's others share what is left."""
-    y = _imputed(cell.a, -model.ratio_p, cell.cap_q, cell.rest_q + cell.slack)
-    x = _imputed(cell.b, model.ratio_q, cell.cap_p, cell.rest_p + cell.slack)
+    y = _imputed(cell.a, -model.ratio_p, cell.cap_y, _REST_SHARE * (cell.rest_q + cell.slack) + cell.open_q)
+    x = _imputed(cell.b, model.ratio_q, cell.cap_x, _REST_SHARE * (cell.rest_p + cell.slack) + cell.open_p)
     return Completion(x, y, cell.total_p - x.sum(axis=1), cell.total_q - y.sum(axis=1))
 
 
-def _imputed(known: FloatArray, log_ratio: FloatArray, cap: FloatArray, rest: FloatArray) -> FloatArray:
-    """``known * exp(log_ratio)``, at most the cap each and three quarters of the rest together."""
-    values = np.minimum(known * np.exp(np.minimum(log_ratio, _LARGEST_LOG)), cap[:, None])
-    total, allowed = values.sum(axis=1), _REST_SHARE * rest
+def _imputed(known: FloatArray, log_ratio: FloatArray, cap: FloatArray, allowed: FloatArray) -> FloatArray:
+    """``known * exp(log_ratio)``, at most the cap each and what is allowed together."""
+    values = np.minimum(known * np.exp(np.minimum(log_ratio, _LARGEST_LOG)), cap)
+    total = values.sum(axis=1)
     scaled = values * np.where(total > allowed, allowed / np.maximum(total, SMALLEST), 1.0)[:, None]
     return np.where(known > 0, np.maximum(scaled, SMALLEST), 0.0)
 
@@ -172,8 +172,8 @@ def _at_least(low: Divergences, model: PointEstimates, complete: BoolArray, has_
 def floor(aligned: Aligned) -> PointEstimates:
     """Both lists renormalised to 1, a missing token taken at the smallest listed probability, summed over the union.
 
-    The sums are not of distributions, so that KL can come out negative. Nats, shape (T,); NaN where no token of a side
-    has a key of its own.
+    The sums are not of distributions, so that KL can come out negative. Nats, shape (T,); NaN where a list has an open
+    entry: it may be any of the missing tokens.
     """
     p, q = _renormalised(aligned.logp), _renormalised(aligned.logq)
     shared_p, shared_q = aligned.index_q >= 0, aligned.index_p >= 0
@@ -181,7 +181,7 @@ def floor(aligned: Aligned) -> PointEstimates:
     q_at_p = np.where(p > 0, q_at_p, 0.0)
     only_q = np.where(shared_q, 0.0, q)
     p_floor = np.where(only_q > 0, _smallest(p)[:, None], 0.0)
-    known = p.any(axis=1) & q.any(axis=1)
+    known = (aligned.open_p == 0) & (aligned.open_q == 0)
     sums = (
         rel_entr(p, q_at_p).sum(axis=1) + rel_entr(p_floor, only_q).sum(axis=1),
         rel_entr(q_at_p, p).sum(axis=1) + rel_entr(only_q, p_floor).sum(axis=1),
@@ -207,8 +207,8 @@ class SampledTokenEstimates(NamedTuple):
     """Of the token that P sampled, shape (T,); NaN where unknown.
 
     ``k1 = log p/q`` and ``k3 = q/p - 1 + k1`` have KL(P‖Q) as their mean over P's samples at temperature 1.
-    Where ``censored``, Q does not list the token and k1 is its smallest possible value, ``log p - log c_q``; a mean
-    over the other rows alone would be biased. ``delta_p`` is q - p.
+    Where ``censored``, Q does not list the token and k1 is its smallest possible value: Q gives it at most its cap, or
+    what an open entry has. A mean over the other rows alone would be biased. ``delta_p`` is q - p.
 
     References
     ----------
@@ -226,7 +226,7 @@ def sampled_token(aligned: Aligned) -> SampledTokenEstimates:
     logp, logq = aligned.logp_sampled, aligned.logq_sampled
     both = ~np.isnan(logp) & ~np.isnan(logq)
     censored = ~np.isnan(logp) & np.isnan(logq) & aligned.sampled_clear
-    k1 = np.where(both, logp - logq, np.where(censored, logp - aligned.log_cap_q, np.nan))
+    k1 = np.where(both, logp - logq, np.where(censored, logp - aligned.log_limit_q, np.nan))
     finite = both & (k1 > -_LARGEST_LOG)
     k3 = np.where(finite, np.expm1(-np.where(finite, k1, 0.0)) + k1, np.nan)
     return SampledTokenEstimates(k1, censored, k3, np.where(both, np.exp(logq) - np.exp(logp), np.nan))

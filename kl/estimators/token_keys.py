@@ -1,7 +1,7 @@
-"""What a listed token is known by: its id, its bytes or its text.
+"""What a listed token is known by: its id, or the bytes that it stands for.
 
-Ids count where both sides give ids of one tokenizer, else bytes, else text. A text that does not name one token (empty,
-or with U+FFFD for a part of a character) is no key.
+Ids count where both sides give ids of one tokenizer and the texts prove it, else bytes, stated or those of a text that
+is whole. An entry without either may be any token, also one that the other side names: it has no key.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeGuard
 
+from kl.estimators.token_bytes import BytesOf, Candidates
 from kl.records import END_TOKENS, UNKNOWN_LOGPROB, Candidate
 
 AlignKey = Literal["id", "bytes", "text"]
-Key = int | bytes | str
-Candidates = Sequence[Candidate]
+Key = int | bytes
 KeyFunction = Callable[[Candidate], Key | None]
 
 MAX_ID_MISMATCH = 0.01  # share of equal texts with different ids above which the tokenizers differ
-_END_KEY = "\x00end"  # no token text starts with NUL and goes on
-_PIECES = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
-_END_KEYS = END_TOKENS | {token.translate(_PIECES) for token in END_TOKENS}  # as the text keys of either kind have them
+_END_KEY = b"\x00end"  # no token's bytes start with NUL and go on
+_END_KEYS = frozenset(token.encode() for token in END_TOKENS)
 
 
 class Listed(NamedTuple):
@@ -69,42 +68,35 @@ class KeyChoice(NamedTuple):
     n_mismatches: int
 
 
-def shows_pieces(lists: Sequence[Candidates]) -> bool:
-    """Whether a side writes raw tokenizer pieces (``▁the``, ``Ġthe``) in place of text (`` the``)."""
-    starts = {candidate.token[:1] for candidates in lists for candidate in candidates}
-    return " " not in starts and not starts.isdisjoint("▁Ġ")
-
-
-def piece_text(token: str) -> str:
-    """The text of a raw tokenizer piece."""
-    return token.translate(_PIECES)
-
-
-def choose_key(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> KeyChoice:
+def choose_key(
+    lists_p: Sequence[Candidates], lists_q: Sequence[Candidates], bytes_p: BytesOf, bytes_q: BytesOf
+) -> KeyChoice:
     """Decide what to match by, from all lists of a response or of a data set.
 
-    Token ids count only when they are shown to come from one tokenizer: among tokens that both sides list with the same
-    text, at most 1 % have different ids.
+    Token ids count only when they are shown to come from one tokenizer: there are tokens that both sides list with the
+    same text, and at most 1 % of them have different ids. ``text`` stands for the bytes of texts, where not every entry
+    states its own.
 
     Parameters
     ----------
     lists_p, lists_q : sequences of candidate lists, one per position, as `listed` returns them
+    bytes_p, bytes_q : from `kl.estimators.token_bytes.byte_functions`
     """
     sides = (lists_p, lists_q)
     has_ids = all(candidate.token_id is not None for side in sides for cands in side for candidate in cands)
-    n_pairs, n_mismatches = _id_evidence(lists_p, lists_q) if has_ids else (0, 0)
-    if has_ids and n_mismatches <= MAX_ID_MISMATCH * n_pairs:
+    n_pairs, n_mismatches = _id_evidence(lists_p, lists_q, bytes_p, bytes_q) if has_ids else (0, 0)
+    if n_pairs and n_mismatches <= MAX_ID_MISMATCH * n_pairs:
         return KeyChoice("id", n_pairs, n_mismatches)
     has_bytes = all(candidate.token_bytes is not None for side in sides for cands in side for candidate in cands)
     return KeyChoice("bytes" if has_bytes else "text", n_pairs, n_mismatches)
 
 
-def _id_evidence(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> tuple[int, int]:
+def _id_evidence(
+    lists_p: Sequence[Candidates], lists_q: Sequence[Candidates], bytes_p: BytesOf, bytes_q: BytesOf
+) -> tuple[int, int]:
     n_pairs = n_mismatches = n_other_text = 0
-    text_p = piece_text if shows_pieces(lists_p) else str
-    text_q = piece_text if shows_pieces(lists_q) else str
     for cands_p, cands_q in zip(lists_p, lists_q, strict=True):
-        ids_p, ids_q = _clear_ids(cands_p, text_p), _clear_ids(cands_q, text_q)
+        ids_p, ids_q = _clear_ids(cands_p, bytes_p), _clear_ids(cands_q, bytes_q)
         shared = ids_p.keys() & ids_q.keys()
         n_pairs += len(shared)
         n_mismatches += sum(ids_p[text] != ids_q[text] for text in shared)
@@ -114,54 +106,43 @@ def _id_evidence(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -
     return (n_pairs, n_mismatches) if n_pairs else (n_other_text, n_other_text)
 
 
-def _clear_ids(candidates: Candidates, text: Callable[[str], str]) -> dict[str, int | None]:
-    """Text → id of the candidates whose text names one token."""
-    ids = {text(candidate.token): candidate.token_id for candidate in candidates if _is_clear(candidate.token)}
+def _clear_ids(candidates: Candidates, bytes_of: BytesOf) -> dict[bytes, int | None]:
+    """Bytes → id of the candidates whose bytes name one token of the list."""
+    known = [bytes_of(candidate) for candidate in candidates]
+    ids = {key: candidate.token_id for key, candidate in zip(known, candidates, strict=True) if key is not None}
     if len(ids) < len(candidates):
-        seen = [text(candidate.token) for candidate in candidates]
-        ids = {token: number for token, number in ids.items() if seen.count(token) == 1}
+        ids = {key: number for key, number in ids.items() if known.count(key) == 1}
     return ids
 
 
-def _is_clear(token: str) -> bool:
-    return token != "" and "\ufffd" not in token
-
-
-def key_functions(
-    key: AlignKey, lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]
-) -> tuple[KeyFunction, KeyFunction]:
-    """How each side's candidates get their key; ``None`` where a candidate has none."""
-    if key == "id":
-        return _id_key, _id_key
-    if key == "bytes":
-        return _bytes_key, _bytes_key
-    return _side_text_key(lists_p), _side_text_key(lists_q)
-
-
-def _side_text_key(lists: Sequence[Candidates]) -> KeyFunction:
-    return _piece_key if shows_pieces(lists) else _text_key
-
-
-def _id_key(candidate: Candidate) -> Key | None:
+def id_key(candidate: Candidate) -> Key | None:
+    """The key of a candidate whose id is of the tokenizer of both sides."""
     return candidate.token_id
 
 
-def _bytes_key(candidate: Candidate) -> Key | None:
-    return candidate.token_bytes or None
-
-
-def _text_key(candidate: Candidate) -> Key | None:
-    return candidate.token if _is_clear(candidate.token) else None
-
-
-def _piece_key(candidate: Candidate) -> Key | None:
-    return piece_text(candidate.token) if _is_clear(candidate.token) else None
+def contradicted_ids(
+    cands_p: Candidates, cands_q: Candidates, bytes_p: BytesOf, bytes_q: BytesOf
+) -> frozenset[Key | None]:
+    """Ids of one position that its texts speak against: one id for two texts, or two ids for one."""
+    by_id_p = {candidate.token_id: candidate for candidate in cands_p}
+    by_id_q = {candidate.token_id: candidate for candidate in cands_q}
+    shared = by_id_p.keys() & by_id_q.keys()
+    doubted: set[Key | None] = set()
+    for number in shared:
+        one, other = by_id_p[number], by_id_q[number]
+        if one.token != other.token and (known := bytes_p(one)) is not None and bytes_q(other) not in (None, known):
+            doubted.add(number)
+    only_q = {bytes_q(candidate): number for number, candidate in by_id_q.items() if number not in shared}
+    for number, candidate in by_id_p.items():
+        if number not in shared and (known := bytes_p(candidate)) is not None and known in only_q:
+            doubted |= {number, only_q[known]}
+    return frozenset(doubted)
 
 
 def end_roles(keys_p: list[Key | None], keys_q: list[Key | None]) -> frozenset[Key]:
     """The end tokens of both lists, if each names its own: they mean the same, that the response is over."""
-    ends_p = _END_KEYS.intersection(key for key in keys_p if isinstance(key, str))
-    ends_q = _END_KEYS.intersection(key for key in keys_q if isinstance(key, str))
+    ends_p = _END_KEYS.intersection(key for key in keys_p if isinstance(key, bytes))
+    ends_q = _END_KEYS.intersection(key for key in keys_q if isinstance(key, bytes))
     return frozenset[Key](ends_p | ends_q) if ends_p and ends_q and not ends_p & ends_q else frozenset[Key]()
 
 

@@ -171,8 +171,8 @@ def _list_columns(
 ) -> dict[str, Column]:
     """What the lists say whatever the estimator."""
     token = sampled_token(aligned)
-    entropy_p = entropies(aligned.logp, aligned.log_cap_p, aligned.coverage_p, vocabulary)
-    entropy_q = entropies(aligned.logq, aligned.log_cap_q, aligned.coverage_q)
+    entropy_p = entropies(aligned.logp, aligned.log_limit_p, aligned.coverage_p, vocabulary)
+    entropy_q = entropies(aligned.logq, aligned.log_limit_q, aligned.coverage_q)
     known = ~np.isnan(token.k1)
     return {
         "k_p": aligned.n_listed_p,
@@ -226,11 +226,12 @@ def _estimate_columns(values: ListMeasures, estimator: str, exact: FloatArray) -
 
 
 def _same_top(aligned: Aligned) -> list[bool | None]:
-    """Whether a most probable token of P is one of Q's; ``None`` where it has no key of its own."""
-    best_p = aligned.logp == aligned.logp.max(axis=1, keepdims=True)
-    best_q = aligned.shared_logq == aligned.logq.max(axis=1, keepdims=True)
+    """Whether a most probable token of P is one of Q's; ``None`` where one without a key may be."""
+    best_p = aligned.logp == aligned.log_top_p[:, None]
+    best_q = aligned.shared_logq == aligned.log_top_q[:, None]
     same = (best_p & best_q & (aligned.index_q >= 0)).any(axis=1)
-    return [None if is_open else bool(value) for value, is_open in zip(same, aligned.top_open, strict=True)]
+    unknown = aligned.top_open & ~same
+    return [None if open_top else bool(value) for value, open_top in zip(same, unknown, strict=True)]
 
 
 def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:

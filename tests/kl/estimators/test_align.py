@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 
 from kl.estimators.align import align
-from kl.estimators.token_keys import KeyChoice, choose_key, listed, shows_pieces
+from kl.estimators.token_bytes import byte_functions
+from kl.estimators.token_keys import KeyChoice, choose_key, listed
 from kl.records import END_TOKENS, Candidate
 from tests.kl.pairs import candidates, gaussian_pair, top_lists
 
 
 def with_ids(**entries):
     return tuple(Candidate(token, logprob, token_id) for token, (logprob, token_id) in entries.items())
+
+
+def choice(p, q):
+    return choose_key(p, q, *byte_functions(p, q))
 
 
 def pairs_of(aligned, t=0):
@@ -48,52 +53,52 @@ class TestChooseKey:
     def test_ids_of_one_tokenizer(self):
         p = [with_ids(a=(-0.5, 1), b=(-2.0, 2))]
         q = [with_ids(b=(-0.7, 2), a=(-1.5, 1))]
-        assert choose_key(p, q) == KeyChoice("id", 2, 0)
+        assert choice(p, q) == KeyChoice("id", 2, 0)
 
     def test_equal_texts_with_other_ids_are_other_tokenizers(self):
         p = [with_ids(a=(-0.5, 1), b=(-2.0, 2))]
         q = [with_ids(a=(-0.5, 7), b=(-2.0, 9))]
-        assert choose_key(p, q) == KeyChoice("text", 2, 2)
+        assert choice(p, q) == KeyChoice("text", 2, 2)
 
     def test_one_mismatch_in_a_hundred_is_tolerated_and_two_are_not(self):
         p = [tuple(Candidate(f"t{i}", -0.1 - i, i) for i in range(100))]
         q = [tuple(c._replace(token_id=500) if c.token == "t3" else c for c in p[0])]
-        assert choose_key(p, q).key == "id"
+        assert choice(p, q).key == "id"
         q = [tuple(c._replace(token_id=501) if c.token == "t5" else c for c in q[0])]
-        assert choose_key(p, q) == KeyChoice("text", 100, 2)
+        assert choice(p, q) == KeyChoice("text", 100, 2)
 
     def test_equal_ids_with_other_texts_and_no_text_in_common_are_other_tokenizers(self):
-        assert choose_key([with_ids(a=(-0.5, 1))], [with_ids(x=(-0.5, 1))]).key == "text"
+        assert choice([with_ids(a=(-0.5, 1))], [with_ids(x=(-0.5, 1))]).key == "text"
 
-    def test_ids_of_disjoint_lists_are_kept(self):
-        assert choose_key([with_ids(a=(-0.5, 1))], [with_ids(x=(-0.5, 4))]).key == "id"
+    def test_ids_that_no_text_proves_are_not_used(self):
+        assert choice([with_ids(a=(-0.5, 1))], [with_ids(x=(-0.5, 4))]) == KeyChoice("text", 0, 0)
 
     def test_unclear_texts_are_no_evidence(self):
         p = [(Candidate("\ufffd", -0.5, 1), Candidate("", -1.0, 2), Candidate("a", -2.0, 3))]
         q = [(Candidate("\ufffd", -0.5, 9), Candidate("", -1.0, 8), Candidate("a", -2.0, 3))]
-        assert choose_key(p, q) == KeyChoice("id", 1, 0)
+        assert choice(p, q) == KeyChoice("id", 1, 0)
 
     def test_raw_pieces_are_compared_as_text(self):
         p = [with_ids(**{"▁the": (-0.5, 1), "a": (-2.0, 2)})]
         q = [with_ids(**{" the": (-0.7, 1), "a": (-1.5, 2)})]
-        assert choose_key(p, q) == KeyChoice("id", 2, 0)
+        assert choice(p, q) == KeyChoice("id", 2, 0)
 
     def test_one_missing_id_makes_ids_unusable(self):
         p = [with_ids(a=(-0.5, 1))]
-        assert choose_key(p, [candidates(a=-0.5)]).key == "text"
+        assert choice(p, [candidates(a=-0.5)]).key == "text"
 
     def test_bytes_on_both_sides_come_before_text(self):
         p = [(Candidate("a", -0.5, token_bytes=b"a"),)]
-        assert choose_key(p, p).key == "bytes"
-        assert choose_key(p, [candidates(a=-0.5)]).key == "text"
+        assert choice(p, p).key == "bytes"
+        assert choice(p, [candidates(a=-0.5)]).key == "text"
 
 
 class TestKeys:
     def test_an_empty_text_with_an_id_is_a_token_like_others(self):
-        p = [(Candidate("", -0.5, 0), Candidate("<ctrl95>", -2.0, 95))]
-        q = [(Candidate("", -0.7, 0), Candidate("<ctrl63>", -2.5, 63))]
+        p = [(Candidate("", -0.9, 0), Candidate("a", -1.5, 7), Candidate("<ctrl95>", -2.0, 95))]
+        q = [(Candidate("", -0.7, 0), Candidate("a", -1.9, 7), Candidate("<ctrl63>", -2.5, 63))]
         aligned = align(p, q)
-        assert pairs_of(aligned) == [(-0.5, -0.7)]
+        assert pairs_of(aligned) == [(-0.9, -0.7), (-1.5, -1.9)]
         assert aligned.open_p[0] == aligned.open_q[0] == 0.0
 
     def test_blanks_are_never_stripped(self):
@@ -107,8 +112,8 @@ class TestKeys:
 
     def test_a_side_with_real_blanks_shows_no_pieces(self):
         side = [candidates(**{" the": -0.5, "▁": -2.0})]
-        assert not shows_pieces(side)
-        assert align(side, [candidates(**{" ": -0.5})]).overlap[0] == 0
+        aligned = align(side, [candidates(**{" ": -0.5})])
+        assert (aligned.overlap[0], aligned.open_p[0]) == (0, 0.0)
 
     def test_partial_characters_meet_by_bytes(self):
         p = [(Candidate("\ufffd", -0.5, token_bytes=b"\xe2"), Candidate("\ufffd", -1.5, token_bytes=b"\x82"))]
@@ -151,7 +156,7 @@ class TestSeveralTokensOfOneKey:
         assert aligned.open_p[0] == pytest.approx(0.375)
         assert aligned.open_q[0] == pytest.approx(0.25)
         assert aligned.coverage_p[0] == pytest.approx(0.875)
-        assert (aligned.n_listed_p[0], aligned.n_listed_q[0], aligned.overlap[0]) == (2, 2, 1)
+        assert (aligned.n_listed_p[0], aligned.n_listed_q[0], aligned.overlap[0]) == (3, 2, 1)
         assert np.exp(aligned.log_cap_p[0]) == pytest.approx(0.125)
 
     def test_a_repeated_text_is_added_up_and_open_on_both_sides(self):

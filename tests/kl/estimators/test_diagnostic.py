@@ -82,7 +82,7 @@ def test_sums_do_not_depend_on_how_positions_were_grouped():
 def test_tokens_of_q_that_p_never_lists_are_a_share_of_qs_tokens():
     found = diagnosed(4)
     assert found.unseen_q == 0.6
-    other = AlignmentDiagnostic(keys_p=frozenset(f"q{i}" for i in range(10)))
+    other = AlignmentDiagnostic(keys_p=frozenset(f"q{i}".encode() for i in range(10)))
     assert (found + other).unseen_q == 0.0
 
 

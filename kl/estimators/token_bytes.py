@@ -1,0 +1,140 @@
+"""The bytes that a listed token stands for, where its source says so for certain.
+
+A source writes a token as text, as a raw piece of byte-level BPE (``Ġthe``), as a raw piece of SentencePiece (``▁the``)
+or, a part of a character, as nothing that says which. All tokens of a side together show which way it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, is_whole, sentence_piece
+from kl.records import Candidate
+
+Writing = Literal["text", "byte-level", "sentence-piece", "unknown"]
+Candidates = Sequence[Candidate]
+BytesOf = Callable[[Candidate], bytes | None]
+
+_ESCAPES = re.compile(r"(?:\\x[0-9A-Fa-f]{2})+")  # OpenAI shows a part of a character so, and states its bytes
+_NUMBER = re.compile(r"token_id:\d+")  # vLLM, on request, in place of a text
+
+
+def writing_of(lists: Sequence[Candidates]) -> Writing:
+    """How a side writes its tokens; ``unknown`` where nothing shows it or the signs disagree."""
+    tokens = {candidate.token for candidates in lists for candidate in candidates}
+    if any(token[:1] == " " and not token.isspace() for token in tokens) or _states_parts(lists):
+        return "text"
+    pieces = [token for token in tokens if is_whole(token) and not _is_control(token)]
+    starts = {token[0] for token in pieces}
+    # Blanks alone may be an added token, which is written as it is; nothing else is, outside the 256 characters.
+    is_other = any(byte_level(token) is None for token in pieces if token.strip(" "))
+    if not starts.isdisjoint("ĠĊ"):
+        return "unknown" if is_other else "byte-level"
+    if "▁" in starts:
+        return "sentence-piece"
+    return "text" if is_other else "unknown"
+
+
+def _states_parts(lists: Sequence[Candidates]) -> bool:
+    """Whether a source knows the bytes of parts of characters: what it states is then no copy of what it shows."""
+    stated = {candidate.token_bytes for candidates in lists for candidate in candidates if candidate.token_bytes}
+    return any(_is_part(token_bytes) for token_bytes in stated)
+
+
+def _is_part(token_bytes: bytes) -> bool:
+    try:
+        token_bytes.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def _is_control(token: str) -> bool:
+    """Whether a token looks like a control token, whose name is written as it is on all sides."""
+    return len(token) > 2 and token[0] == "<" and token[-1] == ">"
+
+
+def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> tuple[BytesOf, BytesOf]:
+    """How the bytes of each side's candidates are found; ``None`` where a candidate's are not certain."""
+    written_p, written_q = writing_of(lists_p), writing_of(lists_q)
+    read_p, read_q = _Reader(written_p), _Reader(written_q)
+    if not (_shows_bytes(lists_p) or _shows_bytes(lists_q)):
+        return read_p, read_q
+    known_p, known_q = _all_known(read_p, lists_p), _all_known(read_q, lists_q)
+    # In a vocabulary of longer parts, <0xF0> may be how a source cuts any of those that begin so.
+    longer = any(len(known) > 1 and _is_part(known) for known in known_p | known_q)
+    if longer or "byte-level" in (written_p, written_q):
+        return read_p, read_q
+    single_p, single_q = _single_bytes(written_p, known_p), _single_bytes(written_q, known_q)
+    return _Reader(written_p, single_p), _Reader(written_q, single_q)
+
+
+def _shows_bytes(lists: Sequence[Candidates]) -> bool:
+    return any(candidate.token.startswith("<0x") for candidates in lists for candidate in candidates)
+
+
+def _all_known(read: BytesOf, lists: Sequence[Candidates]) -> set[bytes]:
+    return {known for candidates in lists for known in map(read, candidates) if known is not None}
+
+
+def _single_bytes(writing: Writing, known: set[bytes]) -> frozenset[bytes]:
+    """The bytes that ``<0xHH>`` names: those that are no character, and others that no piece of the side stands for."""
+    least = 0 if writing == "sentence-piece" else 0x80
+    return frozenset(bytes([value]) for value in range(least, 256)) - known
+
+
+class _Reader:
+    """The bytes of one side's candidates, each kind of candidate looked at once."""
+
+    def __init__(self, writing: Writing, single: frozenset[bytes] = frozenset()) -> None:
+        self._writing = writing
+        self._single = single
+        self._known: dict[tuple[str, bytes | None], bytes | None] = {}
+
+    def __call__(self, candidate: Candidate) -> bytes | None:
+        entry = candidate.token, candidate.token_bytes
+        if entry not in self._known:
+            self._known[entry] = self._read(*entry)
+        return self._known[entry]
+
+    def _read(self, token: str, stated: bytes | None) -> bytes | None:
+        if stated and stated != _named(token):
+            return stated if _agree(token, stated) else None
+        if not is_whole(token) or _ESCAPES.fullmatch(token) or _NUMBER.fullmatch(token):
+            return None
+        escaped = escaped_bytes(token)
+        if escaped is not None:
+            return escaped if escaped in self._single or not token.startswith("<0x") else None
+        return self._of_text(token)
+
+    def _of_text(self, token: str) -> bytes | None:
+        if self._writing == "byte-level":
+            return byte_level(token) or _named(token)
+        if self._writing == "text" or token.isascii() or _is_control(token):
+            return _named(token)
+        if self._writing == "sentence-piece":
+            return sentence_piece(token)
+        return None if "▁" in token or byte_level(token) is not None else _named(token)
+
+
+def _named(token: str) -> bytes:
+    return token.encode("utf-8", "surrogatepass")
+
+
+def _agree(token: str, stated: bytes) -> bool:
+    """Whether stated bytes can be those of the token that is shown in another form, or in part."""
+    if REPLACEMENT.encode() in stated:
+        return False
+    if REPLACEMENT in token:
+        parts = re.split(f"{REPLACEMENT}+", token)
+        return re.fullmatch(b"[\x80-\xff]+".join(re.escape(_named(part)) for part in parts), stated) is not None
+    if stated in (byte_level(token), sentence_piece(token), escaped_bytes(token)):
+        return True
+    if token.startswith("<0x") and escaped_bytes(token) is not None:
+        return stated[:1] == escaped_bytes(token)
+    if _ESCAPES.fullmatch(token):
+        return stated == bytes.fromhex(token.replace("\\x", ""))
+    # A text may leave out the parts of characters, or hold the whole character that this token completes.
+    return stated.decode("utf-8", "ignore") == token or (_is_part(stated) and _named(token).endswith(stated))
