@@ -163,7 +163,7 @@ class LocalPair:
 
     def flags(self, output: Path) -> tuple[object, ...]:
         files = ("--input-dir", self.inputs, "--output-dir", output, "--model2", self.model2)
-        return (*files, "--backend", "local", "--top-logprobs", "full")
+        return (*files, "--backend", "local", "--top-logprobs", "full", "--set", "noise_floor.fraction=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,8 @@ def local_pair(run_program: Run, tmp_path_factory: pytest.TempPathFactory) -> Lo
     assert run_program("flows.sample", "--config", folder / "sample.yaml").code == 0
     pair = LocalPair(folder / "in", models[1], {})
     assert run_program("flows.run", *pair.flags(folder / "out")).code == 0
+    floor = json.loads((folder / "out" / "summary.json").read_text())["noise_floor"]
+    assert (floor["n_measured"], floor["kl_per_token"]["n_clusters"], floor["of"]) == (floor["n_drawn"], 40, "p")
     return LocalPair(folder / "in", models[1], results(folder / "out"))
 
 
