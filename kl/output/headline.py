@@ -118,7 +118,9 @@ def _top_token_rows(summary: Summary) -> Rows:
     elif first.value is None:
         text = f"; {never}, the median response does not"
     else:
-        text = f"; first at position {first.value:g} (median; {_interval_text(first, 1.0)}), {never}"
+        low, high = first.ci_low, first.ci_high
+        interval = "" if low is None or high is None else f", {100 * CONFIDENCE:.0f} % CI {low:g} to {high:g}"
+        text = f"; first at position {first.value:g} (median{interval}), {never}"
     return [("Flip rate of the top token", _percent_text(top.flip_rate, "the top tokens") + text)]
 
 

@@ -123,6 +123,23 @@ def test_q_is_asked_twice_where_the_model_of_the_responses_is_gone(
     assert f"asks again {Q} at 16 positions: 0 of the requests" in " ".join(run("--dry-run").out.split())
 
 
+def test_p_against_itself_is_asked_twice_and_a_new_version_of_it_is_said(
+    unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path
+) -> None:
+    world = unquiet()
+    for path in world.write_responses(tmp_path / "in", P, PROMPTS, n=1, max_tokens=10, seed=3):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_version": "lite-000"}))
+    itself = ("--input-dir", tmp_path / "in", "--output-dir", tmp_path / "out", "--model2", P)
+    done = run_program("flows.run", *itself, *ONLINE, *AGAIN, env=world.environment())
+    assert done.code == 0, done.err
+    assert bought(world) == 80 + 16, "the second answer is not the one that Q gave to the same context"
+    floor = summary_of(tmp_path)["noise_floor"]
+    assert (floor["of"], floor["n_measured"]) == ("p", 16)
+    assert 0.4 < floor["ratio"] < 2.5
+    said = " ".join(done.out.split())
+    assert f"noise floor: P was asked again as {P}, and its responses were written by lite-000" in said
+
+
 @pytest.mark.slow
 def test_submit_and_collect_take_the_model_that_the_submission_found(
     unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path

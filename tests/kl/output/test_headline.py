@@ -43,7 +43,7 @@ def test_headline_of_a_complete_run(token_table: Build):
         "Jensen-Shannon per token": "0.250 nats (95 % CI 0.127 to 0.373, 5 prompts)",
         "Same top p": "0 % (95 % CI 0 to 0, 5 prompts)",
         "Flip rate of the top token": "100 % (95 % CI 100 to 100, 5 prompts); first at position 0 "
-        "(median; 95 % CI 0 to 0, 5 prompts), 0 of 5 responses never",
+        "(median, 95 % CI 0 to 0), 0 of 5 responses never",
         "Mean Δp": "-50.000 %",
         "RMS Δp": "50.000 %",
         "Perplexity of the text": "2.718 under P, 7.389 under Q; "
