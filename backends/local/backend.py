@@ -16,6 +16,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest
@@ -27,9 +28,15 @@ from backends.local.models import LocalModel, check_model, find_model, load_mode
 from backends.local.sampling import sample_steps
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
 from kl.records import Prompt, Response, Score, ScoreFailure
+from kl.tables.context_counts import RETOKENISED
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_OTHERWISE = (
+    "P wrote {} tokens before this position, all of them tokens of this model too, which cuts their text into {} other "
+    "ones: its list would be of another context. Sample with token ids, which are then fed."
+)
 
 
 class LocalBackend(Backend):
@@ -174,16 +181,21 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
     contexts: list[_Context] = []
     refused: list[ScoreFailure] = []
     gaps = dict(request.gaps) if own is None else {}
+    comparable = own is None and _has_tokens_of(request, model.tokenizer)
     for position, key, prefix in request.contexts():
         if position in gaps:
             message = "no text says what P had written here, and P's token ids are not this model's."
             refused.append(ScoreFailure(key, gaps[position], message, final=True))
             continue
         try:
-            ids = prompt_ids + model.tokenizer.encode(prefix) if own is None else whole
+            prefix_ids = model.tokenizer.encode(prefix) if own is None else []
         except PromptRefusedError as error:
             refused.append(ScoreFailure(key, "prompt-refused", str(error), final=True))
             continue
+        if comparable and not _cut_alike(request.prefix_ends[: position + 1], prefix_ids, model.tokenizer):
+            refused.append(ScoreFailure(key, RETOKENISED, _OTHERWISE.format(position, len(prefix_ids)), final=True))
+            continue
+        ids = prompt_ids + prefix_ids if own is None else whole
         context = _Context(key, ids, len(ids) if own is None else len(prompt_ids) + position)
         if context.length:
             contexts.append(context)
@@ -191,6 +203,17 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
             message = "the context is empty and the model has no begin-of-text token; there is nothing to predict from."
             refused.append(ScoreFailure(key, "empty-context", message, final=True))
     return contexts, refused
+
+
+def _has_tokens_of(request: ScoreRequest, tokenizer: Tokenizer) -> bool:
+    """Whether all of P's tokens are tokens here, so that P's tokenizer may be this one though its ids are not known."""
+    return all(tokenizer.is_token(request.text[start:end]) for start, end in pairwise(request.prefix_ends))
+
+
+def _cut_alike(ends: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of a prefix are P's: they end at the same places."""
+    lengths = map(len, split_text([tokenizer.token_bytes(index) for index in ids]))
+    return list(accumulate(lengths, initial=0)) == list(ends)
 
 
 def own_token_ids(request: ScoreRequest, tokenizer: Tokenizer) -> tuple[int, ...] | None:

@@ -8,6 +8,7 @@ Control tokens are recognised in the text of the chat template alone, never in w
 from __future__ import annotations
 
 import codecs
+import functools
 import heapq
 import re
 from collections.abc import Iterable, Sequence
@@ -225,6 +226,15 @@ class Tokenizer:
     def token_bytes(self, index: int) -> bytes:
         """The exact bytes that a token stands for; a control token stands for its name."""
         return self._tokens[index].encode() if self._tokens[index] in self._special else self._words.decode(index)
+
+    def is_token(self, text: str) -> bool:
+        """Whether a text is a token of the vocabulary that somebody's text can be encoded to."""
+        return text.encode("utf-8", "surrogatepass") in self._pieces
+
+    @functools.cached_property
+    def _pieces(self) -> frozenset[bytes]:
+        ordinary = (index for index, token in enumerate(self._tokens) if token not in self._special)
+        return frozenset(self._words.decode(index) for index in ordinary)
 
     def encode(self, text: str) -> list[int]:
         """Ids of what somebody wrote; nothing in it becomes a control token.

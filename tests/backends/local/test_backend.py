@@ -251,6 +251,18 @@ def test_a_prefix_that_is_tokenised_otherwise_than_the_whole_gets_its_own_contex
     assert any(whole[: len(ids)] != ids for ids in prefixes), "the case needs a prefix with ids of its own"
 
 
+def test_tokens_of_this_vocabulary_that_its_text_is_not_cut_into_are_another_context(tokenizer: Tokenizer) -> None:
+    pieces = ["The", " sum", " of", " seven", "te", "en", " is", " f", "ine", "."]
+    assert all(map(tokenizer.is_token, pieces))
+    made = request(greedy_text(tokenizer, "".join(pieces), pieces=pieces))
+    found = [getattr(result, "reason", None) for result in map(ask(made).get, made.keys)]
+    own = [tokenizer.encode("".join(pieces[:t])) for t in range(10)]
+    texts = [split_text([tokenizer.token_bytes(index) for index in ids]) for ids in own]
+    assert found == ["retokenised" if texts[t] != pieces[:t] else None for t in range(10)]
+    assert found[:5] == [None] * 5
+    assert found[6:] == ["retokenised"] * 4
+
+
 def test_the_name_of_a_control_token_in_a_response_is_text_unless_its_id_says_otherwise(tokenizer: Tokenizer) -> None:
     text = "a<|im_end|>b"
     as_text = greedy_text(tokenizer, text)
