@@ -128,7 +128,7 @@ class Score:
 
     ``key`` is the content hash of the context. ``full_logprobs`` has shape (V,), float32, indexed by token id.
     ``n_dropped`` counts candidates that were not probabilities (masked tokens reported as -2**100).
-    Token counts are those of the service, for the bill.
+    Token counts are those of the service: for the bill, and to tell a prefix that it tokenised otherwise.
     """
 
     key: str
