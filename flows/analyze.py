@@ -104,8 +104,10 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
     tokens, positions, responses = summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
     rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
     out = console()
+    print_lines(out, [f"warning: {alarm}" for alarm in summary.alarms])
     print_pairs(out, rows)
-    print_lines(out, [f"warning: {warning}" for warning in warnings_of(summary)])
+    others = (warning for warning in warnings_of(summary) if warning not in summary.alarms)
+    print_lines(out, [f"warning: {warning}" for warning in others])
     print_table(out, "Tokens with the largest sum of KL, nats", token_cells(tokens))
     print_table(out, "Positions with the largest KL, nats", position_cells(positions))
     print_table(out, "Responses with the largest KL per token, nats", response_cells(responses))

@@ -81,11 +81,20 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How P's responses were sampled; ``None`` means not stated."""
+    """How P's responses were sampled; ``None`` means not stated.
+
+    ``logit_bias`` is whether some tokens were favoured or forbidden.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ kl.estimators           token_bytes / token_keys / list_checks / align
 kl.estimators           bounds censored diagnostic entropy / divergence / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
-kl.statistics           noise_floor / summary / dataset
+kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 
 backends                errors hookspecs / base builtin keys / registry session

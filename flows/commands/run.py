@@ -143,10 +143,11 @@ def without_flag(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def show(report: RunReport) -> None:
-    """Print the summary table, what is missing, and where the results are."""
+    """Print what must be read first, the summary table, what is missing, and where the results are."""
     out = console()
+    print_lines(out, [f"warning: {alarm}" for alarm in report.alarms])
     print_pairs(out, report.headline)
-    lines = [f"warning: {warning}" for warning in report.warnings]
+    lines = [f"warning: {warning}" for warning in report.warnings if warning not in report.alarms]
     lines += _counts("positions not measured", report.missing)
     lines += _counts("responses or files skipped", report.skipped)
     lines += _counts("places in the input repaired", report.repaired)

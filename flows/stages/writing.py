@@ -50,8 +50,9 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_summary(summary, made.summary)
         publish_from(folder, place.path, (path.name for path in (made.tokens, made.responses, made.summary)))
         publish_from(folder, place.path, _per_file(measured, folder, config))
-    run = _run_info(measured, config, record)
-    return Results(_report(summary, measured, comparison, record), summary.to_json(), run)
+    report = _report(summary, measured, comparison, record)
+    run = {"warnings": report.warnings} | _run_info(measured, config, record)
+    return Results(report, summary.to_json(), run)
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:
@@ -161,6 +162,7 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
         headline=headline(summary),
         warnings=warnings,
         paths=[*map(str, paths), f"{place.path}/*_kl.json ({len(measured.files)} files)"],
+        alarms=summary.alarms,
     )
 
 

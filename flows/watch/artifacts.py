@@ -121,7 +121,8 @@ def _tried(what: str, make: Callable[[], Any]) -> Any:
 
 def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -> Iterable[Artifact]:
     about = f"{_share(report)}, model Q = {config.model2}"
-    table = _table([*report.headline, *_spent_rows(spent)])
+    first = [("Before any number", alarm) for alarm in report.alarms]
+    table = _table([*first, *report.headline, *_spent_rows(spent)])
     yield TableArtifact(key=artifact_key(config, "summary"), description=about, table=table)
     yield MarkdownArtifact(key=artifact_key(config, "report"), description=about, markdown=markdown_of(report, config))
     link = console_link(str(config.output_dir))
@@ -158,8 +159,9 @@ def markdown_of(report: RunReport, config: RunConfig) -> str:
     parts = [
         f"# KL(P‖Q), Q = {_plain(config.model2)}",
         _share(report),
+        _section("Before any number", report.alarms),
         "| | |\n|---|---|\n" + "\n".join(f"| {_plain(label)} | {_plain(text)} |" for label, text in report.headline),
-        _section("Warnings", report.warnings),
+        _section("Warnings", [warning for warning in report.warnings if warning not in report.alarms]),
         _section("Positions not measured", _counts(report.missing)),
         _section("Responses or files skipped", _counts(report.skipped)),
         _section("Places in the input repaired", _counts(report.repaired)),

@@ -27,7 +27,8 @@ class RunReport:
     """What was measured, what is missing and why, where the results are.
 
     ``headline`` are (label, text) rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
-    files by kind of defect, ``repaired`` what was mended in the input.
+    files by kind of defect, ``repaired`` what was mended in the input. ``alarms`` are the first of the ``warnings``,
+    which come before any number.
     """
 
     n_positions: int
@@ -38,6 +39,7 @@ class RunReport:
     headline: list[tuple[str, str]]
     warnings: list[str]
     paths: list[str]
+    alarms: list[str] = field(default_factory=list[str])
 
     @property
     def complete(self) -> bool:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from kl.estimators.token_keys import Candidates, is_known, logprob_of
-from kl.records import Candidate
+from kl.records import LARGEST_MASS, Candidate
 
-# Log-probabilities rounded to two decimals reach 1.005; above, the list holds something else than one distribution.
-LARGEST_MASS = 1.01
 _LARGEST_LOG = 700.0  # exp of more overflows float64
 
 
@@ -120,3 +118,110 @@ def _may_be(sampled: Candidate, listed: Candidate) -> bool:
 def _leaves_room(top: Candidates) -> bool:
     """Whether a token that is not listed could be more probable than the last one that is."""
     return 1.0 - listed_mass(top) > math.exp(logprob_of(top[-1]))
+
+
+# Lists whose values are no probabilities, or those of another law than the model's.
+
+_CERTAIN = 1e-6  # a token with all but this is one that a degenerate list gives everything
+_MOST_TOKENS = 2.0**20  # no vocabulary has more
+_EXTREME = -50.0  # in lists of real models the k-th value is rarely below -40; a round or repeated one is a mark
+_FLOOR_BELOW = -9.0  # bfloat16 models tie at any value, but neither so often nor at the same one
+_FLOAT_NOISE = 2e-6  # of the mass of a list, in float32
+_TELLING = 1e-4  # a last value at which some thousandths of the mass must be left for the tokens behind it
+
+
+class Trusted(NamedTuple):
+    """The part of a list that can be relied on, with its ``mass``.
+
+    ``n_clipped`` entries of at most ``floor`` were a mark in place of a probability. ``largest_hidden`` is what one
+    token outside the list may have, where the smallest value in it is no limit. ``is_degenerate``: one token has
+    everything and the rest are marks, which is no distribution.
+    """
+
+    candidates: Candidates
+    mass: float
+    n_clipped: int
+    floor: float | None
+    largest_hidden: float | None
+    is_degenerate: bool
+
+
+def trusted(candidates: Candidates, n_dropped: int = 0, floors: frozenset[float] = frozenset()) -> Trusted:
+    """A list, as `kl.estimators.token_keys.listed` gives it, without values that are no probabilities.
+
+    The smallest value is a clip, "this or below" in place of a value, if it is far below what real lists reach and is a
+    whole number or shared by several entries, or if it is one of the ``floors`` of its side (`common_floors`). One that
+    leaves more mass over than a whole vocabulary of such tokens has is contradicted: its token may have any value, up
+    to all the mass left.
+
+    Parameters
+    ----------
+    n_dropped : int
+        Entries that were taken out of the list before.
+    """
+    kept, floor = list(candidates), None
+    mass, hidden = listed_mass(kept), None
+    while kept:
+        is_contradicted = _is_contradicted(kept, mass)
+        if not is_contradicted and not _is_clip(kept, floors):
+            break
+        least = logprob_of(kept[-1])
+        floor = least if floor is None else max(floor, least)
+        kept = [candidate for candidate in kept if logprob_of(candidate) > least]
+        mass = listed_mass(kept)
+        hidden = max(0.0, 1.0 - mass) if is_contradicted else hidden
+    n_clipped = len(candidates) - len(kept)
+    return Trusted(tuple(kept), mass, n_clipped, floor, hidden, _is_degenerate(candidates, kept, n_clipped + n_dropped))
+
+
+def _is_clip(kept: Sequence[Candidate], floors: frozenset[float]) -> bool:
+    least = logprob_of(kept[-1])
+    if least > _EXTREME:
+        return least in floors
+    return least == int(least) or (len(kept) > 1 and logprob_of(kept[-2]) == least)
+
+
+def _is_contradicted(kept: Sequence[Candidate], mass: float) -> bool:
+    most = _MOST_TOKENS * math.exp(logprob_of(kept[-1]))
+    return 1.0 - mass - _FLOAT_NOISE > most and 1.0 - mass - _FLOAT_NOISE - _rounding(kept) / 2 > most
+
+
+def _rounding(candidates: Sequence[Candidate]) -> float:
+    """The step to which all values of a list are rounded; 0 where it is none of one to four decimals."""
+    values = [logprob_of(candidate) for candidate in candidates]
+    steps = (10.0**-decimals for decimals in range(1, 5))
+    return next((step for step in steps if all(abs(v / step - round(v / step)) < 1e-6 for v in values)), 0.0)
+
+
+def _is_degenerate(candidates: Candidates, kept: Sequence[Candidate], n_marks: int) -> bool:
+    if not kept:
+        return True
+    first, others = logprob_of(kept[0]), {logprob_of(candidate) for candidate in candidates[1:]}
+    one_floor = len(candidates) > 4 and len(others) == 1 and min(others) <= _FLOOR_BELOW
+    return (len(kept) == 1 and n_marks > 0 and first > -_CERTAIN) or (one_floor and first > -1e-3)
+
+
+def common_floors(lists: Sequence[Candidates]) -> frozenset[float]:
+    """The smallest value of all lists of a side, if several of them end with several entries of it.
+
+    Ties are ordinary: bfloat16 models give the last of 20 values twice at every other position, but not one value at
+    several positions.
+    """
+    lasts = [logprob_of(top[-1]) for top in lists if len(top) > 2 and top[-1].logprob == top[-3].logprob]
+    least = min((logprob_of(top[-1]) for top in lists if top), default=0.0)
+    return frozenset({least}) if least <= _FLOOR_BELOW and lasts.count(least) > 1 else frozenset()
+
+
+def truncated(lists: Sequence[Trusted | None]) -> list[bool]:
+    """Which lists of one side hold all mass of a law that was cut (top-p, top-k, min-p) and renormalised.
+
+    Where the last listed token is still probable, so are those behind it: a list that leaves nothing for them has been
+    made to. One may be so by chance, half of them not.
+    """
+    whole = [found is not None and abs(1.0 - found.mass) <= _FLOAT_NOISE for found in lists]
+    telling = [
+        found is not None and len(found.candidates) > 1 and math.exp(logprob_of(found.candidates[-1])) >= _TELLING
+        for found in lists
+    ]
+    n_whole = sum(is_whole and tells for is_whole, tells in zip(whole, telling, strict=True))
+    return whole if n_whole and 2 * n_whole >= sum(telling) else [False] * len(lists)

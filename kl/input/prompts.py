@@ -117,10 +117,13 @@ def read_sampling(raw: dict[str, object], inherited: Sampling, notes: Notes) -> 
     elif stated is not None:
         notes.repair("bad-sampling", f"`sampling` is {show(stated)}, not a plain object; taken as not stated")
         inherited = Sampling()
-    temperature = _setting("temperature", raw, nested, inherited.temperature, _temperature, notes)
-    top_p = _setting("top_p", raw, nested, inherited.top_p, _top_p, notes)
-    top_k = _setting("top_k", raw, nested, inherited.top_k, _top_k, notes)
-    return Sampling(temperature, top_p, None if top_k is None else int(top_k))
+    read = {
+        name: _setting(name, raw, nested, getattr(inherited, name), check, notes) for name, check in _CHECKS.items()
+    }
+    top_k = read.pop("top_k")
+    biases = [place["logit_bias"] for place in (nested, raw) if place.get("logit_bias") is not None]
+    has_bias = any(bias not in ({}, [], False) for bias in biases) if biases else inherited.logit_bias
+    return Sampling(**read, top_k=None if top_k is None else int(top_k), logit_bias=has_bias)
 
 
 def _setting(
@@ -154,3 +157,19 @@ def _top_p(value: float) -> bool:
 
 def _top_k(value: float) -> bool:
     return -1 <= value < 2**31 and value == int(value)  # 0 and -1 are how services say "off"
+
+
+def _penalty(value: float) -> bool:
+    return math.isfinite(value)
+
+
+_CHECKS: dict[str, Callable[[float], bool]] = {
+    "temperature": _temperature,
+    "top_p": _top_p,
+    "top_k": _top_k,
+    "min_p": _top_p,
+    "typical_p": _top_p,
+    "repetition_penalty": _penalty,
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+}

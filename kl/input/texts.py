@@ -104,6 +104,11 @@ def _readings(sampled: Sequence[Candidate], finish_reason: str | None) -> Iterat
         yield n - 2
 
 
+def was_cut(finish_reason: str | None) -> bool:
+    """Whether a response ended because there was no room for more, so that it has no stop."""
+    return _reason(finish_reason) in _CUT
+
+
 def _reason(finish_reason: str | None) -> str:
     name = (finish_reason or "").lower().rsplit(".", 1)[-1]
     return name.removeprefix("finish_reason_").replace("-", "_").replace(" ", "_")

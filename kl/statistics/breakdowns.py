@@ -114,6 +114,25 @@ def bounds_only_by_reason(tokens: pl.LazyFrame) -> dict[str, int]:
     return _by_reason(tokens.filter(MEASURED & pl.col("kl_estimate").is_null()))
 
 
+def flagged(tokens: pl.LazyFrame) -> dict[str, int]:
+    """Measured positions by the codes of what to know of their lists, the most frequent first."""
+    if "flags" not in tokens.collect_schema():  # written by an earlier version
+        return {}
+    codes = tokens.filter(MEASURED).select(pl.col("flags").drop_nulls().str.split(",").explode()).collect()
+    counts = codes.group_by("flags").len().sort(["len", "flags"], descending=[True, False])
+    return dict(counts.iter_rows())
+
+
+def stops(tokens: pl.LazyFrame) -> pl.DataFrame:
+    """``source_file``, ``response_idx``, ``has_stop`` of each response: whether the end of the turn is a position.
+
+    Responses of which a table of an earlier version does not say so are left out.
+    """
+    found = pl.col("is_stop") if "is_stop" in tokens.collect_schema() else pl.lit(None, dtype=pl.Boolean)
+    rows = tokens.select("source_file", "response_idx", has_stop=found).drop_nulls("has_stop")
+    return rows.group_by("source_file", "response_idx").agg(pl.col("has_stop").any()).collect()
+
+
 def _by_reason(rows: pl.LazyFrame) -> dict[str, int]:
     counts = rows.group_by(pl.col("reason").fill_null("unknown")).len().collect()
     return dict(counts.sort(["len", "reason"], descending=[True, False]).iter_rows())

@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import polars as pl
 
 from kl.estimators.divergence import MIN_LISTED
+from kl.input.texts import was_cut
 from kl.records import Sampling
+from kl.statistics.alarms import alarms
 from kl.statistics.breakdowns import (
     bounds_only_by_reason,
     by_prompt,
     by_token_and_position,
+    flagged,
     kl_distribution,
     missing_by_reason,
+    stops,
 )
 from kl.statistics.clusters import per_response, per_token, prompts_needed
 from kl.statistics.figures import logprob_difference, perplexity, top_token
@@ -38,6 +43,7 @@ from kl.tables.responses import ResponseInfo, info_frame, response_rows
 from kl.tables.totals import response_totals
 
 AMBIGUOUS_MASS_WARNING = 0.01
+_NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 def summarise_dataset(
@@ -65,7 +71,7 @@ def summarise_dataset(
         estimator=facts.estimator,
         top_logprobs=facts.top_logprobs,
         prior_var=facts.prior_var,
-        sampling=[asdict(sampling) for sampling in facts.samplings],
+        sampling=[_stated(sampling) for sampling in facts.samplings],
         alignment=None if facts.alignment is None else dict(facts.alignment),
         counts=counts,
         warnings=[],
@@ -81,7 +87,7 @@ def summarise_dataset(
         tv_lower_per_token=per_token(totals, "tv_lower"),
         same_top_p=per_token(totals, "same_top_token"),
         delta_p=_delta_p(totals),
-        sampled_token=_sampled_token(totals, facts.samplings),
+        sampled_token=_sampled_token(totals, _sampling_obstacle(facts.samplings, counts)),
         mean_rest_mass_p=_mean(totals, "rest_mass_p"),
         mean_rest_mass_q=_mean(totals, "rest_mass_q"),
         mean_p_mass_missing_in_q=_mean(totals, "p_mass_missing_in_q"),
@@ -100,8 +106,14 @@ def summarise_dataset(
         top_token=top_token(totals),
         noise_floor=None if twice is None else noise_floor(twice, rows, facts.prior_var_again),
     )
-    summary.warnings.extend(_warnings(summary, facts))
+    summary.alarms.extend(alarms(counts))
+    summary.warnings.extend((*summary.alarms, *_warnings(summary, facts)))
     return summary
+
+
+def _stated(sampling: Sampling) -> dict[str, Any]:
+    always = ("temperature", "top_p", "top_k")
+    return {name: value for name, value in asdict(sampling).items() if name in always or value is not None}
 
 
 def _per_token_divergence(totals: pl.DataFrame) -> Divergence:
@@ -139,10 +151,9 @@ def _delta_p(totals: pl.DataFrame) -> DeltaP:
     return DeltaP(per_token(totals, "delta_p"), None if square is None else math.sqrt(square))
 
 
-def _sampled_token(totals: pl.DataFrame, samplings: Sequence[Sampling]) -> SampledToken:
+def _sampled_token(totals: pl.DataFrame, obstacle: str | None) -> SampledToken:
     measured, censored = int(totals["n_measured"].sum()), int(totals["n_k1_censored"].sum())
     share = censored / measured if measured else None
-    obstacle = _sampling_obstacle(samplings)
     if obstacle is not None:
         return SampledToken(None, None, None, None, False, censored, share, obstacle)
     return SampledToken(
@@ -157,8 +168,10 @@ def _sampled_token(totals: pl.DataFrame, samplings: Sequence[Sampling]) -> Sampl
     )
 
 
-def _sampling_obstacle(samplings: Sequence[Sampling]) -> str | None:
+def _sampling_obstacle(samplings: Sequence[Sampling], counts: Counts) -> str | None:
     """Why k1 and k3 would be biased: P's tokens were not drawn from the law that its log-probabilities state."""
+    if counts.flagged.get("truncated-p"):
+        return "P's lists are of a truncated law"
     for sampling in samplings or (Sampling(),):
         if sampling.temperature is None or sampling.top_p is None:
             return "the temperature and top_p with which the responses were sampled are not all stated"
@@ -168,6 +181,12 @@ def _sampling_obstacle(samplings: Sequence[Sampling]) -> str | None:
             return f"the responses were sampled with top_p {sampling.top_p:g}, not 1"
         if sampling.top_k is not None and sampling.top_k > 0:
             return f"the responses were sampled with top_k {sampling.top_k}, not without it"
+        for name, neutral in _NEUTRAL.items():
+            value = getattr(sampling, name)
+            if value is not None and value != neutral:
+                return f"the responses were sampled with {name} {value:g}, not {neutral:g}"
+        if sampling.logit_bias:
+            return "the responses were sampled with a logit_bias"
     return None
 
 
@@ -178,6 +197,7 @@ def _counts(tokens: pl.LazyFrame, rows: pl.DataFrame) -> Counts:
     scored = responses.filter((measured > 0) | left_out.fill_null(False))
     not_scored = responses.filter((measured == 0) & ~left_out.fill_null(False))
     reasons = not_scored.group_by(pl.col("reason").fill_null("no-positions")).len()
+    ended = responses.join(stops(tokens), on=["source_file", "response_idx"])
     return Counts(
         files=rows["source_file"].n_unique(),
         files_unreadable=rows.height - responses.height,
@@ -194,12 +214,19 @@ def _counts(tokens: pl.LazyFrame, rows: pl.DataFrame) -> Counts:
         missing_by_reason=missing_by_reason(tokens),
         bounds_only=int((rows["n_measured"] - rows["n_estimated"]).sum()),
         bounds_only_by_reason=bounds_only_by_reason(tokens),
+        flagged=flagged(tokens),
+        responses_with_stop=int(ended["has_stop"].sum()),
+        responses_without_stop=sum(map(_ended_unseen, ended["has_stop"], ended["finish_reason"])),
     )
+
+
+def _ended_unseen(has_stop: bool, finish_reason: str | None) -> bool:
+    return not has_stop and not was_cut(finish_reason)
 
 
 def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
     yield from _missing_warnings(summary.counts)
-    yield from _sampling_warnings(facts.samplings)
+    yield from _sampling_warnings(facts.samplings, summary.counts)
     estimate = summary.kl_per_token.estimate
     if estimate.no_interval is not None:
         yield f"KL per token: no interval: {estimate.no_interval}."
@@ -216,6 +243,13 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
         yield (
             f"{unidentified:,} measured positions have no plausible upper limit (too few shared tokens); "
             "the upper limit of the data set is not known, `identification` is over the other positions."
+        )
+    if counts.responses_without_stop:
+        ended = counts.responses_with_stop + counts.responses_without_stop
+        yield (
+            f"the stop is not in the KL of {counts.responses_without_stop:,} of {ended:,} responses, those cut by "
+            "length aside: their files have no list for the token that ends the turn, so that what the two models say "
+            "of going on is left out."
         )
     if facts.top_logprobs < MIN_LISTED:
         yield f"top_logprobs = {facts.top_logprobs}: lists that short say nothing of the tail; use the bounds."
@@ -257,8 +291,8 @@ def _missing_warnings(counts: Counts) -> Iterator[str]:
         )
 
 
-def _sampling_warnings(samplings: Sequence[Sampling]) -> Iterator[str]:
-    obstacle = _sampling_obstacle(samplings)
+def _sampling_warnings(samplings: Sequence[Sampling], counts: Counts) -> Iterator[str]:
+    obstacle = _sampling_obstacle(samplings, counts)
     if obstacle is not None:
         yield (
             f"k1 and k3 are not computed: {obstacle}. The KL is the mean over the prefixes that P visited, which for "

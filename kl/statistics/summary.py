@@ -7,7 +7,7 @@ given only where every measured position has one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kl.records import Sampling
@@ -42,7 +42,9 @@ class Counts:
     """How much there was and how much of it was measured.
 
     ``bounds_only`` of the ``measured`` positions have bounds and no point estimate, among them those whose exact KL is
-    infinite (reason ``infinite``).
+    infinite (reason ``infinite``). ``flagged`` counts measured positions by what to know of their lists. The end of the
+    turn is a position of the ``responses_with_stop``; ``responses_without_stop`` are those that have no list there, but
+    for those that were cut by length.
     """
 
     files: int
@@ -60,6 +62,9 @@ class Counts:
     missing_by_reason: dict[str, int]
     bounds_only: int
     bounds_only_by_reason: dict[str, int]
+    flagged: dict[str, int] = field(default_factory=dict[str, int])
+    responses_with_stop: int = 0
+    responses_without_stop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,10 @@ class DeltaP:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The data set: what `summary.json` holds. Divergences are in nats, shares and probabilities in [0, 1]."""
+    """The data set: what `summary.json` holds. Divergences are in nats, shares and probabilities in [0, 1].
+
+    ``alarms`` are the first of the ``warnings``, which must be read before any number.
+    """
 
     format: int
     model_p: str | None
@@ -158,6 +166,7 @@ class Summary:
     logprob_difference: LogprobDifference | None = None
     top_token: TopToken | None = None
     noise_floor: NoiseFloor | None = None
+    alarms: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, numbers and texts."""

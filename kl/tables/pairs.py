@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from kl.estimators.align import Aligned, BoolArray, FloatArray, align
 from kl.estimators.divergence import MIN_LISTED
-from kl.estimators.list_checks import LARGEST_MASS, listed_mass
+from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted
 from kl.estimators.token_keys import Candidates, listed
-from kl.records import Position, Response, Score, ScoreFailure
+from kl.records import LARGEST_MASS, Candidate, Response, Score, ScoreFailure
 
 Scores = Sequence[Score | ScoreFailure | None]
 
@@ -31,11 +32,11 @@ class Pair(NamedTuple):
     """
 
     position: int
-    top_p: Candidates
-    top_q: Candidates
+    p: Trusted
+    q: Trusted
     n_dropped: int
-    source: Position
-    score: Score
+    sampled_p: Candidate
+    sampled_q: Candidate | None
     flags: frozenset[str] = frozenset()
 
 
@@ -47,14 +48,28 @@ class Paired(NamedTuple):
     missing: dict[int, Missing]
 
 
+class _List(NamedTuple):
+    """One list with what was left out of it before, and whether it is of a truncated law."""
+
+    found: Trusted
+    n_entries: int
+    n_listed: int
+    n_dropped: int
+    is_truncated: bool = False
+
+
 def pair_up(response: Response, scores: Scores, drawn: BoolArray) -> Paired:
     """Match the lists of P and Q at the positions that were drawn."""
     check_lengths(response, scores=len(scores))
-    found = {
-        t: _pair(t, position, score)
-        for t, (position, score) in enumerate(zip(response.positions, scores, strict=True))
-        if drawn[t]
-    }
+    side_p = _lists([(position.top, position.n_dropped) for position in response.positions])
+    side_q = _lists([(score.top, score.n_dropped) if isinstance(score, Score) else None for score in scores])
+    found: dict[int, Pair | Missing] = {}
+    for t in np.flatnonzero(drawn).tolist():
+        list_p, list_q, score = side_p[t], side_q[t], scores[t]
+        if list_p is None or list_q is None or not isinstance(score, Score):
+            found[t] = _not_scored(score)
+        else:
+            found[t] = _refused(list_p, list_q) or _pair(t, list_p, list_q, response.positions[t].sampled, score)
     pairs = [item for item in found.values() if isinstance(item, Pair)]
     return Paired(pairs, _aligned(pairs), {t: item for t, item in found.items() if isinstance(item, Missing)})
 
@@ -68,47 +83,91 @@ def check_lengths(response: Response, **lengths: int) -> None:
             )
 
 
+def _lists(tops: Sequence[tuple[Candidates, int] | None]) -> list[_List | None]:
+    """The lists of one side, each in the light of the others."""
+    usable = [None if top is None else listed(top[0]) for top in tops]
+    floors = common_floors([part.candidates for part in usable if part is not None])
+    found: list[_List | None] = []
+    for top, part in zip(tops, usable, strict=True):
+        if top is None or part is None:
+            found.append(None)
+            continue
+        n_dropped = top[1] + part.n_dropped
+        found.append(
+            _List(trusted(part.candidates, n_dropped, floors), len(top[0]) + top[1], len(part.candidates), n_dropped)
+        )
+    cut = truncated([None if item is None else item.found for item in found])
+    return [
+        None if item is None else item._replace(is_truncated=is_cut) for item, is_cut in zip(found, cut, strict=True)
+    ]
+
+
 def _aligned(pairs: list[Pair]) -> Aligned | None:
     if not pairs:
         return None
-    return align(
-        [pair.top_p for pair in pairs],
-        [pair.top_q for pair in pairs],
-        [pair.source.sampled for pair in pairs],
-        [pair.score.sampled for pair in pairs],
+    aligned = align(
+        [pair.p.candidates for pair in pairs],
+        [pair.q.candidates for pair in pairs],
+        [pair.sampled_p for pair in pairs],
+        [pair.sampled_q for pair in pairs],
+    )
+    caps_p, caps_q = _caps([pair.p for pair in pairs]), _caps([pair.q for pair in pairs])
+    return replace(
+        aligned,
+        log_cap_p=np.maximum(aligned.log_cap_p, caps_p),
+        log_cap_q=np.maximum(aligned.log_cap_q, caps_q),
     )
 
 
-def _pair(t: int, position: Position, score: Score | ScoreFailure | None) -> Pair | Missing:
-    if score is None:
-        return Missing("not-scored", "Q has not been asked about this position, or its answer is not there; run again.")
+def _caps(lists: Sequence[Trusted]) -> FloatArray:
+    """What a token outside each list may have beyond the smallest value in it; ``-inf`` where that is the limit."""
+    hidden = [item.largest_hidden or 0.0 for item in lists]
+    return np.array([math.log(mass) if mass > 0 else -math.inf for mass in hidden], dtype=np.float64)
+
+
+def _not_scored(score: Score | ScoreFailure | None) -> Missing:
     if isinstance(score, ScoreFailure):
         return Missing(score.reason, score.message)
-    side_p, side_q = listed(position.top), listed(score.top)
-    if not side_p.candidates:
-        return Missing("empty-list-p", _empty("P", len(position.top), "Sample the responses again with logprobs."))
-    if not side_q.candidates:
-        return Missing("empty-list-q", _empty("Q", len(score.top), "Score the position again."))
-    mass_p, mass_q = listed_mass(side_p.candidates), listed_mass(side_q.candidates)
-    if max(mass_p, mass_q) > LARGEST_MASS:
-        return _above_one(mass_p, mass_q)
-    return Pair(t, side_p.candidates, side_q.candidates, score.n_dropped + side_q.n_dropped, position, score)
+    return Missing("not-scored", "Q has not been asked about this position, or its answer is not there; run again.")
 
 
-def _empty(side: str, n_entries: int, advice: str) -> str:
-    return f"{side}'s list has no usable log-probability ({n_entries} entries). {advice}"
+def _refused(list_p: _List, list_q: _List) -> Missing | None:
+    """Why two lists cannot be compared, if they cannot."""
+    reasons = (_problem("P", list_p, *_ADVICE_P), _problem("Q", list_q, *_ADVICE_Q))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
-def _above_one(mass_p: float, mass_q: float) -> Missing:
-    side, mass, advice = (
-        ("p", mass_p, "Check the response file.")
-        if mass_p > LARGEST_MASS
-        else ("q", mass_q, "Check the backend's settings.")
-    )
-    return Missing(
-        f"mass-above-1-{side}",
-        f"{side.upper()}'s listed probabilities add up to {mass:.4f}; they are not one distribution. {advice}",
-    )
+_ADVICE_P = ("Sample the responses again with logprobs.", "Check the response file.")
+_ADVICE_Q = ("Score the position again.", "Check the backend's settings.")
+
+
+def _problem(side: str, item: _List, again: str, check: str) -> Missing | None:
+    code = side.lower()
+    if not item.n_listed:
+        what = f"{side}'s list has no usable log-probability ({item.n_entries} entries)"
+        return Missing(f"empty-list-{code}", f"{what}. {again}")
+    if item.found.mass > LARGEST_MASS:
+        what = f"{side}'s listed probabilities add up to {item.found.mass:.4f}; they are not one distribution"
+        return Missing(f"mass-above-1-{code}", f"{what}. {check}")
+    if item.found.is_degenerate:
+        what = f"{side}'s list gives one token everything and the other {item.n_entries - 1} a mark or one floor"
+        return Missing(f"degenerate-{code}", f"{what}; it is not a distribution. {check}")
+    return None
+
+
+def _pair(t: int, list_p: _List, list_q: _List, sampled: Candidate, score: Score) -> Pair:
+    floor = list_p.found.floor
+    if floor is not None and sampled.logprob is not None and sampled.logprob <= floor:
+        sampled = sampled._replace(logprob=None)
+    flags = {
+        "clipped-p": list_p.found.n_clipped,
+        "clipped-q": list_q.found.n_clipped,
+        "truncated-p": list_p.is_truncated,
+        "truncated-q": list_q.is_truncated,
+    }
+    named = frozenset(code for code, is_so in flags.items() if is_so)
+    n_dropped = list_q.n_dropped + list_q.found.n_clipped
+    return Pair(t, list_p.found, list_q.found, n_dropped, sampled, score.sampled, named)
 
 
 def not_determined(pairs: list[Pair], estimates: FloatArray, exact: FloatArray, aligned: Aligned) -> dict[int, Missing]:
