@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from flows.config.comparison import Comparison, Side
 from flows.folder.layout import Stores
 from kl.input.hidden import PARTIAL, UNKNOWN
 from kl.input.responses import ResponseFile
 from kl.records import Response, Score, ScoreFailure
+from kl.statistics.noise_floor import AskedAgain
+from kl.statistics.position_sampling import Drawn
 from kl.tables.context_counts import CountEvidence, Results, without_retokenised
+from kl.tables.repeats import first_answers, where_both
 
 _GAPS = {
     PARTIAL: "the text before this position ends inside a character, which no request by text can say; a backend that "
@@ -17,6 +21,19 @@ _GAPS = {
     UNKNOWN: "a token before this position does not say its text, so that no request by text can say what Q should "
     "continue; sample with token ids or bytes, and use a backend that feeds ids.",
 }
+
+
+class TwoAnswers(NamedTuple):
+    """What one model said twice of some positions of a response, the first time in the place of P's lists (``first``).
+
+    ``of`` says which of the two it is. ``drawn`` are the positions that were asked a second time.
+    """
+
+    of: AskedAgain
+    model: str
+    first: Response
+    second: Results
+    drawn: Drawn
 
 
 class FileAnswers:
@@ -71,6 +88,18 @@ class FileAnswers:
         if side not in self._results:
             self._results[side] = self._checked(side)
         return self._results[side][response.response_idx]
+
+    def twice(self, response: Response) -> TwoAnswers | None:
+        """What one model said twice of some positions of a response; None if none is asked a second time."""
+        drawn = self._comparison.drawn_again(response)
+        if drawn is None:
+            return None
+        of, again = self._comparison.asked_again(response), self.results(response, "again")
+        if of == "p" and response.model is not None:
+            return TwoAnswers(of, response.model, response, again, drawn)
+        once = self.results(response)
+        first, second = first_answers(response, once), where_both(once, again)
+        return TwoAnswers(of, self._comparison.config.model2, first, second, drawn)
 
     def _checked(self, side: Side) -> dict[int, Results]:
         by_model: dict[str, dict[int, Results]] = {}

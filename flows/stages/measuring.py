@@ -28,9 +28,7 @@ from kl.estimators.divergence import exact_kl
 from kl.output.files import write_part
 from kl.records import Candidate, Response, Sampling, Score
 from kl.statistics.noise_floor import AskedTwice
-from kl.statistics.position_sampling import Drawn
-from kl.tables.context_counts import CountEvidence, Results
-from kl.tables.repeats import first_answers, where_both
+from kl.tables.context_counts import CountEvidence
 from kl.tables.responses import ResponseInfo
 from kl.tables.tokens import measure_response, response_diagnostic, response_spread
 
@@ -161,7 +159,7 @@ def survey_files(
             results = found.results(response)
             spread.append(response_spread(response, results))
             of_file.append(response_diagnostic(response, results))
-            pair = _asked_twice(response, comparison, found)
+            pair = found.twice(response)
             if pair is not None:
                 twice.append(response_spread(pair.first, pair.second))
         diagnostics += _with_joint_keys(of_file)
@@ -206,13 +204,8 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
     found = FileAnswers(parsed, comparison, stores, comparison.sides(), measured.priors.counts)
     frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
-    measured.twice.take(
-        [
-            table
-            for response in parsed.responses
-            if (table := _measure_again(response, comparison, found, measured)) is not None
-        ]
-    )
+    again = [_measure_again(response, comparison.config.estimator, found, measured) for response in parsed.responses]
+    measured.twice.take([table for table in again if table is not None])
     measured.n_odd_counts += found.n_odd
     measured.responses += [
         ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
@@ -255,40 +248,15 @@ def _measure_response(
     )
 
 
-class _AskedTwice(NamedTuple):
-    """What one model said twice of some positions of a response: the first time in the place of P's lists."""
-
-    first: Response
-    second: Results
-    drawn: Drawn
-
-
-def _asked_twice(response: Response, comparison: Comparison, found: FileAnswers) -> _AskedTwice | None:
-    drawn = comparison.drawn_again(response)
-    if drawn is None:
-        return None
-    again = found.results(response, "again")
-    if comparison.asked_again(response) == "p":
-        return _AskedTwice(response, again, drawn)
-    once = found.results(response)
-    return _AskedTwice(first_answers(response, once), where_both(once, again), drawn)
-
-
-def _measure_again(
-    response: Response, comparison: Comparison, found: FileAnswers, measured: Measured
-) -> pl.DataFrame | None:
+def _measure_again(response: Response, estimator: str, found: FileAnswers, measured: Measured) -> pl.DataFrame | None:
     """The tokens of a response between the two answers of one model; None if nothing is asked again."""
-    pair = _asked_twice(response, comparison, found)
+    pair = found.twice(response)
     if pair is None:
         return None
-    measured.twice.note(comparison.asked_again(response), comparison.config.model2, response.model, pair.second)
+    measured.twice.note(pair.of, pair.model, pair.second)
+    prior = measured.priors.twice
     return measure_response(
-        pair.first,
-        pair.second,
-        estimator=comparison.config.estimator,
-        prior=measured.priors.twice,
-        selected=pair.drawn.selected,
-        pi=pair.drawn.pi,
+        pair.first, pair.second, estimator=estimator, prior=prior, selected=pair.drawn.selected, pi=pair.drawn.pi
     )
 
 

@@ -87,10 +87,15 @@ def perplexity(totals: pl.DataFrame) -> Perplexity:
 
 def _exp(estimate: Estimate) -> Estimate:
     """``exp`` of a mean: the ends of the interval are those of the mean, the standard error is linearised."""
-    ends = (estimate.value, estimate.ci_low, estimate.ci_high)
-    value, low, high = (None if end is None or end > _LARGEST_LOG else math.exp(end) for end in ends)
-    se = None if value is None or estimate.se is None else value * estimate.se
-    return replace(estimate, value=value, se=se, ci_low=low, ci_high=high, design_effect=None)
+    mean, low, high = estimate.value, estimate.ci_low, estimate.ci_high
+    if mean is None:
+        return estimate
+    if max(mean, high or mean) > _LARGEST_LOG:
+        return unknown_estimate("too large for a number", n=estimate.n, n_unknown=estimate.n_unknown)
+    value = math.exp(mean)
+    se = None if estimate.se is None else value * estimate.se
+    ends = {} if low is None or high is None else {"ci_low": math.exp(low), "ci_high": math.exp(high)}
+    return replace(estimate, value=value, se=se, design_effect=None, **ends)
 
 
 def _correlation(se_p: float | None, se_q: float | None, se_difference: float | None) -> float | None:

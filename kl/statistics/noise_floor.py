@@ -61,10 +61,10 @@ class AskedTwice:
     models: set[str] = field(default_factory=set[str])
     versions: set[str] = field(default_factory=set[str])
 
-    def note(self, of: AskedAgain, model_q: str, model_p: str | None, second: Scores) -> None:
+    def note(self, of: AskedAgain, model: str, second: Scores) -> None:
         """Say who was asked again about a response, and with what answers."""
         self.of.add(of)
-        self.models.add(model_q if of == "q" or model_p is None else model_p)
+        self.models.add(model)
         self.versions.update(
             score.model_version for score in second if isinstance(score, Score) and score.model_version is not None
         )

@@ -88,6 +88,12 @@ def test_perplexity_weighs_sampled_positions(table):
     assert found.p.value == pytest.approx(math.exp((6 / 0.5 + 3 / 0.25) / 10))
 
 
+def test_a_perplexity_beyond_all_numbers_is_said_to_be(table):
+    found = perplexity(response_totals(table(P, [-950.0] * 10).lazy()))
+    assert (found.q.value, found.q.no_interval) == (None, "too large for a number")
+    assert found.p.value == pytest.approx(math.exp(2.0))
+
+
 def test_differences_of_the_sampled_token_by_hand(table):
     tokens = table(P, Q)
     found = logprob_difference(tokens.lazy(), response_totals(tokens.lazy()))
