@@ -21,7 +21,7 @@ def refused_models(place: OutputFolder) -> dict[str, str]:
     """
     try:
         return dict(json.loads(read_bytes(place.refusals)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{place.refusals} cannot be read: {error}. Remove it, and P is tried again.") from error

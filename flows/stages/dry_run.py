@@ -25,7 +25,8 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
-    comparison = comparison.without(refused_models(comparison.folder))
+    if comparison.config.noise_floor is not None:
+        comparison = comparison.without(refused_models(comparison.folder))
     scores = comparison.folder.stores().scores
     scores.prefetch()
     built = comparison.build_backend()

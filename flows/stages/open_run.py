@@ -153,7 +153,8 @@ class OpenRun:
 
         Only when the folder's lock is held: a run that had it before may have written until then.
         """
-        self.comparison = self.comparison.without(refused_models(self.comparison.folder))
+        if self.comparison.config.noise_floor is not None:
+            self.comparison = self.comparison.without(refused_models(self.comparison.folder))
         self.stores = self.comparison.folder.stores()
         self.backend = self.comparison.build_backend(flow_run.id)
         for note in self.comparison.notes:

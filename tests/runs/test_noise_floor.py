@@ -141,14 +141,18 @@ def test_p_against_itself_is_asked_twice_and_a_new_version_of_it_is_said(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remote", [False, True], ids=["on a disk", "in a bucket"])
 def test_submit_and_collect_take_the_model_that_the_submission_found(
-    unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path
+    remote: bool, unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path
 ) -> None:
     world = unquiet(job_seconds=3600.0)
     world.write_responses(tmp_path / "in", GONE, PROMPTS[:5], n=1, max_tokens=10, seed=3)
+    world.objects.create_bucket("data")
+    out = "gs://data/out" if remote else tmp_path / "out"
+    arguments = ("--input-dir", tmp_path / "in", "--output-dir", out, "--model2", Q, *FAST, *AGAIN)
 
     def run(stage: str) -> Done:
-        return run_program("flows.run", *flags(tmp_path), *FAST, *AGAIN, "--stage", stage, env=world.environment())
+        return run_program("flows.run", *arguments, "--stage", stage, env=world.environment())
 
     submitted = run("submit")
     assert submitted.code == 0, submitted.err
@@ -158,7 +162,8 @@ def test_submit_and_collect_take_the_model_that_the_submission_found(
     world.wait_for_jobs()
     collected = run("collect")
     assert collected.code == 0, collected.err
-    floor = summary_of(tmp_path)["noise_floor"]
+    written = world.objects.read(f"{out}/summary.json") if remote else (tmp_path / "out" / "summary.json").read_bytes()
+    floor = json.loads(written)["noise_floor"]
     assert (floor["of"], floor["n_measured"], len(world.jobs)) == ("q", 10, 6)
     assert run("collect").out.startswith("unchanged:")
 
