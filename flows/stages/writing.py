@@ -177,7 +177,7 @@ def _count_warnings(measured: Measured) -> Iterator[str]:
         )
     if measured.n_odd_counts:
         yield (
-            f"model 2's counts of the prompt's tokens jump at {measured.n_odd_counts:,} positions by more than "
+            f"model 2's counts of the prompt's tokens fall at {measured.n_odd_counts:,} positions by more than "
             "tokenising can make (tokens of a cache left out, perhaps): there they do not show whether the prefix was "
             "trimmed or tokenised otherwise"
         )

@@ -18,19 +18,18 @@ Results = list[Score | ScoreFailure | None]
 
 RETOKENISED = "retokenised"
 _EARLY = 5  # positions of a response that say what its prompt counts
-_SLACK = 8  # tokens by which one step may differ: runs of white space and words that are cut otherwise are shorter
+_SLACK = 8  # tokens that one step may lose beside those it adds: a word that is cut otherwise has fewer
 
 
 class _Context(NamedTuple):
     """A position with a count. ``excess`` is the count minus the position: what the prompt and its turns count.
 
-    ``end`` is where the prefix ends in the text; after white space a service may trim it.
+    After white space a service may trim the prefix.
     """
 
     position: int
     excess: int
     key: str
-    end: int
     after_space: bool
 
 
@@ -88,10 +87,9 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
     early position on, which the first ones and the other responses contradict. Position 0 has one vote, and is never
     judged: there is no prefix, and the header of a model turn may be missing from its count.
 
-    A count that differs is a verdict only if tokenising the text otherwise can make it: from one position to the next
-    it falls short by no more than the tokens between them and eight, and rises by no more than the bytes between them
-    and eight. Others are no verdict, and counted (a service that leaves out the tokens of a cache, say). Scores without
-    a count stay.
+    A count that falls short by more than tokenising can make, eight and the tokens between one position and the next,
+    is no verdict (a service leaves out the tokens of a cache, say); such positions are counted. One that is too large
+    by any number is a verdict: something else is in the context. Scores without a count stay.
 
     Parameters
     ----------
@@ -105,8 +103,8 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
     if base is None:
         return Checked(list(results), 0)
     checked, n_odd = list[Results](), 0
-    for response, found, sequence in zip(responses, results, contexts, strict=True):
-        wrong, odd = _judged(response, sequence, base)
+    for found, sequence in zip(results, contexts, strict=True):
+        wrong, odd = _judged(sequence, base)
         n_odd += odd
         checked.append(
             [ScoreFailure(_key(item), RETOKENISED, wrong[t]) if t in wrong else item for t, item in enumerate(found)]
@@ -119,7 +117,7 @@ def _contexts(response: Response, found: Results) -> list[_Context]:
     for t, (score, end) in enumerate(zip(found, response.prefix_ends().tolist(), strict=True)):
         if isinstance(score, Score) and score.input_tokens is not None:
             after_space = response.text[end - 1 : end].isspace() if end else False
-            contexts.append(_Context(t, score.input_tokens - t, score.key, end, after_space))
+            contexts.append(_Context(t, score.input_tokens - t, score.key, after_space))
     return contexts
 
 
@@ -141,28 +139,21 @@ def _base(contexts: Sequence[Sequence[_Context]]) -> int | None:
     return max(votes, key=votes.__getitem__, default=None)
 
 
-def _judged(response: Response, sequence: Sequence[_Context], base: int) -> tuple[dict[int, str], int]:
+def _judged(sequence: Sequence[_Context], base: int) -> tuple[dict[int, str], int]:
     """Why positions are wrong, and at how many the count says nothing."""
     wrong: dict[int, str] = {}
-    n_odd = 0
-    last = _Context(0, base, "", 0, False)
+    n_odd, last_position, last_excess = 0, 0, base
     for item in sequence:
         if not item.position:
             continue
-        if item.excess != base and not _can_be_tokenised(response, last, item):
+        lost, added = min(last_excess, base) - item.excess, item.position - last_position
+        if lost > added + _SLACK:
             n_odd += 1
             continue
         if item.excess != base:
             wrong[item.position] = _why(item, base)
-        last = item
+        last_position, last_excess = item.position, item.excess
     return wrong, n_odd
-
-
-def _can_be_tokenised(response: Response, earlier: _Context, later: _Context) -> bool:
-    change = later.excess - earlier.excess
-    n_tokens = later.position - earlier.position
-    n_bytes = len(response.text[earlier.end : later.end].encode("utf-8", "surrogatepass"))
-    return -n_tokens - _SLACK <= change <= n_bytes + _SLACK
 
 
 def _why(item: _Context, base: int) -> str:

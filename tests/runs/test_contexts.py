@@ -105,7 +105,7 @@ def test_a_service_that_merges_two_tokens_loses_all_positions_after_them(backend
 
 
 COUNTS: list[tuple[str, dict[str, Any], str]] = [
-    ("tokens of a cache are left out", {"counts": "uncached"}, "jump at"),
+    ("tokens of a cache are left out", {"counts": "uncached"}, "tokens fall at"),
     ("a constant", {"counts": "constant"}, "they do not count P's tokens"),
     ("none, and lists that are padded", {"counts": "absent", "padded_lists": True, "turn_header": 4}, ""),
 ]
