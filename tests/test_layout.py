@@ -20,7 +20,7 @@ FLOORS = """
 kl                      pieces records
 kl.input                problems hidden / logprobs prompts texts writer / responses
 kl.estimators           token_bytes / token_keys / list_checks / align
-kl.estimators           bounds censored diagnostic entropy / divergence / comparison
+kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor / summary / alarms / dataset

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -96,6 +96,11 @@ class Aligned:
     choice: KeyChoice
     keys_p: frozenset[Key]
     keys_q: frozenset[Key]
+
+    def only(self, rows: Sequence[int]) -> Aligned:
+        """Some of the positions, in their order."""
+        arrays = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in arrays.items() if isinstance(value, np.ndarray)})
 
     @property
     def log_limit_p(self) -> FloatArray:

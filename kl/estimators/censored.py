@@ -30,6 +30,9 @@ from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray
 # positions off by a factor of two at k = 10; with 2 single large estimates go through (docs/decisions/0003).
 PRIOR_WEIGHT = 4.0
 MIN_TREND = 30  # positions; from fewer, a slope is mostly noise
+# Of the data set's level, the most that one position may hold, here and of fewer than 80 positions: one that a wrong
+# value has made large then raises the level by a ninth, and real heavy tails are hardly cut (docs/decisions/0007).
+_MOST_INFLUENCE, _INFLUENCE_OF_FEW = 0.1, 8.0
 _LEAST_VARIANCE = 1e-2  # of the mean one, in logarithms: else a few lists that agree to rounding would make the slope
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 MIN_SHARED = 3  # fewer shared tokens carry no information about the spread
@@ -189,8 +192,9 @@ def pooled_prior(evidence: SpreadEvidence) -> SpreadPrior | None:
 
     The level is the mean over positions by P's rest mass: that is what the variance is multiplied with in KL(P‖Q), so
     that shrinking towards it leaves the mean KL right; a median does not where variances differ much, nor do weights
-    with Q's rest, which is large at other positions where Q is flatter than P. The slope over the
-    overlap is a regression of log variances, reduced by the share of their spread that is sampling noise.
+    with Q's rest, which is large at other positions where Q is flatter than P. No position holds more than a tenth of
+    it (8/N of N below 80): a larger one is cut to that, so that the mean follows heavy tails and no single value. The
+    slope over the overlap is a regression of log variances, less the share of their spread that is sampling noise.
 
     Parameters
     ----------
@@ -203,8 +207,9 @@ def pooled_prior(evidence: SpreadEvidence) -> SpreadPrior | None:
     weight = evidence.rest.astype(np.float64)
     if not weight.any():
         weight = np.ones(v.size)
+    v = _limited(v, weight)
     mean = float(weight @ v / weight.sum())
-    slope = _slope(evidence, mean) if v.size >= MIN_TREND and mean > 0 else 0.0
+    slope = _slope(replace(evidence, variance=v), mean) if v.size >= MIN_TREND and mean > 0 else 0.0
     if slope == 0.0:
         return SpreadPrior(mean)
     x = _log_odds(evidence.shared, evidence.unshared)
@@ -212,6 +217,21 @@ def pooled_prior(evidence: SpreadEvidence) -> SpreadPrior | None:
     highest = float(x.max())
     centre = highest + math.log(float(weight @ np.exp(slope * (x - highest)) / weight.sum())) / slope
     return SpreadPrior(mean, slope, centre, float(x.min()), highest)
+
+
+def _limited(variance: FloatArray, weight: FloatArray) -> FloatArray:
+    """The variances, the largest cut so that weighted none is more than the share a position may hold of their sum."""
+    parts = variance * weight
+    share = max(_MOST_INFLUENCE, _INFLUENCE_OF_FEW / len(parts))
+    falling = np.sort(parts)[::-1]
+    n_cut = np.arange(min(len(parts), math.ceil(1.0 / share)))
+    left = falling.sum() - np.concatenate(([0.0], np.cumsum(falling)))[n_cut]  # without the n_cut largest
+    limits = share * left / (1.0 - share * n_cut)  # of a sum in which they are cut to it
+    fits = falling[n_cut] <= limits
+    if not fits.any():
+        return variance
+    limit = limits[fits.argmax()]
+    return variance * np.divide(limit, parts, out=np.ones_like(parts), where=parts > limit)
 
 
 def _slope(evidence: SpreadEvidence, mean: float) -> float:

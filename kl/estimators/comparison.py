@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 
 from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align
-from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
+from kl.estimators.censored import SpreadPrior, pooled_prior
 from kl.estimators.divergence import measure
 from kl.estimators.list_checks import check_lengths, check_lists, part_appended
+from kl.estimators.outliers import Outlier, find_outliers, spread_evidence
 from kl.estimators.token_keys import Candidates
 from kl.records import Candidate
 
@@ -35,6 +36,9 @@ class PositionDivergences:
     overlap : int64, tokens that both sides list
     appended_p, appended_q : bool
         Whether the last entry of the list was left out, as it may be a sampled token beside the k best.
+    outliers : tuple of Outlier
+        Values far off all others of their position. Where one is ``certain``, as its own lists contradict it, the
+        position has no divergence; any other may be real and counts.
     prior : SpreadPrior or None
         What the estimates were drawn to.
     aligned : Aligned
@@ -56,6 +60,7 @@ class PositionDivergences:
     overlap: IntArray
     appended_p: BoolArray
     appended_q: BoolArray
+    outliers: tuple[Outlier, ...]
     prior: SpreadPrior | None
     aligned: Aligned
 
@@ -96,24 +101,33 @@ def compare(
     side_p, side_q = part_appended(lists_p, tokens), part_appended(lists_q, tokens)
     sampled_p = [_known(*pair) for pair in zip(tokens, side_p.added, strict=True)]
     aligned = align(side_p.lists, side_q.lists, sampled_p, side_q.added)
-    expected = pooled_prior(SpreadEvidence.of(aligned)) if prior == "pooled" else prior
+    expected = pooled_prior(spread_evidence(aligned)) if prior == "pooled" else prior
+    outliers = find_outliers(aligned, expected)
+    wrong = [item.row for item in outliers if item.certain]
     found = measure(aligned, expected)
+
+    def where_right(values: FloatArray) -> FloatArray:
+        right = values.copy()
+        right[wrong] = np.nan
+        return right
+
     return PositionDivergences(
-        kl_estimate=found.censored.kl,
-        kl_lower=found.lower.kl,
-        kl_upper_plausible=found.upper_plausible,
-        kl_floor=found.floor.kl,
-        kl_bucket=found.bucket.kl,
-        reverse_kl_estimate=found.censored.reverse_kl,
-        reverse_kl_lower=found.lower.reverse_kl,
-        js_estimate=found.censored.js,
-        js_lower=found.lower.js,
-        tv_lower=found.lower.tv,
+        kl_estimate=where_right(found.censored.kl),
+        kl_lower=where_right(found.lower.kl),
+        kl_upper_plausible=where_right(found.upper_plausible),
+        kl_floor=where_right(found.floor.kl),
+        kl_bucket=where_right(found.bucket.kl),
+        reverse_kl_estimate=where_right(found.censored.reverse_kl),
+        reverse_kl_lower=where_right(found.lower.reverse_kl),
+        js_estimate=where_right(found.censored.js),
+        js_lower=where_right(found.lower.js),
+        tv_lower=where_right(found.lower.tv),
         coverage_p=aligned.coverage_p,
         coverage_q=aligned.coverage_q,
         overlap=aligned.overlap,
         appended_p=np.array([entry is not None for entry in side_p.added], dtype=np.bool_),
         appended_q=np.array([entry is not None for entry in side_q.added], dtype=np.bool_),
+        outliers=outliers,
         prior=expected,
         aligned=aligned,
     )

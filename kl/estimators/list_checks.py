@@ -127,6 +127,7 @@ _MOST_TOKENS = 2.0**20  # no vocabulary has more
 _EXTREME = -50.0  # in lists of real models the k-th value is rarely below -40; a round or repeated one is a mark
 _FLOOR_BELOW = -9.0  # bfloat16 models tie at any value, but neither so often nor at the same one
 _FLOAT_NOISE = 2e-6  # of the mass of a list, in float32
+_ENOUGH = 4  # entries that say what the next one should be like
 _TELLING = 1e-4  # a last value at which some thousandths of the mass must be left for the tokens behind it
 
 
@@ -152,13 +153,15 @@ def trusted(candidates: Candidates, n_dropped: int = 0, floors: frozenset[float]
     The smallest value is a clip, "this or below" in place of a value, if it is far below what real lists reach and is a
     whole number or shared by several entries, or if it is one of the ``floors`` of its side (`common_floors`). One that
     leaves more mass over than a whole vocabulary of such tokens has is contradicted: its token may have any value, up
-    to all the mass left.
+    to all the mass left. A single such value that is no mark stays, for `kl.estimators.outliers` to set aside.
 
     Parameters
     ----------
     n_dropped : int
         Entries that were taken out of the list before.
     """
+    if _is_one_wrong_value(candidates, floors):
+        return Trusted(candidates, listed_mass(candidates), 0, None, None, False)
     kept, floor = list(candidates), None
     mass, hidden = listed_mass(kept), None
     while kept:
@@ -172,6 +175,17 @@ def trusted(candidates: Candidates, n_dropped: int = 0, floors: frozenset[float]
         hidden = max(0.0, 1.0 - mass) if is_contradicted else hidden
     n_clipped = len(candidates) - len(kept)
     return Trusted(tuple(kept), mass, n_clipped, floor, hidden, _is_degenerate(candidates, kept, n_clipped + n_dropped))
+
+
+def _is_one_wrong_value(candidates: Candidates, floors: frozenset[float]) -> bool:
+    """Whether the last value alone is contradicted and no mark: `kl.estimators.outliers` judges it by both lists."""
+    others = candidates[:-1]
+    return (
+        len(others) >= _ENOUGH
+        and not _is_clip(candidates, floors)
+        and _is_contradicted(candidates, listed_mass(candidates))
+        and not _is_contradicted(others, listed_mass(others))
+    )
 
 
 def _is_clip(kept: Sequence[Candidate], floors: frozenset[float]) -> bool:

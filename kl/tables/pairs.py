@@ -10,19 +10,27 @@ from typing import NamedTuple
 import numpy as np
 
 from kl.estimators.align import Aligned, BoolArray, FloatArray, align
-from kl.estimators.divergence import MIN_LISTED
+from kl.estimators.censored import SpreadPrior
+from kl.estimators.divergence import MIN_LISTED, measure
 from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted
-from kl.estimators.token_keys import Candidates, listed
+from kl.estimators.outliers import Outlier, find_outliers
+from kl.estimators.token_keys import Candidates, listed, logprob_of
 from kl.records import LARGEST_MASS, Candidate, Response, Score, ScoreFailure
+
+LONE_VALUE = "lone-value"  # the flag of a position where one token is far off all others, and may be right
 
 Scores = Sequence[Score | ScoreFailure | None]
 
 
 class Missing(NamedTuple):
-    """Why a position is not measured, or has no estimate: a short code and one line."""
+    """Why a position is not measured, or has no estimate: a short code and one line.
+
+    ``kl`` is what the position would have counted, nats, where it was set aside.
+    """
 
     reason: str
     error: str
+    kl: float | None = None
 
 
 class Pair(NamedTuple):
@@ -168,6 +176,51 @@ def _pair(t: int, list_p: _List, list_q: _List, sampled: Candidate, score: Score
     named = frozenset(code for code, is_so in flags.items() if is_so)
     n_dropped = list_q.n_dropped + list_q.found.n_clipped
     return Pair(t, list_p.found, list_q.found, n_dropped, sampled, score.sampled, named)
+
+
+def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
+    """The same without the positions whose own lists contradict a value; doubtful ones stay, with a flag."""
+    if paired.aligned is None:
+        return paired
+    found = {item.row: item for item in find_outliers(paired.aligned, prior)}
+    wrong = [row for row, item in found.items() if item.certain]
+    pairs = [
+        pair._replace(flags=pair.flags | {LONE_VALUE}) if row in found else pair
+        for row, pair in enumerate(paired.pairs)
+        if row not in wrong
+    ]
+    if not wrong:
+        return paired._replace(pairs=pairs)
+    counted = measure(paired.aligned.only(wrong), prior)
+    kl = np.where(np.isnan(counted.censored.kl), counted.lower.kl, counted.censored.kl).tolist()
+    missing = {
+        paired.pairs[row].position: Missing("outlier", _contradiction(paired.pairs[row], found[row], value), value)
+        for row, value in zip(wrong, kl, strict=True)
+    }
+    kept = [row for row in range(len(paired.pairs)) if row not in wrong]
+    return Paired(pairs, paired.aligned.only(kept) if kept else None, paired.missing | missing)
+
+
+def _contradiction(pair: Pair, outlier: Outlier, kl: float) -> str:
+    logp, logq = outlier.logp, outlier.logq
+    top, value = (pair.q.candidates, logq) if math.isnan(logp) else (pair.p.candidates, logp)
+    token = min(top, key=lambda candidate: abs(logprob_of(candidate) - value)).token
+    values = f"P {_shown(logp)}, Q {_shown(logq)}"
+    if outlier.side is None:
+        what = (
+            f"a log-probability of {token!r} is wrong ({values}): the other tokens agree within {outlier.spread:.2g} "
+            "nats and have not taken or given what it would have lost or gained"
+        )
+    else:
+        what = (
+            f"{outlier.side}'s log-probability of {token!r} is wrong ({values}): the k best tokens have none so far "
+            "below the others while that much probability is left to smaller ones"
+        )
+    return f"{what}. The position is set aside; it would have counted {kl:.3g} nats. Ask for the list again."
+
+
+def _shown(logprob: float) -> str:
+    return "does not list it" if math.isnan(logprob) else f"{logprob:.4g}"
 
 
 def not_determined(pairs: list[Pair], estimates: FloatArray, exact: FloatArray, aligned: Aligned) -> dict[int, Missing]:

@@ -6,7 +6,7 @@ null = not known, NaN = a bug. All divergences, entropies and log-probabilities 
 import polars as pl
 
 # Columns that tables of earlier versions lack; read as null.
-ADDED = ("is_stop", "flags")
+ADDED = ("is_stop", "flags", "kl_set_aside")
 
 TOKENS = pl.Schema(
     {
@@ -58,6 +58,7 @@ TOKENS = pl.Schema(
         "n_dropped": pl.Int32,  # sentinels removed from Q's list
         "align_key": pl.String,  # id | bytes | text
         "flags": pl.String,  # sorted codes of what to know of the lists, joined by ","; null where there is none
+        "kl_set_aside": pl.Float64,  # what a position with the reason `outlier` would have counted; nothing counts it
         "reason": pl.String,  # short code of what is missing
         "error": pl.String,  # the same in words; null where measured
     }

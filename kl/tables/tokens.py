@@ -15,9 +15,10 @@ from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose
 from kl.estimators.divergence import ESTIMATORS, ListMeasures, measure, sampled_token
 from kl.estimators.entropy import entropies
+from kl.estimators.outliers import spread_evidence
 from kl.estimators.token_keys import is_known
 from kl.records import Response
-from kl.tables.pairs import Pair, Scores, check_lengths, not_determined, pair_up
+from kl.tables.pairs import Pair, Scores, check_lengths, not_determined, pair_up, without_outliers
 from kl.tables.schemas import TOKENS
 
 # Columns in which a measured row may have null: the lists do not determine the value.
@@ -77,7 +78,8 @@ def measure_response(
     -------
     pl.DataFrame
         Schema `kl.tables.schemas.TOKENS`, one row per position. A position that could not be measured has null values
-        and a ``reason`` with ``error``; so has one whose estimate is not determined, beside its bounds.
+        and a ``reason`` with ``error``; so has one whose estimate is not determined, beside its bounds. One whose own
+        lists contradict a value (`kl.estimators.outliers`) is set aside with the reason ``outlier``.
 
     Raises
     ------
@@ -90,7 +92,7 @@ def measure_response(
     drawn, inclusion = _sampling_design(response, selected, pi)
     exact = np.full(n, np.nan) if exact_kl is None else exact_kl
     check_lengths(response, exact_kl=len(exact))
-    pairs, aligned, missing = pair_up(response, scores, drawn)
+    pairs, aligned, missing = without_outliers(pair_up(response, scores, drawn), prior)
     columns = _identity(response, drawn, inclusion)
     if aligned is not None:
         values = measure(aligned, prior)
@@ -103,6 +105,7 @@ def measure_response(
     columns["logprob_p"] = pl.Series(columns["logprob_p"], nan_to_null=True)
     columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
     columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
+    columns["kl_set_aside"] = [missing[t].kl if t in missing else None for t in range(n)]
     columns["flags"] = _flags(n, pairs, flags or {})
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
 
@@ -117,7 +120,7 @@ def _flags(n: int, pairs: list[Pair], others: Mapping[int, Collection[str]]) -> 
 def response_spread(response: Response, scores: Scores) -> SpreadEvidence:
     """What a response says about the spread of log p/q; add up over a data set for `pooled_prior`."""
     aligned = align_response(response, scores)
-    return SpreadEvidence.none() if aligned is None else SpreadEvidence.of(aligned)
+    return SpreadEvidence.none() if aligned is None else spread_evidence(aligned)
 
 
 def response_diagnostic(response: Response, scores: Scores) -> AlignmentDiagnostic:

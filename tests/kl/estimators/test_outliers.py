@@ -1,0 +1,132 @@
+"""Values that their own lists contradict are found; real differences, however large, are not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from kl.estimators.comparison import compare
+from kl.estimators.outliers import find_outliers
+from tests.kl.pairs import gaussian_pair, log_softmax, top_lists
+from tests.kl.wrong_values import with_wrong
+
+ROWS, K = 60, 20
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """Two models that differ by .06 nats, as after rounding to 8 bits."""
+    return gaussian_pair(3, ROWS, 3000, 0.06, zipf=1.2, spread=1.3)
+
+
+def certain(found):
+    return [item.row for item in found.outliers if item.certain]
+
+
+@dataclass(frozen=True)
+class Wrong:
+    id: str
+    entry: int
+    by: float
+    side: str
+
+
+CASES = [
+    Wrong("the most probable token of P lower", 0, -3.0, "P"),
+    Wrong("the most probable token of Q lower", 0, -3.0, "Q"),
+    Wrong("one in the middle lower", 7, -6.0, "P"),
+    Wrong("one in the middle of Q lower", 9, -3.0, "Q"),
+    Wrong("the last lower", 19, -3.0, "Q"),
+    Wrong("the last much lower", 19, -95.0, "P"),
+    Wrong("the last higher", 19, 3.0, "Q"),
+    Wrong("one in the middle higher", 8, 3.0, "P"),
+]
+
+
+@pytest.mark.parametrize("k", [10, K])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_wrong_value_is_found(quiet, case, k):
+    lists = {"P": top_lists(quiet[0], k), "Q": top_lists(quiet[1], k)}
+    clean = compare(lists["P"], lists["Q"])
+    lists[case.side] = with_wrong(lists[case.side], 5, min(case.entry, k - 1), case.by)
+    found = compare(lists["P"], lists["Q"])
+    assert certain(found) == [5]
+    assert np.isnan([found.kl_estimate[5], found.kl_lower[5], found.js_lower[5], found.tv_lower[5]]).all()
+    np.testing.assert_allclose(np.delete(found.kl_estimate, 5), np.delete(clean.kl_estimate, 5), rtol=0.1)
+
+
+def test_two_wrong_values_of_one_position_are_found(quiet):
+    lists_q = with_wrong(with_wrong(top_lists(quiet[1], K), 8, 3, -20.0), 8, 3, -40.0)
+    assert certain(compare(top_lists(quiet[0], K), lists_q)) == [8]
+
+
+def test_the_side_is_named_where_the_list_itself_says_it(quiet):
+    lists_p = top_lists(quiet[0], K)
+    wrong = lists_p[5][19]
+    found = compare(with_wrong(lists_p, 5, 19, -30.0), top_lists(quiet[1], K)).outliers
+    assert [(item.row, item.side) for item in found] == [(5, "P")]
+    assert found[0].logp == pytest.approx(wrong.logprob - 30.0)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.5, 1.5])
+@pytest.mark.parametrize("k", [5, 10, 20, 50])
+def test_models_that_differ_contradict_nothing(noise, k):
+    logp, logq = gaussian_pair(11, 300, 3000, noise)
+    assert certain(compare(top_lists(logp, k), top_lists(logq, k))) == []
+
+
+@pytest.mark.parametrize("rank", [0, 3, 12, 19, 40])
+@pytest.mark.parametrize("by", [-1000.0, -8.0, -3.0, 3.0, 8.0])
+@pytest.mark.parametrize("side", [0, 1], ids=["P", "Q"])
+def test_one_token_that_a_model_really_changes_keeps_counting(quiet, rank, by, side):
+    """A logit bias, a suppressed token: the others take what it loses."""
+    pair = [quiet[0].copy(), quiet[1].copy()]
+    token = np.argsort(-pair[side], axis=1)[:, rank]
+    pair[side][np.arange(ROWS), token] += by
+    pair[side] = log_softmax(np.maximum(pair[side], -900.0))
+    found = compare(*(top_lists(logs, K) for logs in pair))
+    assert certain(found) == []
+    assert not np.isnan(found.kl_estimate).any()
+
+
+def test_both_lists_may_have_the_same_gap():
+    """Twenty tokens that matter before many that do not: no entry of the list is below the others by mistake."""
+    rng = np.random.default_rng(5)
+    logits = np.concatenate([rng.normal(4, 0.2, (50, K - 1)), rng.normal(0, 0.1, (50, 2000))], axis=1)
+    logp, logq = log_softmax(logits), log_softmax(logits + rng.normal(0, 0.02, logits.shape))
+    assert certain(compare(top_lists(logp, K), top_lists(logq, K))) == []
+
+
+def test_values_of_two_decimals_contradict_nothing(quiet):
+    rounded = [
+        [tuple(c._replace(logprob=round(c.logprob, 2)) for c in top) for top in top_lists(logs, K)] for logs in quiet
+    ]
+    assert certain(compare(*rounded)) == []
+
+
+def test_a_value_that_may_be_real_is_named_and_counts():
+    """A token that holds next to nothing of what is not listed: no sum tells."""
+    logp, logq = gaussian_pair(3, ROWS, 3000, 0.06, zipf=0.4, spread=1.0)
+    token = np.argsort(-logp[5])[2]
+    lists_q = with_wrong(top_lists(logq, K), 5, [c.token_id for c in top_lists(logq, K)[5]].index(token), 3.0)
+    found = compare(top_lists(logp, K), lists_q)
+    assert [(item.row, item.certain) for item in found.outliers] in ([(5, False)], [(5, True)])
+    quiet = compare(top_lists(logp, K), top_lists(logq, K))
+    assert found.prior.variance <= 1.12 * quiet.prior.variance
+
+
+def test_exchanging_the_models_finds_the_same(quiet):
+    lists = top_lists(quiet[0], K), with_wrong(top_lists(quiet[1], K), 5, 7, -6.0)
+    there, back = compare(*lists), compare(*lists[::-1])
+    assert certain(there) == certain(back) == [5]
+    assert {item.side for item in there.outliers} | {item.side for item in back.outliers} <= {"P", "Q", None}
+
+
+def test_positions_without_shared_tokens_say_nothing():
+    logp, logq = gaussian_pair(3, 4, 60, 0.05)
+    lists_q = [
+        tuple(c._replace(token_id=c.token_id + 1000, token=f"x{c.token}") for c in top) for top in top_lists(logq, 8)
+    ]
+    found = compare(top_lists(logp, 8), lists_q)
+    assert certain(found) == []
+    assert find_outliers(found.aligned.only([]), found.prior) == ()
