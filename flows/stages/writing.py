@@ -7,6 +7,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
         "model2": config.model2,
         "model2_versions": sorted(measured.versions_q),
         "other_writers": measured.other_writers,
+        "prompt_counts": asdict(measured.priors.counts) | {"n_odd": measured.n_odd_counts},
         **record,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

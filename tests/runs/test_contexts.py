@@ -121,6 +121,9 @@ def test_counts_that_are_no_counts_take_nothing_away(switches, said, run, world,
     assert said in done.out
     tokens = tokens_of(tmp_path)
     assert tokens["kl_lower"].null_count() == 0
+    run_json = json.loads((tmp_path / "out" / "run.json").read_text())["prompt_counts"]
+    assert (run_json["n_odd"] > 0) == ("fall" in said)
+    assert (2 * run_json["n_right"] > run_json["n_steps"]) == ("fall" in said)
     assert set(tokens["n_dropped"]) == {2 if "padded_lists" in switches else 0}
     assert_bounds_hold(world, tmp_path, tokens)
 
