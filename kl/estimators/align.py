@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl.estimators.list_checks import check_lengths, check_lists
+from kl.estimators.list_checks import check_lengths, check_lists, rounding_step
 from kl.estimators.token_bytes import Candidates, byte_functions
 from kl.estimators.token_keys import (
     Key,
@@ -68,6 +68,8 @@ class Aligned:
         Of the sampled token; NaN where not reported.
     sampled_clear : bool, shape (T,)
         Whether the sampled token has a key of its own: where Q does not list it, Q gives it at most ``log_limit_q``.
+    step_p, step_q : float
+        What the log-probabilities of a side are rounded to; 0 where they are not.
     choice : KeyChoice
         What the tokens were matched by.
     keys_p, keys_q : frozenset
@@ -93,6 +95,8 @@ class Aligned:
     logp_sampled: FloatArray
     logq_sampled: FloatArray
     sampled_clear: BoolArray
+    step_p: float
+    step_q: float
     choice: KeyChoice
     keys_p: frozenset[Key]
     keys_q: frozenset[Key]
@@ -209,7 +213,7 @@ def align(
         rows.append(_match(side_p, side_q, *samples, unclear, by_role=choice.key == "text"))
     caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
     caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
-    return _stack(rows, caps_p, caps_q, choice)
+    return _stack(rows, caps_p, caps_q, rounding_step(lists_p), rounding_step(lists_q), choice)
 
 
 def _keyed(candidates: Candidates, key_of: KeyFunction) -> _KeyedList:
@@ -313,7 +317,9 @@ def _lookup(sample: Candidate | None, wanted: Key | None, clear: bool, side: _Sp
     return own if is_known(own) else math.nan
 
 
-def _stack(rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, choice: KeyChoice) -> Aligned:
+def _stack(
+    rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, step_p: float, step_q: float, choice: KeyChoice
+) -> Aligned:
     logp, logq = _pad([row.p.logs for row in rows], -np.inf), _pad([row.q.logs for row in rows], -np.inf)
     index_q = _pad([_indices(row.p.keys, row.q.keys) for row in rows], -1.0).astype(np.int64)
     index_p = np.full(logq.shape, -1, dtype=np.int64)
@@ -341,6 +347,8 @@ def _stack(rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, choice: Key
         logp_sampled=np.array([row.sampled[0] for row in rows], dtype=np.float64),
         logq_sampled=np.array([row.sampled[1] for row in rows], dtype=np.float64),
         sampled_clear=np.array([row.sampled[2] for row in rows], dtype=np.bool_),
+        step_p=step_p,
+        step_q=step_q,
         choice=choice,
         keys_p=frozenset(chain.from_iterable(row.p.keys for row in rows)),
         keys_q=frozenset(chain.from_iterable(row.q.keys for row in rows)),

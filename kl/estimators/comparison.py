@@ -32,7 +32,10 @@ class PositionDivergences:
     reverse_kl_estimate, reverse_kl_lower : KL(Q‖P)
     js_estimate, js_lower : Jensen-Shannon divergence, at most log 2
     tv_lower : certified lower bound of the total variation distance, in probability
-    coverage_p, coverage_q : float64, listed probability
+    coverage_p, coverage_q : float64, listed probability as the lists give it
+    mass_above_1_p, mass_above_1_q : bool
+        Whether it is above 1 by more than the noise of float32. The list was scaled to 1 then, and bounds say as much
+        less as it was too high.
     overlap : int64, tokens that both sides list
     appended_p, appended_q : bool
         Whether the last entry of the list was left out, as it may be a sampled token beside the k best.
@@ -57,6 +60,8 @@ class PositionDivergences:
     tv_lower: FloatArray
     coverage_p: FloatArray
     coverage_q: FloatArray
+    mass_above_1_p: BoolArray
+    mass_above_1_q: BoolArray
     overlap: IntArray
     appended_p: BoolArray
     appended_q: BoolArray
@@ -124,6 +129,8 @@ def compare(
         tv_lower=where_right(found.lower.tv),
         coverage_p=aligned.coverage_p,
         coverage_q=aligned.coverage_q,
+        mass_above_1_p=found.cell.mass_above_1_p,
+        mass_above_1_q=found.cell.mass_above_1_q,
         overlap=aligned.overlap,
         appended_p=np.array([entry is not None for entry in side_p.added], dtype=np.bool_),
         appended_q=np.array([entry is not None for entry in side_q.added], dtype=np.bool_),

@@ -6,10 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kl.estimators.token_keys import Candidates, is_known, logprob_of
+from kl.pieces import is_whole
 from kl.records import LARGEST_MASS, Candidate
 
 _LARGEST_LOG = 700.0  # exp of more overflows float64
+_STEPS = (0.1, 0.01, 0.001, 0.0001)
+_TELLING_VALUES = 20  # fewer may be multiples by hand
+_NEAR_MULTIPLE = 0.02  # of the step, for values that went through float32
 
 
 class CandidateListError(ValueError):
@@ -79,6 +86,22 @@ def _exp(logprob: float) -> float:
     return math.exp(logprob) if logprob < _LARGEST_LOG else math.inf
 
 
+def rounding_step(lists: Sequence[Candidates]) -> float:
+    """The step of one to four decimals that all log-probabilities of a side are multiples of; 0 where there is none.
+
+    The mass of such a list is known to half a step.
+    """
+    values = np.array([logprob_of(candidate) for candidates in lists for candidate in candidates], dtype=np.float64)
+    if len(values) < _TELLING_VALUES:
+        return 0.0
+    first = values[:_TELLING_VALUES]
+    return next((step for step in _STEPS if _are_multiples(first, step) and _are_multiples(values, step)), 0.0)
+
+
+def _are_multiples(values: NDArray[np.float64], step: float) -> bool:
+    return bool((np.abs(values / step - np.round(values / step)) < _NEAR_MULTIPLE).all())
+
+
 class Parted(NamedTuple):
     """The lists of one side without what was added to the k best, and these entries; ``None`` where there was none."""
 
@@ -91,8 +114,8 @@ def part_appended(lists: Sequence[Candidates], sampled: Sequence[Candidate | Non
 
     Some servers add the sampled token to their k best. Its value bounds nothing, as the tokens between the k-th and it
     are not listed. A list that ends with the sampled token is whole for certain where a list of the same side that does
-    not end so is as long, or where less mass is left over than the token itself has. Any other is doubtful, and loses
-    its last entry: what remains is a true list of the best, if perhaps one token short.
+    not end so is as long, or where less mass is left over than the token itself has, whatever the list is rounded to.
+    Any other is doubtful, and loses its last entry: what remains is a true list of the best, perhaps one token short.
 
     Parameters
     ----------
@@ -112,12 +135,17 @@ def part_appended(lists: Sequence[Candidates], sampled: Sequence[Candidate | Non
 
 def _may_be(sampled: Candidate, listed: Candidate) -> bool:
     same_id = sampled.token_id is not None and sampled.token_id == listed.token_id
-    return same_id or sampled.token == listed.token
+    same_bytes = bool(sampled.token_bytes) and sampled.token_bytes == listed.token_bytes
+    is_anything = not is_whole(sampled.token) and sampled.token_id is None and not sampled.token_bytes
+    return same_id or same_bytes or is_anything or sampled.token == listed.token
 
 
 def _leaves_room(top: Candidates) -> bool:
-    """Whether a token that is not listed could be more probable than the last one that is."""
-    return 1.0 - listed_mass(top) > math.exp(logprob_of(top[-1]))
+    """Whether a token that is not listed could be more probable than the last one that is; equal, it is within its cap.
+
+    The listed mass may be too large by the rounding that lists are let through with.
+    """
+    return 1.0 - listed_mass(top) / LARGEST_MASS > math.exp(logprob_of(top[-1]))
 
 
 # Lists whose values are no probabilities, or those of another law than the model's.

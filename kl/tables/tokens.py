@@ -102,12 +102,27 @@ def measure_response(
         columns |= {name: _scatter(name, column, at, n) for name, column in measured.items()}
         estimates = np.asarray(measured["kl_estimate"], dtype=np.float64)
         missing |= not_determined(pairs, estimates, exact[at], aligned)
+        pairs = _with_masses(pairs, aligned, values)
     columns["logprob_p"] = pl.Series(columns["logprob_p"], nan_to_null=True)
     columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
     columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
     columns["kl_set_aside"] = [missing[t].kl if t in missing else None for t in range(n)]
     columns["flags"] = _flags(n, pairs, flags or {})
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
+
+
+def _with_masses(pairs: list[Pair], aligned: Aligned, values: ListMeasures) -> list[Pair]:
+    """Marks lists whose mass above 1 was scaled away, and sides whose values are rounded to a few decimals."""
+    marks = {
+        "mass-above-1-p": values.cell.mass_above_1_p,
+        "mass-above-1-q": values.cell.mass_above_1_q,
+        "rounded-p": np.full(len(pairs), aligned.step_p > 0),
+        "rounded-q": np.full(len(pairs), aligned.step_q > 0),
+    }
+    return [
+        pair._replace(flags=pair.flags.union(code for code, rows in marks.items() if rows[row]))
+        for row, pair in enumerate(pairs)
+    ]
 
 
 def _flags(n: int, pairs: list[Pair], others: Mapping[int, Collection[str]]) -> list[str | None]:

@@ -1,5 +1,7 @@
 """The certified bounds against whole distributions, a slow reference and a general optimiser."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -210,3 +212,96 @@ def test_bounds_hold_when_tokens_cannot_be_told_apart(seed, k_p, k_q, noise):
     low = lower_bounds(cells(align(*unclear)))
     for values, true in zip(low, true_divergences(logp, logq), strict=True):
         assert (values <= true + 1e-6).all()
+
+
+class TestTies:
+    """Of two tokens with one probability either may be listed: a cap is what an unlisted token may have, too."""
+
+    def pair(self):
+        p = candidates(a=np.log(0.4), b=np.log(0.2), c=np.log(0.1))
+        return p, candidates(a=np.log(0.4), b=np.log(0.2), d=np.log(0.1))
+
+    def test_equal_models_that_list_another_of_two_equal_tokens_differ_by_nothing(self):
+        low = lower_bounds(cells(align([self.pair()[0]], [self.pair()[1]])))
+        assert [values[0] for values in low] == pytest.approx([0.0] * 4, abs=1e-12)
+
+    def test_the_order_of_equal_entries_changes_nothing(self):
+        logs = np.log([0.3, 0.2, 0.2, 0.1, 0.1])
+        p = tuple(Candidate(f"t{i}", value, i) for i, value in enumerate(logs))
+        q = tuple(Candidate(f"t{i}", value, i) for i, value in zip((0, 2, 1, 4, 3), logs, strict=True))
+        low, other = lower_bounds(cells(align([p], [q]))), lower_bounds(cells(align([q], [p])))
+        assert [values[0] for values in (*low, *other)] == pytest.approx([0.0] * 8, abs=1e-12)
+
+    def test_bounds_hold_whichever_of_equal_tokens_are_listed(self):
+        for seed in range(20):
+            logits = [np.round(2 * logs) / 2 for logs in gaussian_pair(seed, 60, 14, 1.0, zipf=0.5)]
+            logp, logq = (logs - np.log(np.exp(logs).sum(axis=1, keepdims=True)) for logs in logits)
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(14)  # equal tokens are listed in another order on either side
+            lists_q = [
+                tuple(c._replace(token=f"t{order[c.token_id]}", token_id=int(order[c.token_id])) for c in top)
+                for top in top_lists(logq[:, order], 5)
+            ]
+            low = lower_bounds(cells(align(top_lists(logp, 4), lists_q)))
+            for values, true in zip(low, true_divergences(logp, logq), strict=True):
+                assert (values <= true + 1e-9).all()
+
+
+class TestMassesThatAreNoMasses:
+    """Values that are all too large by a constant, or rounded: what a bound may be off by is stated."""
+
+    SHAPES = ((4, 3, 2000, 20), (8, 4, 200, 20), (2, 2, 20, 20), (1, 1, 6, 6), (1.6, 1.5, 2000, 20))
+
+    @pytest.mark.parametrize("shift", [1e-4, 2.5e-4, 1e-3])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_equal_models_differ_by_less_than_the_constant(self, shape, shift):
+        zipf, spread, vocabulary, k = shape
+        exact = top_lists(gaussian_pair(3, 200, vocabulary, 0.0, zipf=zipf, spread=spread)[0], k)
+        shifted = [tuple(c._replace(logprob=c.logprob + shift) for c in top) for top in exact]
+        for lists in ((shifted, exact), (exact, shifted)):
+            cell = cells(align(*lists))
+            low = lower_bounds(cell)
+            assert max(values.max() for values in low[:3]) <= shift
+            above = cell.mass_above_1_p | cell.mass_above_1_q
+            coverage = np.array([np.exp([c.logprob for c in top]).sum() for top in shifted])
+            np.testing.assert_array_equal(above, coverage > 1 + 1e-6)
+
+    @pytest.mark.parametrize("decimals", [2, 3, 4])
+    @pytest.mark.parametrize("noise", [0.0, 0.3, 2.0])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_rounded_lists_move_a_bound_by_a_step_at_most(self, shape, noise, decimals):
+        zipf, spread, vocabulary, k = shape
+        step = 10.0**-decimals
+        logp, logq = gaussian_pair(5, 150, vocabulary, noise, zipf=zipf, spread=spread)
+        lists = top_lists(logp, k), top_lists(logq, k)
+        rounded = [
+            [tuple(c._replace(logprob=round(c.logprob, decimals)) for c in top) for top in side] for side in lists
+        ]
+        true = true_divergences(logp, logq)
+        for pair in ((rounded[0], rounded[1]), (rounded[0], lists[1]), (lists[0], rounded[1])):
+            low = lower_bounds(cells(align(*pair)))
+            for name, values, exact in zip(NAMES, low, true, strict=True):
+                assert (values <= exact + step * (1 + true[0] + true[1])).all(), name
+            if not noise:
+                assert max(values.max() for values in low[:3]) <= step / 2
+
+    def test_a_list_of_its_own_mass_is_not_touched(self):
+        logp, logq = gaussian_pair(5, 50, 300, 0.3)
+        cell = cells(align(top_lists(logp, 20), top_lists(logq, 20)))
+        assert (cell.slack == 1e-6).all()
+        assert not (cell.mass_above_1_p | cell.mass_above_1_q).any()
+
+
+def test_caps_above_what_is_listed_give_the_bounds_of_longer_lists_or_less():
+    logp, logq = gaussian_pair(9, 200, 12, 1.5, zipf=0.5)
+    short = align(top_lists(logp, 4), top_lists(logq, 4))
+    limits = {"log_cap_p": short.logp[:, 1], "log_cap_q": short.logq[:, 2]}
+    raised, plain = lower_bounds(cells(replace(short, **limits))), lower_bounds(cells(short))
+    for less, more in zip(raised, plain, strict=True):
+        assert (less <= more + 1e-12).all()
+    # The second and third are left out of lists whose caps allow them: still below the truth.
+    gaps_p = [(top[0], *top[2:]) for top in top_lists(logp, 4)]
+    gaps_q = [(*top[:2], top[3]) for top in top_lists(logq, 4)]
+    low = lower_bounds(cells(replace(align(gaps_p, gaps_q), **limits)))
+    for values, true in zip(low, true_divergences(logp, logq), strict=True):
+        assert (values <= true + 1e-9).all()
