@@ -255,7 +255,20 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
         yield f"top_logprobs = {facts.top_logprobs}: lists that short say nothing of the tail; use the bounds."
     for side, mass in (("P", summary.mean_ambiguous_mass_p), ("Q", summary.mean_ambiguous_mass_q)):
         if mass is not None and mass > AMBIGUOUS_MASS_WARNING:
-            yield f"{mass:.1%} of {side}'s mass is on tokens whose text does not tell them apart; bounds stay valid."
+            yield f"{mass:.1%} of {side}'s mass is on entries that do not say which token they are; bounds stay valid."
+    for side in ("P", "Q"):
+        yield from _inexact_warnings(side, counts)
+
+
+def _inexact_warnings(side: str, counts: Counts) -> Iterator[str]:
+    if n := counts.flagged.get(f"mass-above-1-{side.lower()}"):
+        yield (
+            f"{side}'s listed probabilities add up to more than 1 at {n:,} of {counts.measured:,} positions: its "
+            "log-probabilities are too large, as a rule by one constant. Those lists are scaled to 1; differences as "
+            "small as the excess are not measured."
+        )
+    if counts.flagged.get(f"rounded-{side.lower()}"):
+        yield f"{side}'s log-probabilities are rounded to a few decimals; differences below the step are not measured."
 
 
 def _noise_warnings(summary: Summary) -> Iterator[str]:

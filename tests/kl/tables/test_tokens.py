@@ -275,8 +275,12 @@ class TestTokens:
             (candidates(a=-0.9, b=-0.9), candidates(b=-0.6, a=-1.5), True),
             (candidates(a=-0.5), candidates(b=-0.6), False),
             (candidates(**{"\ufffd": -0.5, "b": -1.5}), candidates(b=-0.6), None),
+            (candidates(**{"a": -0.9, "\ufffd": -0.9}), candidates(b=-0.6), None),
+            (candidates(**{"a": -0.9, "\ufffd": -0.9}), candidates(a=-0.6), True),
+            (candidates(a=-0.5), candidates(**{"b": -0.9, "\ufffd": -0.9}), None),
+            (candidates(a=-0.5), candidates(**{"b": -0.6, "\ufffd": -0.9}), False),
         ],
-        ids=["same", "other", "tie", "disjoint", "unclear"],
+        ids=["same", "other", "tie", "disjoint", "unclear", "unclear tie", "same in a tie", "q unclear", "below"],
     )
     def test_same_top_token(self, top_p, top_q, same):
         assert measured([top_p], scores_of([top_q]))["same_top_token"].to_list() == [same]
@@ -287,6 +291,41 @@ class TestTokens:
         row = measured([top_p], scores_of([top_q]), "lower").row(0, named=True)
         assert row["kl_lower"] == pytest.approx(0.0, abs=1e-9)
         assert (row["ambiguous_mass_p"], row["ambiguous_mass_q"]) == (pytest.approx(0.5), pytest.approx(0.45))
+
+    def test_a_token_that_q_may_hold_open_is_censored_at_its_largest_open_entry(self):
+        top_q = candidates(**{"": math.log(0.6), "b": math.log(0.1)})
+        response = response_of([candidates(a=math.log(0.5), b=math.log(0.2))])
+        row = measure_response(response, scores_of([top_q]), estimator="lower", prior=None).row(0, named=True)
+        assert row["k1_censored"]
+        assert row["logratio_k1"] == pytest.approx(math.log(0.5 / 0.6))
+
+    def test_nothing_is_said_by_the_usual_shortcut_where_an_entry_is_open(self):
+        row = measured([candidates(a=-0.5, **{"": -1.5})], scores_of([candidates(a=-0.5, b=-1.5)]), "floor")
+        assert row["kl_floor"].to_list() == [None]
+        assert row["reason"].to_list() == ["short-list"]
+        assert row["kl_lower"][0] == pytest.approx(0.0, abs=1e-9)
+
+    def test_masses_above_1_and_rounded_values_are_marked_at_their_positions(self, tops):
+        raised = [tuple(c._replace(logprob=c.logprob + 1e-4) for c in candidates(a=math.log(0.7), b=math.log(0.3)))]
+        top_p, top_q = [*tops[0][:2], *raised], [*tops[1][:2], candidates(a=math.log(0.7), b=math.log(0.3))]
+        frame = measured(top_p, scores_of(top_q), "lower")
+        assert frame["flags"].to_list() == [None, None, "mass-above-1-p"]
+        assert frame["coverage_p"][2] == pytest.approx(1.0001)
+        assert frame["kl_lower"][2] == pytest.approx(0.0, abs=1e-12)
+        rounded = [tuple(c._replace(logprob=round(c.logprob, 2)) for c in top) for top in tops[1]]
+        frame = measured(tops[0], scores_of(rounded))
+        assert set(frame["flags"]) == {"rounded-q"}
+
+    def test_the_estimate_of_equal_models_is_near_0_where_a_side_hides_entries(self, tops):
+        hidden = [
+            tuple(c._replace(token="" if at in (0, 3, 7) else c.token, token_id=None) for at, c in enumerate(top))
+            for top in tops[0]
+        ]
+        shown = [tuple(c._replace(token_id=None) for c in top) for top in tops[0]]
+        for pair in ((hidden, shown), (shown, hidden)):
+            frame = measured(pair[0], scores_of(pair[1]), prior=SpreadPrior(1e-6))
+            assert frame["kl_lower"].max() <= 1e-9
+            assert frame["kl_estimate"].max() <= 1e-3
 
 
 def test_two_phases_give_what_the_pool_gives(pair, tops):
