@@ -24,10 +24,20 @@ def install_example(folder: Path) -> None:
     (module,) = project["tool"]["setuptools"]["py-modules"]
     (folder / f"{module}.py").write_text(code_blocks(WRITING_A_BACKEND, "python")[0], encoding="utf-8")
     name, version = project["project"]["name"], project["project"]["version"]
+    _write_metadata(folder, name, version, project["project"]["entry-points"])
+
+
+def install_plugin(folder: Path, module: str, code: str) -> None:
+    """A module with backends as an installer leaves it, found by its entry point."""
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    _write_metadata(folder, module, "1", {"tokenkl.backends": {module: module}})
+
+
+def _write_metadata(folder: Path, name: str, version: str, entry_points: dict[str, dict[str, str]]) -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
     lines: list[str] = []
-    for group, entries in project["project"]["entry-points"].items():
+    for group, entries in entry_points.items():
         lines += [f"[{group}]", *(f"{entry} = {value}" for entry, value in entries.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

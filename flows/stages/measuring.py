@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -22,11 +22,13 @@ from flows.config.comparison import Comparison, Side
 from flows.folder.answers import FileAnswers
 from flows.folder.layout import Stores
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
+from kl.estimators.align import align
 from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
 from kl.estimators.diagnostic import AlignmentDiagnostic
-from kl.estimators.divergence import exact_kl
+from kl.estimators.divergence import PADDING_MASS, exact_kl_of_padded
+from kl.estimators.token_keys import listed
 from kl.output.files import write_part
-from kl.records import Candidate, Response, Sampling, Score
+from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
 from kl.statistics.noise_floor import AskedTwice
 from kl.tables.context_counts import CountEvidence
 from kl.tables.responses import ResponseInfo
@@ -40,6 +42,9 @@ _FULL_CHUNK = 64
 _SAME_MODEL_NATS = 0.01
 
 
+Answer = Score | ScoreFailure | None
+
+
 class Priors(NamedTuple):
     """What variance of log p/q to expect of a position, None where none shows one: of Q, and of one model twice.
 
@@ -51,10 +56,18 @@ class Priors(NamedTuple):
     counts: CountEvidence = CountEvidence()
 
 
+class NoExact(NamedTuple):
+    """How many positions have no exact KL for one reason, and which is the first."""
+
+    n: int
+    first: str
+
+
 @dataclass(slots=True)
 class Measured:
     """The parts of the token table, and what the input says beside it.
 
+    ``no_exact`` has, by reason, the positions without an exact KL.
     ``twice`` is what one model said twice; ``n_odd_counts`` is at how many positions the count of the prompt's tokens
     says nothing.
     """
@@ -68,7 +81,7 @@ class Measured:
     models_p: set[str] = field(default_factory=set[str])
     versions_p: set[str] = field(default_factory=set[str])
     versions_q: set[str] = field(default_factory=set[str])
-    other_writers: list[str] = field(default_factory=list[str])
+    no_exact: dict[str, NoExact] = field(default_factory=dict[str, NoExact])
     repaired: dict[str, int] = field(default_factory=dict[str, int])
     twice: AskedTwice = field(default_factory=AskedTwice)
     n_odd_counts: int = 0
@@ -81,11 +94,21 @@ class Measured:
         self.models_p |= other.models_p
         self.versions_p |= other.versions_p
         self.versions_q |= other.versions_q
-        self.other_writers += other.other_writers
+        for why, positions in other.no_exact.items():
+            self._note(why, positions)
         for kind, count in other.repaired.items():
             self.repaired[kind] = self.repaired.get(kind, 0) + count
         self.twice.add(other.twice)
         self.n_odd_counts += other.n_odd_counts
+
+    def note_no_exact(self, response: Response, positions: Sequence[int], why: str) -> None:
+        """Note why positions have no exact KL."""
+        if positions:
+            self._note(why, NoExact(len(positions), f"{response.name} position {positions[0]}"))
+
+    def _note(self, why: str, positions: NoExact) -> None:
+        before = self.no_exact.get(why, NoExact(0, positions.first))
+        self.no_exact[why] = NoExact(before.n + positions.n, before.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,30 +293,69 @@ class _Exact(NamedTuple):
 def _exact_kl(
     response: Response, comparison: Comparison, found: FileAnswers, scores: ScoreStore, measured: Measured
 ) -> _Exact:
-    """What full vocabularies say: nothing where one is missing or P is not the model on record."""
+    """What full vocabularies say; where they say nothing of a position that Q has answered, ``measured`` has why."""
     values = np.full(len(response.positions), np.nan)
     vocabulary = None
     request_p, request_q = comparison.request(response, "p"), comparison.request(response, "q")
-    if request_p is None or request_q is None:
-        measured.other_writers.append(f"{response.name}: the file names no model that this backend has")
+    assert request_q is not None, "Q always has a name"
+    keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
+    answered = [position for position in keys_q if isinstance(found.get(keys_q[position]), Score)]
+    if request_p is None or not _wrote_it(response, request_p, found):
+        why = (
+            "the file names no model that this backend has"
+            if request_p is None
+            else f"{request_p.model} gives other values than those on record"
+        )
+        measured.note_no_exact(response, answered, why)
         return _Exact(values, None)
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
-    keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
-    if not _wrote_it(response, request_p, found):
-        measured.other_writers.append(f"{response.name}: {request_p.model} gives other values than those on record")
-        return _Exact(values, None)
-    both = [position for position in keys_q if position in keys_p]
+    numbering = _numbering([(found.get(keys_p.get(t, "")), found.get(keys_q[t])) for t in answered])
     prompt_id = response.prompt.prompt_id
-    for start in range(0, len(both), _FULL_CHUNK):
-        chunk = both[start : start + _FULL_CHUNK]
-        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk])
+    for start in range(0, len(answered), _FULL_CHUNK):
+        chunk = answered[start : start + _FULL_CHUNK]
+        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk if position in keys_p])
         full_q = scores.load_full(prompt_id, [keys_q[position] for position in chunk])
         for position in chunk:
-            row_p, row_q = full_p.get(keys_p[position]), full_q.get(keys_q[position])
-            if row_p is not None and row_q is not None and row_p.shape == row_q.shape:
-                values[position] = exact_kl(row_p[None, :], row_q[None, :])[0]
+            row_p, row_q = full_p.get(keys_p.get(position, "")), full_q.get(keys_q[position])
+            why = _no_exact_value(row_p, row_q, numbering)
+            if why is None and row_p is not None and row_q is not None:
                 vocabulary = len(row_p)
+                values[position] = exact_kl_of_padded(row_p[None, :], row_q[None, :])[0]
+                why = _OTHER_VOCABULARY.format(len(row_p), len(row_q)) if np.isnan(values[position]) else None
+            if why is not None:
+                measured.note_no_exact(response, [position], why)
     return _Exact(values, vocabulary)
+
+
+_OTHER_VOCABULARY = (
+    f"P has {{}} tokens and Q {{}}, and those that one has alone hold more than {PADDING_MASS:g} of its probability"
+)
+
+
+def _no_exact_value(
+    row_p: NDArray[np.float32] | None, row_q: NDArray[np.float32] | None, numbering: Literal["one", "two"] | None
+) -> str | None:
+    """Why two vocabularies of a position are not compared, if they are not."""
+    if row_p is None or row_q is None:
+        return f"the whole vocabulary of {'P' if row_p is None else 'Q'} is not there"
+    if numbering == "two":
+        return "the ids of the two vocabularies name different tokens"
+    if row_p.shape != row_q.shape and numbering is None:
+        return f"P has {len(row_p)} tokens and Q {len(row_q)}, and no ids show that their first ones are the same"
+    return None
+
+
+def _numbering(answers: Sequence[tuple[Answer, Answer]]) -> Literal["one", "two"] | None:
+    """Whether P's and Q's ids number one vocabulary; None where their lists do not show it."""
+    pairs = [(listed(p.top).candidates, listed(q.top).candidates) for p, q in answers
+             if isinstance(p, Score) and isinstance(q, Score)]  # fmt: skip
+    usable = [(top_p, top_q) for top_p, top_q in pairs if top_p and top_q]
+    if not usable:
+        return None
+    choice = align([top_p for top_p, _ in usable], [top_q for _, top_q in usable]).choice
+    if choice.key == "id":
+        return "one"
+    return "two" if choice.n_mismatches else None
 
 
 def _wrote_it(response: Response, request: ScoreRequest, found: FileAnswers) -> bool:

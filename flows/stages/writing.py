@@ -127,7 +127,7 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
         "model1_versions": sorted(measured.versions_p),
         "model2": config.model2,
         "model2_versions": sorted(measured.versions_q),
-        "other_writers": measured.other_writers,
+        "no_exact_kl": {why: positions._asdict() for why, positions in measured.no_exact.items()},
         "prompt_counts": asdict(measured.priors.counts) | {"n_odd": measured.n_odd_counts},
         **record,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -137,9 +137,10 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
 def _report(summary: Summary, measured: Measured, comparison: Comparison, record: Mapping[str, Any]) -> RunReport:
     place = comparison.folder
     warnings = list(summary.warnings)
-    if measured.other_writers:
-        first = measured.other_writers[0]
-        warnings.append(f"no exact KL for {len(measured.other_writers)} responses, such as {first}")
+    warnings += [
+        f"no exact KL at {positions.n:,} positions, the first {positions.first}: {why}."
+        for why, positions in measured.no_exact.items()
+    ]
     warnings += _count_warnings(measured)
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]

@@ -42,6 +42,7 @@ PLAUSIBLE_FACTOR = 4.0  # covers 99.8 % of positions at k = 20, 98.7 % at k = 10
 NEGLIGIBLE_MASS = REST_SLACK  # hidden on both sides: the shared tokens are the whole distribution, up to rounding
 _REST_SHARE = 0.75  # of a rest mass that imputed tokens may take; the others keep the remainder
 _LARGEST_LOG = 700.0  # exp of more overflows float64
+PADDING_MASS = 1e-5  # of rows that pad a vocabulary and are no tokens, at most; left out they move the KL by no more
 _CHUNK_CELLS = 1 << 20  # float64 values of a full-vocabulary array that are held at once
 _LOOSE_NORMALISATION = 1e-2
 _NODES, _MASSES = np.polynomial.hermite_e.hermegauss(25)  # quadrature under a standard normal
@@ -255,6 +256,27 @@ def exact_kl(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArr
     step = max(1, _CHUNK_CELLS // max(1, logp.shape[1]))
     parts = [_exact_chunk(logp, logq, start, start + step) for start in range(0, len(logp), step)]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def exact_kl_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArray:
+    """`exact_kl` of vocabularies of one numbering, one of which may go on: over the tokens that both have.
+
+    Parameters
+    ----------
+    logp, logq : floating, shapes (T, V_p) and (T, V_q)
+        As for `exact_kl`. Token i of one is token i of the other.
+
+    Returns
+    -------
+    As `exact_kl`; NaN where the tokens that one of them has alone hold more than ``PADDING_MASS``: the vocabularies are
+    not the same there.
+    """
+    common = min(logp.shape[1], logq.shape[1])
+    alone = sum(np.exp(logs[:, common:].astype(np.float64)).sum(axis=1) for logs in (logp, logq))
+    same = alone <= PADDING_MASS
+    values = np.full(len(logp), np.nan)
+    values[same] = exact_kl(logp[same, :common], logq[same, :common])
+    return values
 
 
 def _exact_chunk(logp: NDArray[np.floating], logq: NDArray[np.floating], start: int, stop: int) -> FloatArray:

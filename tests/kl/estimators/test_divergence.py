@@ -13,7 +13,15 @@ from scipy.stats import spearmanr
 from kl.estimators.align import align
 from kl.estimators.bounds import upper_subgauss
 from kl.estimators.censored import SpreadEvidence, SpreadPrior, fit, pooled_prior
-from kl.estimators.divergence import ESTIMATORS, exact_kl, floor, measure, sampled_token
+from kl.estimators.divergence import (
+    ESTIMATORS,
+    PADDING_MASS,
+    exact_kl,
+    exact_kl_of_padded,
+    floor,
+    measure,
+    sampled_token,
+)
 from kl.records import Candidate
 from tests.kl.pairs import candidates, gaussian_pair, top_lists, true_divergences
 
@@ -449,6 +457,20 @@ class TestExact:
 
     def test_no_rows(self):
         assert exact_kl(np.zeros((0, 5)), np.zeros((0, 5))).shape == (0,)
+
+    @pytest.mark.parametrize("longer", ["P", "Q"])
+    def test_rows_that_pad_a_vocabulary_are_left_out_if_they_hold_nothing(self, longer):
+        pair = gaussian_pair(3, 5, 50, 0.4)
+
+        def padded(mass):
+            rows = np.full((5, 64), np.log(mass / 64) if mass else -np.inf)
+            long = np.concatenate([pair[longer == "Q"] + np.log1p(-mass), rows], axis=1)
+            return exact_kl_of_padded(*((long, pair[1]) if longer == "P" else (pair[0], long)))
+
+        np.testing.assert_array_equal(padded(0.0), exact_kl(*pair))
+        np.testing.assert_allclose(padded(0.9 * PADDING_MASS), exact_kl(*pair), atol=PADDING_MASS)
+        assert np.isnan(padded(2 * PADDING_MASS)).all()
+        np.testing.assert_array_equal(exact_kl_of_padded(*pair), exact_kl(*pair))
 
 
 def test_an_unknown_estimator_names_those_that_exist():
