@@ -10,6 +10,7 @@ import re
 REPLACEMENT = "\ufffd"
 _LOSSY = REPLACEMENT.encode()
 _ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's byte pieces
+_SPECIAL = re.compile(r"[▁Ġ ]?(<[^<>\n]+>|\[[^\[\]\n]+\])")
 _ESCAPED = re.compile(r"bytes:((?:\\x[0-9A-Fa-f]{2})+)")  # OpenAI, for a token that is a part of a character
 
 
@@ -26,6 +27,11 @@ _BYTE_OF = visible_bytes()
 def is_whole(token: str) -> bool:
     """Whether a text can be a token's own: "" and U+FFFD are how different parts of characters look alike."""
     return token != "" and REPLACEMENT not in token
+
+
+def is_special(token: str) -> bool:
+    """Whether a token is named as those are that are no text (``<|eot|>``, ``[EOS]``); one without a name may be."""
+    return token == "" or _SPECIAL.fullmatch(token) is not None
 
 
 def escaped_bytes(token: str) -> bytes | None:

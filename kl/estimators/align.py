@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kl.estimators.list_checks import check_lengths, check_lists, rounding_step
+from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_step
 from kl.estimators.token_bytes import Candidates, byte_functions
 from kl.estimators.token_keys import (
+    END_KEY,
     Key,
     KeyChoice,
     KeyFunction,
@@ -28,10 +29,11 @@ from kl.estimators.token_keys import (
     end_roles,
     id_key,
     is_known,
+    known_ends,
     logprob_of,
     role_key,
 )
-from kl.pieces import is_whole
+from kl.pieces import is_special, is_whole
 from kl.records import Candidate
 
 FloatArray = NDArray[np.float64]
@@ -174,6 +176,7 @@ def align(
     lists_q: Sequence[Candidates],
     sampled_p: Sequence[Candidate | None] | None = None,
     sampled_q: Sequence[Candidate | None] | None = None,
+    stops: Sequence[bool] | None = None,
 ) -> Aligned:
     """Match the lists of P and Q, position by position.
 
@@ -185,6 +188,8 @@ def align(
         The token that P sampled; it need not be listed.
     sampled_q : sequence of T candidates, optional
         What Q reports beside its list. It is used where it is the token that P sampled, and only there.
+    stops : sequence of T bool, optional
+        Whether the token that P sampled ends the turn: it is then that of Q which is known to, whatever it is called.
 
     Raises
     ------
@@ -203,17 +208,32 @@ def align(
     ambiguous = frozenset[Key | None]().union(*map(_of_several, sides_p), *map(_of_several, sides_q))
     nobody = [None] * len(lists_p)
     rows: list[_Row] = []
-    for side_p, side_q, sample_p, sample_q in zip(
-        sides_p, sides_q, sampled_p or nobody, sampled_q or nobody, strict=True
+    for side_p, side_q, sample_p, sample_q, is_stop in zip(
+        sides_p, sides_q, sampled_p or nobody, sampled_q or nobody, stops or [False] * len(lists_p), strict=True
     ):
         unclear = ambiguous
         if choice.key == "id":
             unclear |= contradicted_ids(side_p.candidates, side_q.candidates, bytes_p, bytes_q)
         samples = _Sample(sample_p, key_p), _Sample(sample_q, key_q)
+        if is_stop and choice.key != "id":
+            side_p, side_q, samples = _with_one_stop(side_p, side_q, samples)
         rows.append(_match(side_p, side_q, *samples, unclear, by_role=choice.key == "text"))
     caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
     caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
     return _stack(rows, caps_p, caps_q, rounding_step(lists_p), rounding_step(lists_q), choice)
+
+
+def with_hidden(aligned: Aligned, lists_p: Sequence[Trusted], lists_q: Sequence[Trusted]) -> Aligned:
+    """The same with what one token outside each list may have, where its smallest value is no limit."""
+    caps_p, caps_q = (
+        np.array([math.log(item.largest_hidden) if item.largest_hidden else -math.inf for item in lists])
+        for lists in (lists_p, lists_q)
+    )
+    return replace(
+        aligned,
+        log_cap_p=np.maximum(aligned.log_cap_p, caps_p),
+        log_cap_q=np.maximum(aligned.log_cap_q, caps_q),
+    )
 
 
 def _keyed(candidates: Candidates, key_of: KeyFunction) -> _KeyedList:
@@ -221,10 +241,37 @@ def _keyed(candidates: Candidates, key_of: KeyFunction) -> _KeyedList:
 
 
 class _Sample(NamedTuple):
-    """The sampled token as a side reports it, and how the side's keys are found."""
+    """The sampled token as a side reports it, how the side's keys are found, and what is known of its own."""
 
     candidate: Candidate | None
     key_of: KeyFunction
+    key: Key | None = None
+    roles: frozenset[Key] = frozenset()
+
+
+def _with_one_stop(
+    side_p: _KeyedList, side_q: _KeyedList, samples: tuple[_Sample, _Sample]
+) -> tuple[_KeyedList, _KeyedList, tuple[_Sample, _Sample]]:
+    """The same with one key for what ends the turn, where P's name for it is not listed by Q.
+
+    Only for a name that is no text, as a response may also end at a text that it was to stop at, and only if Q lists
+    one token that is known to end turns, which P does not list.
+    """
+    sampled = samples[0].candidate
+    ends = known_ends(side_q.keys).difference(side_p.keys)
+    if sampled is None or not is_special(sampled.token) or len(ends) != 1:
+        return side_p, side_q, samples
+    at = [
+        place
+        for place, candidate in enumerate(side_p.candidates)
+        if candidate == sampled or (is_whole(sampled.token) and candidate.token == sampled.token)
+    ]
+    if len(at) != 1 or (side_p.keys[at[0]] is not None and side_p.keys[at[0]] in side_q.keys):
+        return side_p, side_q, samples
+    keys_p = [END_KEY if place == at[0] else key for place, key in enumerate(side_p.keys)]
+    keys_q = [role_key(key, ends) for key in side_q.keys]
+    by_role = samples[0]._replace(key=END_KEY), samples[1]._replace(roles=ends)
+    return side_p._replace(keys=keys_p), side_q._replace(keys=keys_q), by_role
 
 
 def _match(
@@ -244,7 +291,7 @@ def _match(
     split_p, split_q = _split(side_p, several), _split(side_q, several)
     wanted = role_key(_sampled_key(sample_p, side_p), ends)
     clear = wanted is not None and wanted not in several
-    own = None if sample_q.candidate is None else role_key(sample_q.key_of(sample_q.candidate), ends)
+    own = None if sample_q.candidate is None else role_key(sample_q.key_of(sample_q.candidate), ends | sample_q.roles)
     logp = _lookup(sample_p.candidate, wanted, clear, split_p)
     logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
     return _Row(split_p, split_q, (logp, logq, clear))
@@ -300,8 +347,8 @@ def _split(side: _KeyedList, several: frozenset[Key | None]) -> _Split:
 
 def _sampled_key(sample: _Sample, side: _KeyedList) -> Key | None:
     """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
-    if sample.candidate is None:
-        return None
+    if sample.candidate is None or sample.key is not None:
+        return sample.key
     key, token = sample.key_of(sample.candidate), sample.candidate.token
     if key is not None or not is_whole(token):
         return key

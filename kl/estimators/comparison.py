@@ -11,7 +11,7 @@ import numpy as np
 from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align
 from kl.estimators.censored import SpreadPrior, pooled_prior
 from kl.estimators.divergence import measure
-from kl.estimators.list_checks import check_lengths, check_lists, part_appended
+from kl.estimators.list_checks import check_lengths, check_lists, part_appended, trusted_lists
 from kl.estimators.outliers import Outlier, find_outliers, spread_evidence
 from kl.estimators.token_keys import Candidates
 from kl.records import Candidate
@@ -95,7 +95,8 @@ def compare(
     Raises
     ------
     CandidateListError
-        If a list is empty, holds None, NaN or a sentinel, does not fall, or adds up to more than 1.01.
+        If a list is empty, holds None, NaN or a sentinel, does not fall, adds up to more than 1.01, or gives one token
+        everything and the others one floor.
     ValueError
         If there are not T of each.
     """
@@ -103,7 +104,9 @@ def compare(
     check_lengths(lists_p, lists_q, tokens)
     check_lists(lists_p, "P")
     check_lists(lists_q, "Q")
-    side_p, side_q = part_appended(lists_p, tokens), part_appended(lists_q, tokens)
+    known_p, known_q = trusted_lists(lists_p, "P"), trusted_lists(lists_q, "Q")
+    side_p = part_appended([item.candidates for item in known_p], tokens)
+    side_q = part_appended([item.candidates for item in known_q], tokens)
     sampled_p = [_known(*pair) for pair in zip(tokens, side_p.added, strict=True)]
     aligned = align(side_p.lists, side_q.lists, sampled_p, side_q.added)
     expected = pooled_prior(spread_evidence(aligned)) if prior == "pooled" else prior

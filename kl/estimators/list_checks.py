@@ -175,7 +175,9 @@ class Trusted(NamedTuple):
     is_degenerate: bool
 
 
-def trusted(candidates: Candidates, n_dropped: int = 0, floors: frozenset[float] = frozenset()) -> Trusted:
+def trusted(
+    candidates: Candidates, n_dropped: int = 0, floors: frozenset[float] = frozenset(), *, by_mass: bool = True
+) -> Trusted:
     """A list, as `kl.estimators.token_keys.listed` gives it, without values that are no probabilities.
 
     The smallest value is a clip, "this or below" in place of a value, if it is far below what real lists reach and is a
@@ -187,13 +189,15 @@ def trusted(candidates: Candidates, n_dropped: int = 0, floors: frozenset[float]
     ----------
     n_dropped : int
         Entries that were taken out of the list before.
+    by_mass : bool
+        Whether contradicted values are taken out, too; else marks alone.
     """
-    if _is_one_wrong_value(candidates, floors):
+    if by_mass and _is_one_wrong_value(candidates, floors):
         return Trusted(candidates, listed_mass(candidates), 0, None, None, False)
     kept, floor = list(candidates), None
     mass, hidden = listed_mass(kept), None
     while kept:
-        is_contradicted = _is_contradicted(kept, mass)
+        is_contradicted = by_mass and _is_contradicted(kept, mass)
         if not is_contradicted and not _is_clip(kept, floors):
             break
         least = logprob_of(kept[-1])
@@ -214,6 +218,24 @@ def _is_one_wrong_value(candidates: Candidates, floors: frozenset[float]) -> boo
         and _is_contradicted(candidates, listed_mass(candidates))
         and not _is_contradicted(others, listed_mass(others))
     )
+
+
+def trusted_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> list[Trusted]:
+    """The lists of one side without marks; values that the mass contradicts are left to `kl.estimators.outliers`.
+
+    Raises
+    ------
+    CandidateListError
+        If one is no distribution.
+    """
+    floors = common_floors(lists)
+    found = [trusted(candidates, floors=floors, by_mass=False) for candidates in lists]
+    for position, item in enumerate(found):
+        if item.is_degenerate:
+            raise CandidateListError(
+                position, side, "gives one token everything and the others one floor; leave it out."
+            )
+    return found
 
 
 def _is_clip(kept: Sequence[Candidate], floors: frozenset[float]) -> bool:

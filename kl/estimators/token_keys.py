@@ -18,7 +18,7 @@ Key = int | bytes
 KeyFunction = Callable[[Candidate], Key | None]
 
 MAX_ID_MISMATCH = 0.01  # share of equal texts with different ids above which the tokenizers differ
-_END_KEY = b"\x00end"  # no token's bytes start with NUL and go on
+END_KEY = b"\x00end"  # no token's bytes start with NUL and go on
 _END_KEYS = frozenset(token.encode() for token in END_TOKENS)
 
 
@@ -139,13 +139,17 @@ def contradicted_ids(
     return frozenset(doubted)
 
 
+def known_ends(keys: Sequence[Key | None]) -> frozenset[Key]:
+    """The keys that are known to end turns."""
+    return frozenset[Key](_END_KEYS.intersection(key for key in keys if isinstance(key, bytes)))
+
+
 def end_roles(keys_p: list[Key | None], keys_q: list[Key | None]) -> frozenset[Key]:
     """The end tokens of both lists, if each names its own: they mean the same, that the response is over."""
-    ends_p = _END_KEYS.intersection(key for key in keys_p if isinstance(key, bytes))
-    ends_q = _END_KEYS.intersection(key for key in keys_q if isinstance(key, bytes))
+    ends_p, ends_q = known_ends(keys_p), known_ends(keys_q)
     return frozenset[Key](ends_p | ends_q) if ends_p and ends_q and not ends_p & ends_q else frozenset[Key]()
 
 
 def role_key(key: Key | None, ends: frozenset[Key]) -> Key | None:
     """The key itself, or the one key of all end tokens that are matched by their role."""
-    return _END_KEY if key in ends else key
+    return END_KEY if key in ends else key

@@ -20,6 +20,7 @@ WHAT_TO_DO = {
     "not-json": "Write the file again, or take it out of the input directory.",
     "nested-too-deeply": "Write the file in the documented form, or take it out of the input directory.",
     "not-an-object": 'The file must hold one object: {"prompt": …, "responses": […]}.',
+    "several-prompts": "A file holds the responses to one prompt: write those of each prompt to a file of their own.",
     "repeated-key": "It cannot be known which value is meant: keep one of them.",
     "no-prompt": "Add the prompt that the responses answer.",
     "bad-prompt": "Write the prompt as a text, or as a list of {role, content} turns.",

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
+from kl.input.shapes import as_document, as_response, json_lines, lacks_prompt
 from kl.input.texts import Settled, settle_text
 from kl.records import Position, Prompt, Response, Sampling
 
@@ -133,11 +134,17 @@ def read_responses(path: Path, source_file: str | None = None) -> ResponseFile:
 def parse_responses(data: bytes, source_file: str) -> ResponseFile:
     """As `read_responses`, from the bytes of a file (for one that is not on a local disk)."""
     notes = Notes(source_file)
-    parsed = _load_json(data, notes)
+    parsed = json_lines(data, _load_line, notes)
+    if parsed is None and notes.first_defect is None:
+        parsed = _load_json(data, notes)
     document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
     if document is None:
         return _nothing(notes)
-    prompt = read_prompt(document, notes)
+    document = as_document(document)
+    bare = lacks_prompt(document)
+    if bare is not None:
+        notes.defect("no-prompt", f"{bare}, and `prompt` is missing")
+    prompt = None if bare else read_prompt(document, notes)
     items = _read_list(document, notes)
     model = _read_name(document, "model", None, notes)
     version = _read_name(document, "model_version", None, notes)
@@ -150,7 +157,7 @@ def parse_responses(data: bytes, source_file: str) -> ResponseFile:
     problems = [*notes.problems()]
     for index, item in enumerate(items):
         noted = Notes(source_file, index)
-        response = _read_response(item, facts, noted)
+        response = _read_response(as_response(item, noted), facts, noted)
         if response is not None:
             responses.append(response)
         else:
@@ -172,6 +179,10 @@ def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
     assert defect is not None, "a response is skipped for a noted defect only"
     text = cast("dict[str, object]", item).get("text") if type(item) is dict else None
     return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
+
+
+def _load_line(line: bytes) -> object:
+    return json.loads(line.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_int)
 
 
 def _load_json(data: bytes, notes: Notes) -> object:

@@ -6,13 +6,12 @@ Every prefix that Q is asked about is made of token texts, so these must add up 
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kl.input.hidden import cut, prefix_gaps
 from kl.input.problems import Notes, is_encodable, show
-from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, own_bytes, sentence_piece
+from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, is_special, own_bytes, sentence_piece
 from kl.records import END_TOKENS, Candidate
 
 _CONTEXT = 20  # characters shown of each side where two texts part
@@ -22,7 +21,6 @@ _STOPPED = frozenset(
     "finished done natural".split()
 )
 _CUT = frozenset("length max_tokens max_output_tokens max_length model_length token_limit".split())
-_SPECIAL = re.compile(r"[▁Ġ ]?(<[^<>\n]+>|\[[^\[\]\n]+\])")  # how tokens that are no text are named
 
 
 class Settled(NamedTuple):
@@ -94,13 +92,11 @@ def _readings(sampled: Sequence[Candidate], finish_reason: str | None) -> Iterat
     """How many of the tokens may be the text: all, or all before the end of the turn."""
     n = len(sampled)
     yield n
-    last = sampled[-1].token
     reason = _reason(finish_reason)
-    if last in END_TOKENS or reason in _STOPPED or (reason not in _CUT and _SPECIAL.fullmatch(last)):
+    special = [candidate.token != "" and is_special(candidate.token) for candidate in sampled[-2:]]
+    if sampled[-1].token in END_TOKENS or reason in _STOPPED or (reason not in _CUT and special[-1]):
         yield n - 1
-    if n > 1 and all(
-        candidate.token in END_TOKENS or _SPECIAL.fullmatch(candidate.token) for candidate in sampled[-2:]
-    ):
+    if special == [True, True]:
         yield n - 2
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from kl.estimators.align import Aligned, BoolArray, FloatArray, align
+from kl.estimators.align import Aligned, BoolArray, FloatArray, align, with_hidden
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import MIN_LISTED, measure
 from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted
@@ -45,6 +44,7 @@ class Pair(NamedTuple):
     n_dropped: int
     sampled_p: Candidate
     sampled_q: Candidate | None
+    is_stop: bool = False
     flags: frozenset[str] = frozenset()
 
 
@@ -77,7 +77,7 @@ def pair_up(response: Response, scores: Scores, drawn: BoolArray) -> Paired:
         if list_p is None or list_q is None or not isinstance(score, Score):
             found[t] = _not_scored(score)
         else:
-            found[t] = _refused(list_p, list_q) or _pair(t, list_p, list_q, response.positions[t].sampled, score)
+            found[t] = _refused(list_p, list_q) or _pair(t, list_p, list_q, response, score)
     pairs = [item for item in found.values() if isinstance(item, Pair)]
     return Paired(pairs, _aligned(pairs), {t: item for t, item in found.items() if isinstance(item, Missing)})
 
@@ -118,19 +118,9 @@ def _aligned(pairs: list[Pair]) -> Aligned | None:
         [pair.q.candidates for pair in pairs],
         [pair.sampled_p for pair in pairs],
         [pair.sampled_q for pair in pairs],
+        [pair.is_stop for pair in pairs],
     )
-    caps_p, caps_q = _caps([pair.p for pair in pairs]), _caps([pair.q for pair in pairs])
-    return replace(
-        aligned,
-        log_cap_p=np.maximum(aligned.log_cap_p, caps_p),
-        log_cap_q=np.maximum(aligned.log_cap_q, caps_q),
-    )
-
-
-def _caps(lists: Sequence[Trusted]) -> FloatArray:
-    """What a token outside each list may have beyond the smallest value in it; ``-inf`` where that is the limit."""
-    hidden = [item.largest_hidden or 0.0 for item in lists]
-    return np.array([math.log(mass) if mass > 0 else -math.inf for mass in hidden], dtype=np.float64)
+    return with_hidden(aligned, [pair.p for pair in pairs], [pair.q for pair in pairs])
 
 
 def _not_scored(score: Score | ScoreFailure | None) -> Missing:
@@ -163,8 +153,8 @@ def _problem(side: str, item: _List, again: str, check: str) -> Missing | None:
     return None
 
 
-def _pair(t: int, list_p: _List, list_q: _List, sampled: Candidate, score: Score) -> Pair:
-    floor = list_p.found.floor
+def _pair(t: int, list_p: _List, list_q: _List, response: Response, score: Score) -> Pair:
+    sampled, floor = response.positions[t].sampled, list_p.found.floor
     if floor is not None and sampled.logprob is not None and sampled.logprob <= floor:
         sampled = sampled._replace(logprob=None)
     flags = {
@@ -175,7 +165,8 @@ def _pair(t: int, list_p: _List, list_q: _List, sampled: Candidate, score: Score
     }
     named = frozenset(code for code, is_so in flags.items() if is_so)
     n_dropped = list_q.n_dropped + list_q.found.n_clipped
-    return Pair(t, list_p.found, list_q.found, n_dropped, sampled, score.sampled, named)
+    is_stop = response.has_stop and t == len(response.positions) - 1
+    return Pair(t, list_p.found, list_q.found, n_dropped, sampled, score.sampled, is_stop, named)
 
 
 def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:

@@ -254,3 +254,38 @@ def test_lists_of_unequal_length_are_padded():
 def test_lists_that_cannot_be_paired_are_refused(lists_p, lists_q, message):
     with pytest.raises(ValueError, match=message):
         align(lists_p, lists_q)
+
+
+class TestStops:
+    """Where P ended its turn, its token is that of Q which is known to, whatever P calls it."""
+
+    @staticmethod
+    def aligned(own, top_p, top_q, is_stop=True):
+        return align([top_p], [top_q], [own], None, [is_stop])
+
+    @pytest.mark.parametrize("name", ["<|eot|>", "<turn|>", "[EOS]", ""])
+    def test_a_name_that_q_does_not_list_is_q_s_known_one(self, name):
+        own = Candidate(name, -0.5)
+        top_p, top_q = (own, *candidates(a=-1.5)), (*candidates(a=-0.7), Candidate("</s>", -1.0))
+        stop = self.aligned(own, top_p, top_q)
+        assert pairs_of(stop) == [(-0.5, -1.0), (-1.5, -0.7)]
+        assert (stop.logp_sampled[0], stop.logq_sampled[0]) == (-0.5, -1.0)
+        assert pairs_of(self.aligned(own, top_p, top_q, is_stop=False)) == [(-1.5, -0.7)]
+
+    def test_a_text_that_the_response_was_to_stop_at_is_that_text(self):
+        own = Candidate("###", -0.5)
+        stop = self.aligned(own, (own, *candidates(a=-1.5)), (*candidates(a=-0.7), Candidate("</s>", -1.0)))
+        assert pairs_of(stop) == [(-1.5, -0.7)]
+
+    def test_a_name_that_q_lists_is_the_same_token(self):
+        own = Candidate("<|eot|>", -0.5)
+        stop = self.aligned(own, (own,), (Candidate("</s>", -0.7), Candidate("<|eot|>", -1.0)))
+        assert pairs_of(stop) == [(-0.5, -1.0)]
+
+    def test_a_known_end_that_both_list_is_not_the_unknown_one(self):
+        own, known = Candidate("<|eot|>", -0.5), Candidate("</s>", -2.0)
+        assert pairs_of(self.aligned(own, (own, known), (known._replace(logprob=-0.7),))) == [(-2.0, -0.7)]
+
+    def test_of_several_known_ends_none_is_chosen(self):
+        own = Candidate("<|eot|>", -0.5)
+        assert pairs_of(self.aligned(own, (own,), (Candidate("</s>", -0.7), Candidate("<|im_end|>", -1.0)))) == []

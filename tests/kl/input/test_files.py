@@ -63,6 +63,8 @@ BAD_FILES = [
     BadFile("UTF-16 without BOM", GOOD_TEXT.encode("utf-16-le"), "not-utf8", "UTF-16-LE"),
     BadFile("Latin-1", '{"prompt": "é"}'.encode("latin-1"), "not-utf8", "byte 12 of the file (0xe9)"),
     BadFile("nested too deeply", b"[" * 200_000, "nested-too-deeply"),
+    BadFile("lines for two prompts", b'{"prompt": "a", "responses": []}\n{"prompt": "b", "responses": []}\n',
+            "several-prompts", "JSONL, one object a line, for 2 prompts"),
     BadFile("a list", b"[]", "not-an-object", "an empty list"),
     BadFile("NaN alone", b"NaN", "not-an-object", "nan"),
     BadFile("null", b"null", "not-an-object", "null"),
@@ -113,7 +115,7 @@ def test_unusable_file_is_named_and_its_responses_keep_their_places(case: BadFil
 def test_every_kind_of_defect_of_a_file_has_a_case() -> None:
     of_files = set(WHAT_TO_DO) & {"unreadable-file", *(case.kind for case in BAD_FILES)}
     of_a_response = {"repeated-key", "lone-surrogate"}
-    assert len(of_files - of_a_response) == 13, sorted(of_files)
+    assert len(of_files - of_a_response) == 14, sorted(of_files)
 
 
 def test_byte_order_mark_is_no_problem() -> None:

@@ -154,7 +154,7 @@ DEFECTS = [
     Defect("list missing", drop_position_key(1, "top_logprobs"), "no-top-logprobs", 1),
     Defect("list null", set_position(1, top_logprobs=None), "no-top-logprobs", 1),
     Defect("list empty", set_position(1, top_logprobs=[]), "no-top-logprobs", 1, "an empty list"),
-    Defect("list is an object", set_position(1, top_logprobs={"a": -1}), "bad-top-logprobs", 1, "an object"),
+    Defect("list is a number", set_position(1, top_logprobs=7), "bad-top-logprobs", 1, "7"),
     Defect(
         "list of masked tokens only", set_position(1, top_logprobs=[{"token": "a", "logprob": -9999.0}]),
         "no-top-logprobs", 1, "only marks",
@@ -532,7 +532,7 @@ def test_skipped_response_keeps_what_its_place_in_the_output_needs() -> None:
 
 FILE_KINDS = (
     "unreadable-file not-utf8 not-json nested-too-deeply not-an-object no-prompt bad-prompt empty-prompt unknown-role "
-    "prompt-end two-system-texts bad-responses no-responses"
+    "prompt-end two-system-texts bad-responses no-responses several-prompts"
 ).split()  # their cases are beside those of other whole files
 
 

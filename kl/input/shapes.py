@@ -1,0 +1,176 @@
+"""Other people's formats of responses with log-probabilities, turned into the form that the readers check.
+
+Nothing is made up: what a format lacks is noted in one line that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from kl.input.problems import Notes, as_list
+
+Object = dict[str, object]
+_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "presence_penalty", "frequency_penalty",
+             "repetition_penalty")  # fmt: skip
+
+
+def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> object:
+    """The document of a file with one JSON object a line (JSONL); None if it is none, or a defect was noted.
+
+    Its responses are those of all lines, which must answer one prompt, as a file does.
+    """
+    lines = [line for line in data.splitlines() if line.strip()]
+    if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines):
+        return None
+    try:
+        documents = [_as_object(load(line)) for line in lines]
+    except (ValueError, RecursionError):
+        return None
+    whole = [as_document(document) for document in documents if document is not None]
+    if len(whole) < len(lines):
+        return None
+    prompts = {json.dumps([item.get("prompt"), item.get("system")], sort_keys=True, default=str) for item in whole}
+    if len(prompts) > 1:
+        return notes.defect("several-prompts", f"the file is JSONL, one object a line, for {len(prompts)} prompts")
+    notes.repair("json-lines", f"the file is JSONL, {len(lines)} objects for one prompt; read as one")
+    responses: list[object] = []
+    for document in whole:
+        own = {name: document[name] for name in ("model", "sampling", *_SETTINGS) if name in document}
+        for item in as_list(document.get("responses")) or []:
+            response = _as_object(item)
+            responses.append(item if response is None else {**own, **response})
+    return {**whole[0], "responses": responses}
+
+
+def as_document(document: Object) -> Object:
+    """A file's object with its responses under ``responses``, if it is a raw answer of a service or one response.
+
+    The prompt may stand beside a raw answer, or in the request of a batch row.
+    """
+    if "responses" in document:
+        return document
+    answer = _as_object(document.get("response")) or document
+    answer = _as_object(answer.get("body")) or answer
+    items = as_list(answer.get("choices")) or as_list(answer.get("candidates"))
+    if items is None:
+        return {**document, "responses": [document]} if "text" in document and "logprobs" in document else document
+    request = _as_object(document.get("request")) or {}
+    asked = _as_object(request.get("body")) or request
+    places = (document, answer, asked)
+    about = {name: place[name] for name in ("model", *_SETTINGS) for place in reversed(places) if name in place}
+    about |= {name: document[name] for name in ("system", "sampling") if name in document}
+    return {**about, **_prompt(document, asked), "responses": items}
+
+
+def _prompt(document: Object, asked: Object) -> Object:
+    for place in (document, asked):
+        for name in ("prompt", "messages"):
+            if name in place:
+                return {"prompt": place[name]}
+    contents = as_list(asked.get("contents"))
+    if contents is None:
+        return {}
+    turns = [_as_object(turn) or {} for turn in contents]
+    found: Object = {"prompt": [{"role": turn.get("role", "user"), "content": _parts(turn)} for turn in turns]}
+    system = _as_object(asked.get("systemInstruction"))
+    return found if system is None else {**found, "system": _parts(system)}
+
+
+def lacks_prompt(document: Mapping[str, object]) -> str | None:
+    """What a raw answer that stands alone is called, to say that its prompt is missing."""
+    if "prompt" in document:
+        return None
+    items = as_list(document.get("responses"))
+    first = _as_object(items[0]) if items else None
+    return None if first is None else _name_of(first)
+
+
+def _name_of(item: Object) -> str | None:
+    if "message" in item:
+        return "a raw answer of chat completions"
+    if _as_object(item.get("content")) is not None or "candidates" in item:
+        return "a raw answer of Gemini"
+    return "a raw answer of completions" if "index" in item and "text" in item else None
+
+
+def as_response(item: object, notes: Notes) -> object:
+    """A response, choice or candidate in the documented form; as it stands if it is in none of the known ones."""
+    raw = _as_object(item)
+    inner = None if raw is None else as_list(raw.get("choices")) or as_list(raw.get("candidates"))
+    if raw is not None and inner is not None and len(inner) == 1:
+        raw = _as_object(inner[0])
+    if raw is None:
+        return item
+    content = _as_object(raw.get("content"))
+    if content is not None and "text" not in raw:
+        return _gemini(raw, content, notes)
+    message = _as_object(raw.get("message"))
+    if message is not None and "text" not in raw:
+        raw = {**raw, "text": message.get("content")}
+    holder = _as_object(raw.get("logprobs"))
+    if holder is not None and as_list(holder.get("tokens")) is not None:
+        return {**raw, "logprobs": {"content": _legacy(holder, notes)}}
+    rows = None if holder is None else as_list(holder.get("content"))
+    return raw if rows is None else {**raw, "logprobs": {"content": [_row(row) for row in rows]}}
+
+
+def _gemini(raw: Object, content: Object, notes: Notes) -> Object:
+    result = _as_object(raw.get("logprobsResult")) or {}
+    chosen, tops = as_list(result.get("chosenCandidates")) or [], as_list(result.get("topCandidates")) or []
+    if not chosen or len(tops) != len(chosen):
+        what = f"{len(chosen)} chosenCandidates and {len(tops)} topCandidates in its logprobsResult"
+        notes.defect("no-logprobs", f"a raw answer of Gemini with {what}")
+    rows = [
+        {
+            **_gemini_token(item),
+            "top_logprobs": [_gemini_token(entry) for entry in as_list(top.get("candidates")) or []],
+        }
+        for item, top in zip(chosen, (_as_object(top) or {} for top in tops), strict=False)
+    ]
+    reason = {"finish_reason": raw["finishReason"]} if "finishReason" in raw else {}
+    return {"text": _parts(content), **reason, "logprobs": {"content": rows}}
+
+
+def _gemini_token(item: object) -> Object:
+    raw = _as_object(item) or {}
+    token: Object = {"token": raw.get("token", ""), "logprob": raw.get("logProbability")}
+    return token | ({"token_id": raw["tokenId"]} if "tokenId" in raw else {})
+
+
+def _parts(content: Object) -> str | None:
+    texts = [(_as_object(part) or {}).get("text") for part in as_list(content.get("parts")) or []]
+    return "".join(text for text in texts if isinstance(text, str)) if texts else None
+
+
+def _legacy(holder: Object, notes: Notes) -> list[object]:
+    """``tokens``, ``token_logprobs`` and ``top_logprobs`` side by side, as rows."""
+    columns = [as_list(holder.get(name)) for name in ("tokens", "token_logprobs", "top_logprobs")]
+    names = ("tokens", "token_logprobs", "top_logprobs")
+    lengths = [f"{0 if column is None else len(column)} {name}" for name, column in zip(names, columns, strict=True)]
+    whole = [column for column in columns if column is not None]
+    if len(whole) < len(columns) or len({len(column) for column in whole}) > 1:
+        notes.defect("no-logprobs", f"`logprobs` of the completions format with {', '.join(lengths)}")
+        return []
+    return [
+        {"token": token, "logprob": value, "top_logprobs": _listed(top)}
+        for token, value, top in zip(*whole, strict=True)
+    ]
+
+
+def _row(row: object) -> object:
+    """A position whose list may be an object of texts and values."""
+    raw = _as_object(row)
+    if raw is None or _as_object(raw.get("top_logprobs")) is None:
+        return row
+    return {**raw, "top_logprobs": _listed(raw["top_logprobs"])}
+
+
+def _listed(top: object) -> object:
+    values = _as_object(top)
+    return top if values is None else [{"token": token, "logprob": value} for token, value in values.items()]
+
+
+def _as_object(value: object) -> Object | None:
+    return cast("Object", value) if type(value) is dict else None
