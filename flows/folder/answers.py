@@ -68,10 +68,12 @@ class FileAnswers:
         counts: CountEvidence | None = None,
     ) -> None:
         self._parsed, self._comparison = parsed, comparison
+        self._requests = {
+            (side, item.response_idx): comparison.request(item, side) for item in parsed.responses for side in sides
+        }
         self._answers: dict[str, Score | ScoreFailure] = {}
         if parsed.prompt is not None:
-            requests = [comparison.request(response, side) for response in parsed.responses for side in sides]
-            keys = {key for request in requests if request is not None for key in request.keys}
+            keys = {key for request in self._requests.values() if request is not None for key in request.keys}
             prompt_id = parsed.prompt.prompt_id
             self._answers = stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
         self._results: dict[Side, dict[int, Results]] = {}
@@ -118,7 +120,7 @@ class FileAnswers:
 
     def _of(self, response: Response, side: Side) -> tuple[str, Results]:
         """The model that was asked, and what it said."""
-        request = self._comparison.request(response, side)
+        request = self._requests[side, response.response_idx]
         assert request is not None, "Q always has a name"
         results: Results = [None] * len(response.positions)
         for position, key in zip(request.positions, request.keys, strict=True):
