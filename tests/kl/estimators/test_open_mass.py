@@ -135,3 +135,15 @@ def test_a_side_that_hides_entries_of_equal_lists_differs_by_nothing():
         low = lower_bounds(cells(align(*lists)))
         assert max(values.max() for values in low[:3]) <= 1e-12
         assert low.tv.max() <= 1e-9
+
+
+def test_exchanging_the_sides_exchanges_the_divergences():
+    rng = np.random.default_rng(4)
+    logp, logq = gaussian_pair(4, 200, 14, 1.0, zipf=0.6)
+    lists_p, _ = hidden_lists(rng, logp, 6, 3)
+    lists_q, _ = hidden_lists(rng, logq, 7, 3)
+    there, back = lower_bounds(cells(align(lists_p, lists_q))), lower_bounds(cells(align(lists_q, lists_p)))
+    np.testing.assert_allclose(there.kl, back.reverse_kl, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(there.reverse_kl, back.kl, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(there.js, back.js, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(there.tv, back.tv, rtol=1e-9, atol=1e-9)

@@ -219,6 +219,8 @@ def test_clean_data_have_no_warning(token_table: Build):
     [
         pytest.param({}, {"top_logprobs": 3}, "top_logprobs = 3", id="short lists"),
         pytest.param({"ambiguous_mass_q": 0.05}, {}, "5.0% of Q's mass", id="ambiguous tokens"),
+        pytest.param({"flags": "mass-above-1-p"}, {}, "P's listed probabilities add up to more than 1 at", id="mass"),
+        pytest.param({"flags": "rounded-q"}, {}, "Q's log-probabilities are rounded to a few decimals", id="rounded"),
     ],
 )
 def test_warnings(token_table: Build, columns: dict, changes: dict, text: str):
