@@ -95,8 +95,13 @@ def _estimator_rows(summary: Summary) -> Rows:
 def _token_rows(summary: Summary) -> Rows:
     rows = [(name, summary.token_kl[name]) for name in ("Median KLD", "99.0% KLD", "99.9% KLD", "Maximum KLD")]
     shown = [(name, f"{rounded(value)} nats") for name, value in rows if value is not None]
-    share = summary.kl_share_of_top_1_percent
-    return shown if share is None else [*shown, ("Top 1 % of positions", f"{share:.1%} of the KL")]
+    largest, share = summary.largest_position, summary.kl_share_of_top_1_percent
+    if share is not None:
+        shown.append(("Top 1 % of positions", f"{share:.1%} of the KL"))
+    if largest is not None and largest["share"] is not None:
+        place = f"{largest['source_file']}#{largest['response_idx']} position {largest['position']}"
+        shown.append(("Largest position", f"{largest['share']:.1%} of the KL ({place})"))
+    return shown
 
 
 def _delta_rows(summary: Summary) -> Rows:

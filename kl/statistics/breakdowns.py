@@ -7,16 +7,18 @@ them estimates what all would give.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from kl.statistics.clusters import response_sums, usable
+from kl.tables.pairs import LONE_VALUE
 from kl.tables.totals import IS_INFINITE, MEASURED, WEIGHT, denominator, token_batches
 
 TOP_ROWS = 50
+LARGE_SHARE, LARGE_TIMES = 0.05, 10  # of all KL, and of the share that a position has on average: at least both
 SINGLE_POSITIONS = 32  # positions below stand alone, from there bins double in width
 
 # As `llama-perplexity --kl-divergence` prints them.
@@ -121,6 +123,48 @@ def flagged(tokens: pl.LazyFrame) -> dict[str, int]:
     codes = tokens.filter(MEASURED).select(pl.col("flags").drop_nulls().str.split(",").explode()).collect()
     counts = codes.group_by("flags").len().sort(["len", "flags"], descending=[True, False])
     return dict(counts.iter_rows())
+
+
+class Outlying(NamedTuple):
+    """The position with the largest KL, ``None`` where there is none, and those that stand out, by falling KL."""
+
+    largest: Row | None
+    rows: list[Row]
+
+
+def outlying(tokens: pl.LazyFrame, totals: pl.DataFrame) -> Outlying:
+    """Positions by name: those set aside as a value is wrong, those where one may be, and those that hold much.
+
+    Each has ``source_file, response_idx, position, token, kind, kl, share``: the ``kind`` is ``set-aside`` (``kl`` is
+    what it would have counted), ``lone-value`` (a token is far off all others, which may be real) or ``large``; the
+    ``share`` is of all KL, ``None`` where that is 0 or infinite. At most 50. ``totals`` are `response_totals`.
+    """
+    known = tokens.collect_schema()  # of an earlier version without the two columns
+    aside = pl.col("kl_set_aside") if "kl_set_aside" in known else pl.lit(None, dtype=pl.Float64)
+    lone = pl.col("flags").str.split(",").list.contains(LONE_VALUE) if "flags" in known else pl.lit(value=False)
+    counts = MEASURED & pl.col("kl_estimate").is_not_null()
+    held = pl.col("kl_estimate") * WEIGHT
+    most = tokens.select(held.filter(counts).max().fill_null(-1.0)).collect().item()
+    total, weight = float(totals["kl_estimate.sum"].sum()), float(totals["kl_estimate.weight"].sum())
+    is_known = total > 0 and not totals["n_infinite"].sum()
+    large = (
+        counts & is_known & (held >= LARGE_SHARE * total) & (held >= LARGE_TIMES * total * WEIGHT / max(weight, 1.0))
+    )
+    share = pl.when(counts).then(held / total).otherwise(aside * WEIGHT / (total + aside * WEIGHT))
+    named = tokens.select(
+        *("source_file", "response_idx", "position", "token"),
+        kind=pl.when(aside.is_not_null()).then(pl.lit("set-aside")).when(large).then(pl.lit("large"))
+        .when(counts & lone).then(pl.lit("lone-value")),
+        kl=pl.when(counts).then("kl_estimate").otherwise(aside),
+        share=share if is_known else pl.lit(None, dtype=pl.Float64),
+        is_most=(counts & (held == most)).fill_null(value=False),
+    ).filter(pl.col("is_most") | pl.col("kind").is_not_null())  # fmt: skip
+    found = named.collect().sort(
+        ["kl", "source_file", "response_idx", "position"], descending=[True, False, False, False]
+    )
+    largest = found.filter("is_most").drop("is_most").head(1).to_dicts()
+    rows = found.filter(pl.col("kind").is_not_null()).drop("is_most").head(TOP_ROWS).to_dicts()
+    return Outlying(largest[0] if largest else None, rows)
 
 
 def stops(tokens: pl.LazyFrame) -> pl.DataFrame:

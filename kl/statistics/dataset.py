@@ -17,12 +17,14 @@ from kl.input.texts import was_cut
 from kl.records import Sampling
 from kl.statistics.alarms import alarms
 from kl.statistics.breakdowns import (
+    Row,
     bounds_only_by_reason,
     by_prompt,
     by_token_and_position,
     flagged,
     kl_distribution,
     missing_by_reason,
+    outlying,
     stops,
 )
 from kl.statistics.clusters import per_response, per_token, prompts_needed
@@ -43,6 +45,7 @@ from kl.tables.responses import ResponseInfo, info_frame, response_rows
 from kl.tables.totals import response_totals
 
 AMBIGUOUS_MASS_WARNING = 0.01
+_NAMED = 10  # positions that a warning names
 _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -64,6 +67,7 @@ def summarise_dataset(
     counts = _counts(tokens, rows)
     distribution, share = kl_distribution(tokens)
     token_rows, position_rows = by_token_and_position(tokens)
+    stand_out = outlying(tokens, totals)
     summary = Summary(
         format=FORMAT,
         model_p=facts.model_p,
@@ -104,6 +108,8 @@ def summarise_dataset(
         perplexity=perplexity(totals),
         logprob_difference=logprob_difference(tokens, totals),
         top_token=top_token(totals),
+        largest_position=stand_out.largest,
+        outliers=stand_out.rows,
         noise_floor=None if twice is None else noise_floor(twice, rows, facts.prior_var_again),
     )
     summary.alarms.extend(alarms(counts))
@@ -226,6 +232,7 @@ def _ended_unseen(has_stop: bool, finish_reason: str | None) -> bool:
 
 def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
     yield from _missing_warnings(summary.counts)
+    yield from _outlier_warnings(summary)
     yield from _sampling_warnings(facts.samplings, summary.counts)
     estimate = summary.kl_per_token.estimate
     if estimate.no_interval is not None:
@@ -258,6 +265,24 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
             yield f"{mass:.1%} of {side}'s mass is on entries that do not say which token they are; bounds stay valid."
     for side in ("P", "Q"):
         yield from _inexact_warnings(side, counts)
+
+
+def _outlier_warnings(summary: Summary) -> Iterator[str]:
+    set_aside = [row for row in summary.outliers if row["kind"] == "set-aside"]
+    if n := summary.counts.missing_by_reason.get("outlier"):
+        named = ", ".join(f"{_place(row)} ({row['kl']:.3g} nats)" for row in set_aside[:_NAMED])
+        more = f" and {n - _NAMED:,} more" if n > _NAMED else ""
+        yield (
+            f"{n:,} positions are set aside, as their own lists contradict a value; in brackets what each would have "
+            f"counted: {named}{more}. `outliers` and the column `error` say which value."
+        )
+    for row in summary.outliers:
+        if row["kind"] == "large" and row["share"] is not None:
+            yield f"{_place(row)} alone holds {row['share']:.1%} of all KL ({row['kl']:.3g} nats)."
+
+
+def _place(row: Row) -> str:
+    return f"{row['source_file']}#{row['response_idx']} position {row['position']} {row['token']!r}"
 
 
 def _inexact_warnings(side: str, counts: Counts) -> Iterator[str]:

@@ -167,6 +167,8 @@ class Summary:
     top_token: TopToken | None = None
     noise_floor: NoiseFloor | None = None
     alarms: list[str] = field(default_factory=list[str])
+    largest_position: Row | None = None
+    outliers: list[Row] = field(default_factory=list[Row])
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, numbers and texts."""

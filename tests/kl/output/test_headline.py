@@ -39,6 +39,7 @@ def test_headline_of_a_complete_run(token_table: Build):
         "99.9% KLD": "3 nats",
         "Maximum KLD": "3 nats",
         "Top 1 % of positions": "1.5% of the KL",  # a tenth of one position of 3 out of 20
+        "Largest position": "15.0% of the KL (d#0 position 1)",
         "Reverse KL(Q‖P) per token": "6.0 nats (95 % CI 3.1 to 8.9, 5 prompts)",
         "Jensen-Shannon per token": "0.250 nats (95 % CI 0.127 to 0.373, 5 prompts)",
         "Same top p": "0 % (95 % CI 0 to 0, 5 prompts)",

@@ -17,6 +17,7 @@ from kl.statistics.breakdowns import (
     by_token_and_position,
     kl_distribution,
     missing_by_reason,
+    outlying,
     top_share,
     weighted_quantiles,
 )
@@ -126,3 +127,34 @@ def test_prompts_are_ranked_by_their_mean(token_table: Build):
         {"prompt_id": "p", "source_file": "a", "n_responses": 2, "n_measured": 4, "kl_per_token": 1.5}
         | {"kl_per_response": 3.0},  # (2 + 4) / 2
     ]
+
+
+def test_positions_that_stand_out_are_named_with_what_they_hold(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [0.1] * 60), ("b", "p1", 0, [0.1] * 38 + [6.2, None])]).with_columns(
+        kl_set_aside=pl.when(pl.col("kl_estimate").is_null()).then(10.0),
+        flags=pl.when((pl.col("source_file") == "a") & (pl.col("position") == 3)).then(pl.lit("clipped-q,lone-value")),
+    )
+    found = outlying(tokens.lazy(), response_totals(tokens.lazy()))
+    assert [(row["source_file"], row["position"], row["kind"], row["kl"]) for row in found.rows] == [
+        ("b", 39, "set-aside", 10.0),
+        ("b", 38, "large", 6.2),
+        ("a", 3, "lone-value", 0.1),
+    ]
+    assert [row["share"] for row in found.rows] == pytest.approx([10 / 26, 6.2 / 16, 0.1 / 16])
+    assert found.largest is not None
+    assert (found.largest["source_file"], found.largest["position"]) == ("b", 38)
+
+
+def test_no_position_stands_out_among_few_or_equal_ones(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [0.1, 2.0, 0.1])])
+    assert outlying(tokens.lazy(), response_totals(tokens.lazy())).rows == []
+
+
+def test_positions_stand_out_by_their_weight(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [0.1] * 100)]).with_columns(
+        pi=pl.when(pl.col("position") == 7).then(0.01).otherwise(1.0)
+    )
+    found = outlying(tokens.lazy(), response_totals(tokens.lazy()))
+    assert found.largest["position"] == 7
+    assert found.largest["share"] == pytest.approx(100 / 199)
+    assert found.rows == []  # it speaks for a hundred others
