@@ -7,6 +7,7 @@ import pytest
 
 from kl.estimators.align import align
 from kl.estimators.bounds import bucket, cells, lower_bounds
+from kl.estimators.entropy import entropies
 from kl.records import Candidate
 from tests.kl.estimators import slow_bounds
 from tests.kl.pairs import gaussian_pair, true_divergences
@@ -147,3 +148,15 @@ def test_exchanging_the_sides_exchanges_the_divergences():
     np.testing.assert_allclose(there.reverse_kl, back.kl, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(there.js, back.js, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(there.tv, back.tv, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5], ids=["distinct", "ties"])
+def test_entropies_hold_where_tokens_are_hidden(step):
+    logp, _ = drawn_pair(2, 400, 9, 0.0, step)
+    lists, _ = hidden_lists(np.random.default_rng(2), logp, 5, 3)
+    aligned = align(lists, lists)
+    found = entropies(aligned.logp, aligned.log_limit_p, aligned.coverage_p, vocabulary=9)
+    true = -(np.exp(logp) * logp).sum(axis=1)
+    assert (found.rest_cell <= true + 1e-9).all()
+    assert (found.lower <= true + 1e-9).all()
+    assert (found.upper >= true - 1e-9).all()
