@@ -244,7 +244,8 @@ class _Lists(NamedTuple):
         return cls(logs, entry, n, 1.0 - coverage, unclear == 0)
 
     def _at(self, column: IntArray) -> FloatArray:
-        return self.logs[np.arange(len(self.n)), np.maximum(column, 0)]
+        found = self.logs[np.arange(len(self.n)), np.maximum(column, 0)]
+        return np.where(np.isfinite(found), found, 0.0)  # a list may name no token at all
 
     def gap(self, n_wrong: int) -> FloatArray:
         """Distance of the last ``n_wrong`` entries to the others, nats, shape (T,); 0 where these are too few."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kl.estimators.comparison import compare
+from kl.estimators.divergence import exact_kl
 from kl.estimators.outliers import find_outliers
 from tests.kl.pairs import gaussian_pair, log_softmax, top_lists
 from tests.kl.wrong_values import with_wrong
@@ -130,3 +131,13 @@ def test_positions_without_shared_tokens_say_nothing():
     found = compare(top_lists(logp, 8), lists_q)
     assert certain(found) == []
     assert find_outliers(found.aligned.only([]), found.prior) == ()
+
+
+def test_a_list_that_names_no_token_is_no_outlier_and_no_fault_of_arithmetic(quiet):
+    lists = top_lists(quiet[0], K), top_lists(quiet[1], K)
+    unnamed = tuple(c._replace(token="", token_id=None) for c in lists[0][5])
+    hidden = [unnamed if at == 5 else tuple(c._replace(token_id=None) for c in top) for at, top in enumerate(lists[0])]
+    with np.errstate(all="raise", under="ignore"):
+        found = compare(hidden, lists[1])
+    assert certain(found) == []
+    assert found.kl_lower[5] <= exact_kl(*quiet)[5]
