@@ -59,7 +59,8 @@ def _is_control(token: str) -> bool:
 def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates]) -> tuple[BytesOf, BytesOf]:
     """How the bytes of each side's candidates are found; ``None`` where a candidate's are not certain."""
     written_p, written_q = writing_of(lists_p), writing_of(lists_q)
-    read_p, read_q = _Reader(written_p), _Reader(written_q)
+    hides_p, hides_q = _hides_parts(lists_p), _hides_parts(lists_q)
+    read_p, read_q = _Reader(written_p, hides_p), _Reader(written_q, hides_q)
     if not (_shows_bytes(lists_p) or _shows_bytes(lists_q)):
         return read_p, read_q
     known_p, known_q = _all_known(read_p, lists_p), _all_known(read_q, lists_q)
@@ -68,7 +69,12 @@ def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates])
     if longer or "byte-level" in (written_p, written_q):
         return read_p, read_q
     single_p, single_q = _single_bytes(written_p, known_p), _single_bytes(written_q, known_q)
-    return _Reader(written_p, single_p), _Reader(written_q, single_q)
+    return _Reader(written_p, hides_p, single_p), _Reader(written_q, hides_q, single_q)
+
+
+def _hides_parts(lists: Sequence[Candidates]) -> bool:
+    """Whether a side leaves parts of characters out of what it shows."""
+    return any(candidate.token == "" and not candidate.token_bytes for candidates in lists for candidate in candidates)
 
 
 def _shows_bytes(lists: Sequence[Candidates]) -> bool:
@@ -88,8 +94,9 @@ def _single_bytes(writing: Writing, known: set[bytes]) -> frozenset[bytes]:
 class _Reader:
     """The bytes of one side's candidates, each kind of candidate looked at once."""
 
-    def __init__(self, writing: Writing, single: frozenset[bytes] = frozenset()) -> None:
+    def __init__(self, writing: Writing, hides: bool, single: frozenset[bytes] = frozenset()) -> None:
         self._writing = writing
+        self._hides = hides
         self._single = single
         self._known: dict[tuple[str, bytes | None], bytes | None] = {}
 
@@ -100,6 +107,8 @@ class _Reader:
         return self._known[entry]
 
     def _read(self, token: str, stated: bytes | None) -> bytes | None:
+        if self._hides and not token.strip(" "):
+            return None  # a blank with the first byte of a character is shown, and stated, as a blank
         if stated and stated != _named(token):
             return stated if _agree(token, stated) else None
         if not is_whole(token) or _ESCAPES.fullmatch(token) or _NUMBER.fullmatch(token):

@@ -118,15 +118,19 @@ def _rightmost(whole: bytes, runs: Sequence[_Run]) -> dict[int, int] | None:
 
 
 def prefix_gaps(
-    tokens: Sequence[str], shown: Collection[int] = (), doubtful: Collection[int] = ()
+    tokens: Sequence[str], shown: Collection[int] = (), doubtful: Collection[int] = (), empty: Collection[int] = ()
 ) -> tuple[tuple[int, str], ...]:
     """(position, reason) of each position whose prefix the tokens before it do not say as text.
 
     A token without text is a part of the character that a later one completes, if that character has bytes enough for
     all of them: between them the prefix ends inside it (`PARTIAL`), after it the text is whole again. Any other token
     without text is not in the text at all, so that nothing after it can be said (`UNKNOWN`).
+
+    A source that leaves parts of characters out (``empty`` are its tokens without text and bytes) may leave out the end
+    of a token, too, such as of a blank with the first byte of what follows: where the bytes of the character do not
+    account for all of the tokens that show nothing, the prefix before these is not certain either.
     """
-    gaps: dict[int, str] = {}
+    gaps: dict[int, str] = _after_cut_tokens(tokens, empty)
     waiting = 0  # tokens without text since the last whole prefix
     lost = False
     for position, token in enumerate(tokens):
@@ -144,3 +148,17 @@ def prefix_gaps(
                 gaps |= dict.fromkeys(range(position - waiting + 1, position + 1), UNKNOWN)
             waiting = 0
     return tuple(sorted(gaps.items()))
+
+
+def _after_cut_tokens(tokens: Sequence[str], empty: Collection[int]) -> dict[int, str]:
+    gaps: dict[int, str] = {}
+    for position in range(1, len(tokens)) if empty else ():
+        begins = position in empty and position - 1 not in empty
+        if begins:
+            whole = next((at for at in range(position, len(tokens)) if tokens[at]), None)
+            bare = whole is not None and len(tokens[whole][0].encode()) == whole - position + 1
+            if not bare and whole is not None:
+                gaps[position] = UNKNOWN
+        elif tokens[position - 1].isspace() and not tokens[position][:1].isascii():
+            gaps[position] = UNKNOWN
+    return gaps

@@ -27,14 +27,25 @@ def read_positions(content: list[object], notes: Notes) -> list[Position] | None
     The last one may lack its list, which is no defect if it is the end of the turn.
     """
     last = len(content) - 1
-    positions = [_read_position(raw, index, notes, needs_list=index < last) for index, raw in enumerate(content)]
+    hides = any(map(_hides_text, content))
+    positions = [
+        _read_position(raw, index, notes, needs_list=index < last, hides=hides) for index, raw in enumerate(content)
+    ]
     whole = [position for position in positions if position is not None]
     if notes.first_defect is not None or len(whole) < len(positions):
         return None
     return _without_appended(whole, notes)
 
 
-def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool) -> Position | None:
+def _hides_text(raw: object) -> bool:
+    """Whether a position has a token, sampled or listed, whose text its source does not show."""
+    entry = cast("dict[str, object]", raw) if type(raw) is dict else {}
+    items = [entry, *(as_list(entry.get("top_logprobs")) or [])]
+    tokens = [cast("dict[str, object]", item).get("token") for item in items if type(item) is dict]
+    return any(isinstance(token, str) and not is_whole(token) for token in tokens)
+
+
+def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, hides: bool) -> Position | None:
     entry = notes.as_object(raw, "bad-position", "the entry", index)
     if entry is None:
         return None
@@ -45,7 +56,7 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool) -
     if not listed.top:
         return _no_list(entry, index, notes) if needs_list else Position(sampled, (), listed.n_masked)
     top, was_sorted = _sorted(listed.top, index, notes)
-    sampled = _agreed(sampled, top, index, notes)
+    sampled = _agreed(sampled, top, index, notes, hides=hides)
     if not was_sorted and len(top) > 1 and is_same_token(sampled, top[-1]):
         # Some servers write the sampled token first, however improbable, and then the most probable ones.
         top = _drop_last(top, index, notes)
@@ -140,14 +151,14 @@ def _read_top(raw: object, position: int, notes: Notes) -> _Listed | None:
             listed.append(candidate)
     if len(listed) < len(whole):
         return None
-    distinct = _without_duplicates(listed, position, notes)
+    likely = _without_masked(listed, position, notes)
+    distinct = _without_duplicates(likely, position, notes)
     if distinct is None:
         return None
-    kept = _without_masked(distinct, position, notes)
-    mass = math.fsum(math.exp(_value(candidate)) for candidate in kept)
+    mass = math.fsum(math.exp(_value(candidate)) for candidate in distinct)
     if mass > LARGEST_MASS:
         return notes.defect("mass-above-one", f"the listed probabilities add up to {mass:.6g}", position)
-    return _Listed(kept, len(items or ()) - len(whole) + len(distinct) - len(kept))
+    return _Listed(distinct, len(items or ()) - len(likely))
 
 
 def _without_null_tail(items: list[object], position: int, notes: Notes) -> list[object]:
@@ -204,12 +215,16 @@ def _sorted(top: list[Candidate], position: int, notes: Notes) -> tuple[list[Can
     return sorted(top, key=_value, reverse=True), False
 
 
-def _agreed(sampled: Candidate, top: list[Candidate], position: int, notes: Notes) -> Candidate:
+def _agreed(sampled: Candidate, top: list[Candidate], position: int, notes: Notes, *, hides: bool) -> Candidate:
     """The sampled token, after a check against the list that it came from.
 
     A token that has one value of its own and another in its list, or that is more probable than the least of a list in
     which it is missing, means that tokens and lists do not belong together; no number of theirs can then be trusted.
+    A source that ``hides`` texts may show a token that is a part of a character without that part, or with the whole of
+    it, just as another token: only ids say which is which.
     """
+    if hides and any(candidate.token_id is None for candidate in (sampled, *top)):
+        return sampled
     entries = [candidate for candidate in top if is_same_token(sampled, candidate)]
     if sampled.logprob is None:
         return sampled._replace(logprob=entries[0].logprob) if len(entries) == 1 else sampled

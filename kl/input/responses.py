@@ -157,7 +157,8 @@ def parse_responses(data: bytes, source_file: str) -> ResponseFile:
     problems = [*notes.problems()]
     for index, item in enumerate(items):
         noted = Notes(source_file, index)
-        response = _read_response(as_response(item, noted), facts, noted)
+        shaped = as_response(item, noted)
+        response = None if noted.first_defect else _read_response(shaped, facts, noted)
         if response is not None:
             responses.append(response)
         else:

@@ -85,7 +85,10 @@ def settle_text(text: str, sampled: Sequence[Candidate], finish_reason: str | No
         tokens.append(sampled[n].token)
     for position in range(n + 1, len(sampled)):
         notes.repair("end-token", "the token comes after the end of the turn; position dropped", position)
-    return Settled(joined, tokens, has_stop, prefix_gaps(tokens, fit.shown, fit.doubtful), fit.pieces)
+    said = sampled[:-1] if has_stop else sampled[:n]
+    empty = {t for t, c in enumerate(said) if c.token == "" and own_bytes(c.token, c.token_bytes) is None}
+    gaps = prefix_gaps(tokens, fit.shown, fit.doubtful, empty)
+    return Settled(joined, tokens, has_stop, gaps, fit.pieces)
 
 
 def _readings(sampled: Sequence[Candidate], finish_reason: str | None) -> Iterator[int]:

@@ -419,15 +419,19 @@ GAPS = [
     ("nothing hidden", set_tokens("a é", "a", " é"), []),
     ("parts of one character, shown by the last", set_tokens("🧎", "", "", "🧎"), [(1, PART), (2, PART)]),
     ("text goes on after them", set_tokens("🧎 a 🌊.", "", "", "🧎", " a", " ", "", "🌊", "."),
-     [(1, PART), (2, PART), (6, PART)]),
+     [(1, PART), (2, PART), (5, WHOLE), (6, PART)]),
     ("with empty bytes, and those of the whole character",
-     set_tokens("a🌊.", "a", "", "🌊", ".", token_bytes=(b"a", b"", "🌊".encode(), b".")), [(2, PART)]),
+     set_tokens("a🌊.", "a", "", "🌊", ".", token_bytes=(b"a", b"", "🌊".encode(), b".")),
+     [(1, WHOLE), (2, PART)]),
+    ("as many as the character has bytes", set_tokens("a é.", "a", " ", "", "é", "."), [(3, PART)]),
+    ("a blank that may hide a part of what follows", set_tokens("é 世.", "", "é", " ", "世", "."),
+     [(1, PART), (3, WHOLE)]),
     ("more of them than the character has bytes", set_tokens("aé.", "a", "", "", "é", "."),
-     [(2, WHOLE), (3, WHOLE), (4, WHOLE)]),
+     [(1, WHOLE), (2, WHOLE), (3, WHOLE), (4, WHOLE)]),
     ("a token that is in no text", set_tokens("Hello you", "", "Hello", " you"), [(1, WHOLE), (2, WHOLE)]),
-    ("parts before a blank", set_tokens("a 🙂", "a", "", " 🙂"), [(2, WHOLE)]),
+    ("parts before a blank", set_tokens("a 🙂", "a", "", " 🙂"), [(1, WHOLE), (2, WHOLE)]),
     ("the sign for parts, in the text too", set_tokens("a\ufffd b", "a", "\ufffd", " b"), [(2, WHOLE)]),
-    ("parts that no token shows", set_tokens("a🌊 b", "a", "", "", " b"), [(2, PART)]),
+    ("parts that no token shows", set_tokens("a🌊 b", "a", "", "", " b"), [(1, WHOLE), (2, PART)]),
     ("two characters that no token shows", set_tokens("a🌊🌊 b", "a", "", "", "", "", " b"),
      [(2, WHOLE), (3, WHOLE), (4, WHOLE)]),
     ("texts that fit in two places", set_tokens("xaxax!", "\ufffd", "a", "\ufffd", "!"),
@@ -448,6 +452,18 @@ def test_positions_whose_prefix_no_text_says_are_known(mutate: Callable[[dict[st
     response = read(document).responses[0]
     assert list(response.gaps) == gaps
     assert_prefixes_are_of_the_text(response)
+
+
+def test_a_token_that_completes_a_character_is_not_the_whole_one_of_its_list() -> None:
+    document = good_document()
+    set_tokens("é", "", "é", token_bytes=(b"", "é".encode()))(document)
+    content_of(document)[1]["top_logprobs"][0] |= {"logprob": -0.25, "bytes": list("é".encode())}
+    content_of(document)[1]["top_logprobs"][1] |= {"logprob": -4.0}
+    assert read(document).problems == ()
+    content_of(document)[0] |= {"token": "e", "bytes": [101]}
+    content_of(document)[0]["top_logprobs"][0] |= {"token": "e", "bytes": [101]}
+    document["responses"][0]["text"] = "eé"
+    assert [problem.kind for problem in read(document).problems] == ["sampled-disagrees"]
 
 
 def test_two_tokens_without_bytes_are_not_one_token() -> None:
