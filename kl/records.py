@@ -66,17 +66,26 @@ class Candidate(NamedTuple):
     token_bytes: bytes | None = None
 
 
+class Defect(NamedTuple):
+    """Why something cannot be used: a short code and one line for people."""
+
+    reason: str
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """One position of a response: the token that was sampled and the top-k list it came from.
 
     ``top`` is sorted by falling log-probability. The sampled token may be absent from it. ``n_dropped`` counts entries
-    of the source's list that were no probabilities.
+    of the source's list that were no probabilities. Where the list is no distribution there is a ``defect`` and ``top``
+    is empty; the token belongs to the context of later positions all the same.
     """
 
     sampled: Candidate
     top: tuple[Candidate, ...]
     n_dropped: int = 0
+    defect: Defect | None = None
 
 
 @dataclass(frozen=True, slots=True)

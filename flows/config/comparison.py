@@ -152,8 +152,9 @@ class Comparison:
 
 
 def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[int]:
-    """The drawn positions whose prefix can be said in a request: some have no text."""
+    """The drawn positions that P has a list at and whose prefix can be said in a request: some have no text."""
     unaskable = set[int]() if by_ids else {position for position, _ in response.gaps}
+    unaskable |= {index for index, position in enumerate(response.positions) if position.defect is not None}
     return [
         index
         for index in range(len(response.positions))

@@ -1,30 +1,39 @@
 """Reads and checks the log-probabilities of one response.
 
-What is wrong is noted by position. A repair is made only where it is certain; a defect makes the whole response
-unusable, because every later position depends on the tokens before it.
+What is wrong is noted by position. A repair is made only where it is certain. A token that is not known makes the whole
+response unusable, because every later position depends on the tokens before it; numbers that cannot be right make the
+position unusable, and the response where they are many.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, cast
 
 from kl.input.problems import Notes, as_list, encodable, is_encodable, number, show
 from kl.pieces import is_whole, own_bytes
-from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Position
+from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Defect, Position
 
 FLOAT_NOISE = 1e-5  # a logprob above 0 by at most this is a rounding error of a float32 log-softmax
 SAMPLED_TOLERANCE = 6e-3  # nats, between a token's own logprob and its entry in the list: one may have two decimals
 _ID_END = 2**63
+# So many positions, and this share of all, may have numbers that do not belong to their token by chance; where there
+# are more, lists and tokens have lost each other, and the other positions cannot be trusted either.
+_FEW_POSITIONS, _FEW_SHARE = 3, 0.1
+_LARGEST_SHARE = 0.25  # of a response's positions that may be unusable for whatever reason
+_MIXED_UP = frozenset({"sampled-disagrees", "sampled-above-list"})
 
 
 def read_positions(content: list[object], notes: Notes) -> list[Position] | None:
-    """The positions of a response, in order; None where any of them has a defect, all of which are noted.
+    """The positions of a response, in order; None where it cannot be used. All defects are noted.
 
-    The last one may lack its list, which is no defect if it is the end of the turn.
+    A position whose numbers cannot be right has no list, and says why. The last one may lack its list, which is no
+    defect if it is the end of the turn.
     """
     last = len(content) - 1
     hides = any(map(_hides_text, content))
@@ -32,9 +41,20 @@ def read_positions(content: list[object], notes: Notes) -> list[Position] | None
         _read_position(raw, index, notes, needs_list=index < last, hides=hides) for index, raw in enumerate(content)
     ]
     whole = [position for position in positions if position is not None]
+    _refuse_many(len(positions), notes)
     if notes.first_defect is not None or len(whole) < len(positions):
         return None
     return _without_appended(whole, notes)
+
+
+def _refuse_many(n_positions: int, notes: Notes) -> None:
+    """Refuse a response of which a quarter of the positions cannot be used, or whose tokens and lists are mixed up."""
+    unusable = [*notes.unusable.values()]
+    mixed = [problem for problem in unusable if problem.kind in _MIXED_UP]
+    if unusable and len(unusable) >= _LARGEST_SHARE * n_positions:
+        notes.refuse_for(unusable[0])
+    elif len(mixed) > max(_FEW_POSITIONS, _FEW_SHARE * n_positions):
+        notes.refuse_for(mixed[0])
 
 
 def _hides_text(raw: object) -> bool:
@@ -51,16 +71,28 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, h
         return None
     sampled = _read_sampled(entry, index, notes)
     listed = _read_top(entry.get("top_logprobs"), index, notes)
-    if sampled is None or listed is None:
+    if sampled is None:
         return None
+    if listed is None or index in notes.unusable:
+        return _unusable(sampled, index, notes)
     if not listed.top:
-        return _no_list(entry, index, notes) if needs_list else Position(sampled, (), listed.n_masked)
+        if not needs_list:
+            return Position(sampled, (), listed.n_masked)
+        _no_list(entry, index, notes)
+        return _unusable(sampled, index, notes)
     top, was_sorted = _sorted(listed.top, index, notes)
     sampled = _agreed(sampled, top, index, notes, hides=hides)
+    if index in notes.unusable:
+        return _unusable(sampled, index, notes)
     if not was_sorted and len(top) > 1 and is_same_token(sampled, top[-1]):
         # Some servers write the sampled token first, however improbable, and then the most probable ones.
         top = _drop_last(top, index, notes)
     return Position(sampled, tuple(top), listed.n_masked)
+
+
+def _unusable(sampled: Candidate, position: int, notes: Notes) -> Position:
+    problem = notes.unusable[position]
+    return Position(sampled._replace(logprob=None), (), defect=Defect(problem.kind, problem.message))
 
 
 def _no_list(entry: dict[str, object], position: int, notes: Notes) -> None:
@@ -68,44 +100,57 @@ def _no_list(entry: dict[str, object], position: int, notes: Notes) -> None:
     what = "no `top_logprobs`" if raw is None else f"`top_logprobs` is {show(raw)}"
     if raw:
         what = "`top_logprobs` holds no probabilities, only marks for masked tokens"
-    notes.defect("no-top-logprobs", what, position)
+    notes.defect_at(position, "no-top-logprobs", what)
 
 
 def _read_sampled(entry: dict[str, object], position: int, notes: Notes) -> Candidate | None:
+    name = "the sampled token"
+    sampled = _read_token(entry, name, position, notes, partial(_refuse_response, notes, position))
+    if sampled is None:
+        return None
     is_null = "logprob" in entry and entry["logprob"] is None
-    sampled = _read_candidate(entry, "the sampled token", position, notes, unknown=is_null)
-    if sampled is None or (sampled.logprob is not None and sampled.logprob > UNKNOWN_LOGPROB):
-        return sampled
+    logprob = None if is_null else _read_logprob(entry, name, position, notes)
+    if position in notes.unusable or (logprob is not None and logprob > UNKNOWN_LOGPROB):
+        return sampled._replace(logprob=logprob)
     shown = f"the sampled token's logprob is {show(entry['logprob'])}"
-    if sampled.logprob is not None and math.isinf(sampled.logprob):
-        return notes.defect("infinite-logprob", shown, position)
-    notes.repair("unknown-logprob", f"{shown}, not reported; taken from its list, or as not known", position)
-    return sampled._replace(logprob=None)
+    if logprob is not None and math.isinf(logprob):
+        notes.defect_at(position, "infinite-logprob", shown)
+    else:
+        notes.repair("unknown-logprob", f"{shown}, not reported; taken from its list, or as not known", position)
+    return sampled
 
 
-def _read_candidate(
-    raw: dict[str, object], name: str, position: int, notes: Notes, *, unknown: bool = False
+def _refuse_response(notes: Notes, position: int, kind: str, what: str) -> None:
+    notes.defect(kind, what, position)
+
+
+def _read_listed(raw: dict[str, object], name: str, position: int, notes: Notes) -> Candidate | None:
+    listed = _read_token(raw, name, position, notes, partial(notes.defect_at, position))
+    logprob = None if listed is None else _read_logprob(raw, name, position, notes)
+    return None if listed is None or logprob is None else listed._replace(logprob=logprob)
+
+
+def _read_token(
+    raw: dict[str, object], name: str, position: int, notes: Notes, refuse: Callable[[str, str], None]
 ) -> Candidate | None:
+    """What says which token it is, without its log-probability."""
     token = raw.get("token")
     if not isinstance(token, str):
         shown = show(token) if "token" in raw else "missing"
-        return notes.defect("bad-token", f"the `token` of {name} is {shown}", position)
-    logprob = None if unknown else _read_logprob(raw, name, position, notes)
-    if logprob is None and not unknown:
-        return None
+        return refuse("bad-token", f"the `token` of {name} is {shown}")
     token_id = raw.get("token_id")
     if type(token_id) is float and token_id.is_integer():
         notes.repair("float-id", f"the `token_id` of {name} is {show(token_id)}; taken as {int(token_id)}", position)
         token_id = int(token_id)
     if token_id is not None and not (type(token_id) is int and 0 <= token_id < _ID_END):
-        return notes.defect("bad-token-id", f"the `token_id` of {name} is {show(token_id)}", position)
+        return refuse("bad-token-id", f"the `token_id` of {name} is {show(token_id)}")
     token_bytes = raw.get("bytes")
     if token_bytes is None:
-        return Candidate(token, logprob, token_id)
+        return Candidate(token, None, token_id)
     items = as_list(token_bytes)
     if items is None or not all(type(item) is int and 0 <= item < 256 for item in items):
-        return notes.defect("bad-bytes", f"the `bytes` of {name} are {show(token_bytes)}, not of 0 to 255", position)
-    return Candidate(token, logprob, token_id, bytes(cast("list[int]", items)))
+        return refuse("bad-bytes", f"the `bytes` of {name} are {show(token_bytes)}, not of 0 to 255")
+    return Candidate(token, None, token_id, bytes(cast("list[int]", items)))
 
 
 def _read_logprob(raw: dict[str, object], name: str, position: int, notes: Notes) -> float | None:
@@ -115,16 +160,16 @@ def _read_logprob(raw: dict[str, object], name: str, position: int, notes: Notes
         return read
     if read is None:
         kind = "bad-logprob" if "logprob" in raw else "missing-logprob"
-        return notes.defect(
-            kind, f"the `logprob` of {name} is {show(value) if 'logprob' in raw else 'missing'}", position
+        return notes.defect_at(
+            position, kind, f"the `logprob` of {name} is {show(value) if 'logprob' in raw else 'missing'}"
         )
     what = f"the `logprob` of {name} is {show(value)}"
     if math.isnan(read):
-        return notes.defect("nan-logprob", what, position)
+        return notes.defect_at(position, "nan-logprob", what)
     if math.isinf(read):
-        return notes.defect("infinite-logprob", what, position)
+        return notes.defect_at(position, "infinite-logprob", what)
     if read > FLOAT_NOISE:
-        return notes.defect("positive-logprob", what, position)
+        return notes.defect_at(position, "positive-logprob", what)
     notes.repair("positive-logprob", f"{what}, above 0 by rounding; taken as 0", position)
     return 0.0
 
@@ -140,13 +185,13 @@ def _read_top(raw: object, position: int, notes: Notes) -> _Listed | None:
     """The list of one position, less masked and duplicate entries; empty if there is none."""
     items = as_list(raw)
     if raw is not None and items is None:
-        return notes.defect("bad-top-logprobs", f"`top_logprobs` is {show(raw)}", position)
+        return notes.defect_at(position, "bad-top-logprobs", f"`top_logprobs` is {show(raw)}")
     whole = _without_null_tail(items or [], position, notes)
     listed: list[Candidate] = []
     for rank, item in enumerate(whole):
         name = f"entry {rank} of top_logprobs"
-        entry = notes.as_object(item, "bad-candidate", name, position)
-        candidate = None if entry is None else _read_candidate(entry, name, position, notes)
+        entry = notes.as_entry(item, name, position)
+        candidate = None if entry is None else _read_listed(entry, name, position, notes)
         if candidate is not None:
             listed.append(candidate)
     if len(listed) < len(whole):
@@ -157,7 +202,7 @@ def _read_top(raw: object, position: int, notes: Notes) -> _Listed | None:
         return None
     mass = math.fsum(math.exp(_value(candidate)) for candidate in distinct)
     if mass > LARGEST_MASS:
-        return notes.defect("mass-above-one", f"the listed probabilities add up to {mass:.6g}", position)
+        return notes.defect_at(position, "mass-above-one", f"the listed probabilities add up to {mass:.6g}")
     return _Listed(distinct, len(items or ()) - len(likely))
 
 
@@ -189,7 +234,7 @@ def _without_duplicates(listed: list[Candidate], position: int, notes: Notes) ->
             notes.repair("duplicate-candidate", f"token id {candidate.token_id} is listed twice; kept once", position)
         else:
             both = f"{show(first.token)} {first.logprob!r} and {show(candidate.token)} {candidate.logprob!r}"
-            return notes.defect("repeated-token-id", f"token id {candidate.token_id} is listed as {both}", position)
+            return notes.defect_at(position, "repeated-token-id", f"token id {candidate.token_id} is listed as {both}")
     return distinct
 
 
@@ -231,10 +276,10 @@ def _agreed(sampled: Candidate, top: list[Candidate], position: int, notes: Note
     own, least = sampled.logprob, top[-1].logprob
     if entries and all(abs(_value(entry) - own) > SAMPLED_TOLERANCE for entry in entries):
         what = f"the sampled token {show(sampled.token)} has logprob {own!r}, its list {entries[0].logprob!r}"
-        notes.defect("sampled-disagrees", what, position)
+        notes.defect_at(position, "sampled-disagrees", what)
     elif not entries and own > _value(top[-1]) + SAMPLED_TOLERANCE and _would_be_found(sampled, top):
         what = f"the sampled token {show(sampled.token)} has logprob {own!r} but is not in its list down to {least!r}"
-        notes.defect("sampled-above-list", what, position)
+        notes.defect_at(position, "sampled-above-list", what)
     return sampled
 
 

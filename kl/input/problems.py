@@ -1,7 +1,7 @@
 """What can be wrong with a file of responses: a kind, a place, one line for people.
 
-A defect makes a response (or a whole file) unusable; a repair was certain, so that the response goes on. Messages quote
-values, cut short, and never the text of a prompt.
+A defect makes a response (or a whole file, or one position) unusable; a repair was certain, so that the response goes
+on. Messages quote values, cut short, and never the text of a prompt.
 """
 
 from __future__ import annotations
@@ -82,18 +82,31 @@ class RepeatedKeys(dict[str, object]):
 
 
 class Notes:
-    """Collects the problems of one file (``response_idx`` None) or one response; keeps few of each kind, counts all."""
+    """Collects the problems of one file (``response_idx`` None) or one response; keeps few of each kind, counts all.
+
+    ``unusable`` has the first problem of each position that cannot be used, where the others can.
+    """
 
     def __init__(self, source_file: str, response_idx: int | None = None) -> None:
         self.source_file = source_file
         self.response_idx = response_idx
         self.first_defect: InputProblem | None = None
+        self.unusable: dict[int, InputProblem] = {}
         self._kept: list[InputProblem] = []
         self._counts: Counter[tuple[str, bool]] = Counter()
 
     def defect(self, kind: str, what: str, position: int | None = None) -> None:
         """Note what makes the response, or the file, unusable."""
         problem = self._add(kind, f"{what}. {WHAT_TO_DO[kind]}", position, repaired=False)
+        self.first_defect = self.first_defect or problem
+
+    def defect_at(self, position: int, kind: str, what: str) -> None:
+        """Note what makes one position unusable, and no other: its numbers, not its token."""
+        problem = self._add(kind, f"{what}. {WHAT_TO_DO[kind]}", position, repaired=False)
+        self.unusable.setdefault(position, problem)
+
+    def refuse_for(self, problem: InputProblem) -> None:
+        """Make the response unusable for what was noted of some of its positions."""
         self.first_defect = self.first_defect or problem
 
     def repair(self, kind: str, what: str, position: int | None = None) -> None:
@@ -128,13 +141,22 @@ class Notes:
 
     def as_object(self, value: object, kind: str, name: str, position: int | None = None) -> dict[str, object] | None:
         """``value`` if it is a JSON object without repeated keys; else None and a defect."""
-        if type(value) is dict:
-            return cast("dict[str, object]", value)
-        if isinstance(value, RepeatedKeys):
-            self.defect("repeated-key", f"{name} holds the key {show(value.repeated)} more than once", position)
-        else:
-            self.defect(kind, f"{name} is {show(value)}, not an object", position)
-        return None
+        found = _plain_object(value, kind, name)
+        return found if isinstance(found, dict) else self.defect(*found, position)
+
+    def as_entry(self, value: object, name: str, position: int) -> dict[str, object] | None:
+        """As `as_object`, of an entry of a list: what is wrong with it is a defect of the position alone."""
+        found = _plain_object(value, "bad-candidate", name)
+        return found if isinstance(found, dict) else self.defect_at(position, *found)
+
+
+def _plain_object(value: object, kind: str, name: str) -> dict[str, object] | tuple[str, str]:
+    """A JSON object without repeated keys, or the kind of the problem and what it is."""
+    if type(value) is dict:
+        return cast("dict[str, object]", value)
+    if isinstance(value, RepeatedKeys):
+        return "repeated-key", f"{name} holds the key {show(value.repeated)} more than once"
+    return kind, f"{name} is {show(value)}, not an object"
 
 
 def as_list(value: object) -> list[object] | None:

@@ -269,7 +269,7 @@ def _kept(positions: list[Position], settled: Settled, notes: Notes) -> tuple[Po
         _with_token(position, token, settled.pieces[t] if settled.pieces and t < len(settled.pieces) else None)
         for t, (position, token) in enumerate(zip(positions[: last + 1], settled.tokens, strict=True))
     ]
-    if not kept[last].top:
+    if not kept[last].top and (settled.has_stop or kept[last].defect is None):
         if not settled.has_stop:
             return notes.defect("no-top-logprobs", "no `top_logprobs`", last)
         if last == 0:

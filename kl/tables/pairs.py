@@ -69,12 +69,14 @@ class _List(NamedTuple):
 def pair_up(response: Response, scores: Scores, drawn: BoolArray) -> Paired:
     """Match the lists of P and Q at the positions that were drawn."""
     check_lengths(response, scores=len(scores))
-    side_p = _lists([(position.top, position.n_dropped) for position in response.positions])
+    side_p = _lists([None if p.defect is not None else (p.top, p.n_dropped) for p in response.positions])
     side_q = _lists([(score.top, score.n_dropped) if isinstance(score, Score) else None for score in scores])
     found: dict[int, Pair | Missing] = {}
     for t in np.flatnonzero(drawn).tolist():
-        list_p, list_q, score = side_p[t], side_q[t], scores[t]
-        if list_p is None or list_q is None or not isinstance(score, Score):
+        list_p, list_q, score, defect = side_p[t], side_q[t], scores[t], response.positions[t].defect
+        if defect is not None:
+            found[t] = Missing(*defect)
+        elif list_p is None or list_q is None or not isinstance(score, Score):
             found[t] = _not_scored(score)
         else:
             found[t] = _refused(list_p, list_q) or _pair(t, list_p, list_q, response, score)

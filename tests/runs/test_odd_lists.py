@@ -41,6 +41,9 @@ def odd(tmp_path: Path) -> Path:
     for row in content:
         row["token_id"] = float(row["token_id"])
     write(folder, "marks.json", document)
+    document, content = example("003")
+    content[5]["top_logprobs"][2]["logprob"] = 4.0
+    write(folder, "wrong.json", document)
     return folder
 
 
@@ -56,11 +59,17 @@ def test_what_is_no_probability_is_in_no_number_and_comes_first(run_program: Run
         warnings = json.loads((output / document).read_text())["warnings"]
         assert [f"warning: {warning}" for warning in warnings[:2]] == [first.strip(), second.strip()]
     tokens = pl.read_parquet(output / "tokens.parquet").partition_by("source_file", as_dict=True)
-    refused, marked = tokens["degenerate.json",], tokens["marks.json",]
+    refused, marked, wrong = (tokens[f"{name}.json",] for name in ("degenerate", "marks", "wrong"))
     assert set(refused["reason"]) == {"degenerate-p"}
     assert refused["kl_lower"].null_count() == refused.height
     assert marked["error"].null_count() == marked.height
     assert marked["flags"].to_list()[3] == "clipped-p"
     assert marked["kl_estimate"].max() < 1e-3
+    assert wrong["reason"].to_list() == [None if t != 5 else "positive-logprob" for t in range(wrong.height)]
+    assert "wrong.json, response 0, position 5: the `logprob` of entry 2 of top_logprobs is 4.0" in wrong["error"][5]
+    assert wrong["error"][5] in done.err
+    assert wrong["kl_estimate"].max() < 1e-3
+    asked = json.loads((output / "run.json").read_text())["contexts_asked"]
+    assert asked == refused.height + marked.height + wrong.height - 1
     assert "13 (float-id)" in done.out
     assert "1 (null-logprob)" in done.out

@@ -201,6 +201,77 @@ def test_defect_skips_its_response_alone(case: Defect) -> None:
     assert file.unreadable[0].message == message
 
 
+LONG = 8  # positions
+
+
+def long_document(tokens: int = LONG) -> dict[str, Any]:
+    """Two responses of which one position is a small part."""
+    content = [
+        entry(f" w{t}", -0.25, (f" w{t}", -0.25, 20 + t), (" there", -2.0, 11), ("!", -4.0, 1), token_id=20 + t)
+        for t in range(tokens)
+    ]
+    response = {"text": "".join(item["token"] for item in content), "logprobs": {"content": content}}
+    return {"prompt": SECRET, "model": "p-model", "responses": [response, good_response()]}
+
+
+NUMBERS = [
+    Defect("listed logprob null before others", set_candidate(1, 1, logprob=None), "bad-logprob", 1, "null"),
+    Defect("NaN logprob", set_position(1, logprob=float("nan")), "nan-logprob", 1, "nan"),
+    Defect("positive logprob", set_candidate(3, 1, logprob=4.0), "positive-logprob", 3, "4.0"),
+    Defect("positive sampled", set_position(3, logprob=4.0), "positive-logprob", 3, "4.0"),
+    Defect("infinite logprob", set_position(1, logprob=float("inf")), "infinite-logprob", 1, "inf"),
+    Defect("mass above one", set_candidate(0, 1, logprob=-0.5), "mass-above-one", 0, "add up to 1."),
+    Defect("one id with two values", add_candidate(0, "Hi", -3.5, 11), "repeated-token-id", 0, "token id 11"),
+    Defect("sampled disagrees", set_position(1, logprob=-1.0), "sampled-disagrees", 1, "-1.0"),
+    Defect("list missing", drop_position_key(1, "top_logprobs"), "no-top-logprobs", 1),
+    Defect("candidate is a number", lambda d: content_of(d)[4].update(top_logprobs=[3]), "bad-candidate", 4, "3"),
+    Defect("listed token is null", set_candidate(2, 1, token=None), "bad-token", 2, "entry 1 of top_logprobs is null"),
+    Defect("numbers of the last position", set_candidate(LONG - 1, 0, logprob=2.0), "positive-logprob", LONG - 1),
+]
+
+
+@pytest.mark.parametrize("case", NUMBERS, ids=lambda case: case.id)
+def test_numbers_that_cannot_be_right_leave_out_their_position_alone(case: Defect) -> None:
+    document = long_document()
+    case.mutate(document)
+    found, whole = read(document), read(long_document()).responses[0]
+    response = found.responses[0]
+    assert not found.unreadable
+    assert response.text == whole.text
+    (problem,) = [problem for problem in found.problems if not problem.repaired]
+    assert (problem.response_idx, problem.position, problem.kind) == (0, case.position, case.kind)
+    assert case.shown in problem.message
+    spoilt = response.positions[case.position]
+    assert spoilt.defect == (case.kind, problem.message)
+    assert (spoilt.top, spoilt.sampled.logprob) == ((), None)
+    assert spoilt.sampled.token == whole.positions[case.position].sampled.token
+    others = [(a, b) for a, b in zip(response.positions, whole.positions, strict=True) if a is not spoilt]
+    assert all(a == b for a, b in others)
+    assert len(others) == LONG - 1
+
+
+@pytest.mark.parametrize(
+    ("n_spoilt", "n_positions", "values", "is_read"),
+    [
+        (1, 8, {"logprob": 3.0}, True),
+        (2, 8, {"logprob": 3.0}, False),  # a quarter
+        (3, 20, {"logprob": -1.0}, True),  # chance
+        (4, 20, {"logprob": -1.0}, False),  # tokens and lists have lost each other
+        (4, 20, {"logprob": 3.0}, True),
+        (4, 50, {"logprob": -1.0}, True),  # few of many
+    ],
+)
+def test_many_positions_that_cannot_be_used_refuse_the_response(
+    n_spoilt: int, n_positions: int, values: dict[str, float], is_read: bool
+) -> None:
+    document = long_document(n_positions)
+    for index in range(n_spoilt):
+        content_of(document)[2 * index].update(values)
+    found = read(document)
+    assert (len(found.responses) == 2) is is_read
+    assert [item.response_idx for item in found.unreadable] == ([] if is_read else [0])
+
+
 @dataclass(frozen=True)
 class Repair:
     """A mutation of response 0 that is repaired; ``look`` gives what must equal ``expected`` afterwards."""
