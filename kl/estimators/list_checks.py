@@ -92,8 +92,10 @@ def rounding_step(lists: Sequence[Candidates]) -> float:
     The mass of such a list is known to half a step.
     """
     values = np.array([logprob_of(candidate) for candidates in lists for candidate in candidates], dtype=np.float64)
-    if len(values) < _TELLING_VALUES:
-        return 0.0
+    return _step(values) if len(values) >= _TELLING_VALUES else 0.0
+
+
+def _step(values: NDArray[np.float64]) -> float:
     first = values[:_TELLING_VALUES]
     return next((step for step in _STEPS if _are_multiples(first, step) and _are_multiples(values, step)), 0.0)
 
@@ -247,14 +249,10 @@ def _is_clip(kept: Sequence[Candidate], floors: frozenset[float]) -> bool:
 
 def _is_contradicted(kept: Sequence[Candidate], mass: float) -> bool:
     most = _MOST_TOKENS * math.exp(logprob_of(kept[-1]))
-    return 1.0 - mass - _FLOAT_NOISE > most and 1.0 - mass - _FLOAT_NOISE - _rounding(kept) / 2 > most
-
-
-def _rounding(candidates: Sequence[Candidate]) -> float:
-    """The step to which all values of a list are rounded; 0 where it is none of one to four decimals."""
-    values = [logprob_of(candidate) for candidate in candidates]
-    steps = (10.0**-decimals for decimals in range(1, 5))
-    return next((step for step in steps if all(abs(v / step - round(v / step)) < 1e-6 for v in values)), 0.0)
+    if 1.0 - mass - _FLOAT_NOISE <= most:
+        return False
+    logs = np.array([logprob_of(candidate) for candidate in kept], dtype=np.float64)
+    return 1.0 - mass - _FLOAT_NOISE - _step(logs) / 2 > most
 
 
 def _is_degenerate(candidates: Candidates, kept: Sequence[Candidate], n_marks: int) -> bool:
