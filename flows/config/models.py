@@ -153,7 +153,7 @@ class RunConfig(CommonConfig):
         default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this, at least 0."
     )
     preflight: bool = Field(
-        default=True, description="Prove with one tiny request that the model can be used before anything is bought."
+        default=True, description="Prove with two tiny requests that the model can be used before anything is bought."
     )
     keep_raw: bool = Field(
         default=False, description="Keep the service's own rows, compressed, in OUTPUT_DIR/scores/raw."
