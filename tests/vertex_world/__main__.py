@@ -34,6 +34,9 @@ def main() -> None:
         faults=Faults(latency_s=arguments.latency, http=http),
         storage_backend=arguments.storage,
     )
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # before anybody reads that it runs
+        signal.signal(number, lambda *_: stopped.set())
     with world:
         if arguments.responses:
             prompts = [f"Question number {index}?" for index in range(arguments.prompts)]
@@ -43,17 +46,10 @@ def main() -> None:
             sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
         sys.stdout.write("# running; stop with Ctrl-C\n")
         sys.stdout.flush()
-        _wait()
+        stopped.wait()
         states = {job.display_name: job.state for job in world.jobs}
         sys.stderr.write(f"# online calls: {len(world.online_calls)}, at most {world.max_online_in_flight} at once\n")
         sys.stderr.write(f"# jobs: {states}\n# rejected: {world.rejected}\n")
-
-
-def _wait() -> None:
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
 
 
 def _parse() -> argparse.Namespace:

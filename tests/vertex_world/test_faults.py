@@ -94,9 +94,11 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_cancel_can_be_ignored(world: VertexWorld) -> None:
     world.faults.ignore_cancel = True
+    world.hurry(600)  # so that the job is under way whenever the cancel comes
     created = start_job(world)
     with genai_client(world) as client:
         client.batches.cancel(name=str(created.name))
+    world.hurry()
     assert [job.state for job in world.wait_for_jobs()] == ["JOB_STATE_SUCCEEDED"]
 
 

@@ -160,5 +160,5 @@ def test_the_size_of_the_parts_changes_no_bit(
     assert [part.name for part in divided.parts] == [part.name for part in whole.parts]
     assert [part.read_bytes() for part in divided.parts] == tables
     assert len(tables) == 10
-    for field in ("files", "prior", "diagnostic", "responses", "samplings", "models_p", "versions_q", "repaired"):
+    for field in ("files", "priors", "diagnostic", "responses", "samplings", "models_p", "versions_q", "repaired"):
         assert getattr(divided, field) == getattr(whole, field), field
