@@ -46,7 +46,7 @@ flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend
 flows.folder            layout / finished lock refusals
 flows.config            folders / comparison
-flows.folder            answers
+flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending scorers

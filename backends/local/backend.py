@@ -193,7 +193,7 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
             refused.append(ScoreFailure(key, "prompt-refused", str(error), final=True))
             continue
         if comparable and not _cut_alike(request.prefix_ends[: position + 1], prefix_ids, model.tokenizer):
-            refused.append(ScoreFailure(key, RETOKENISED, _OTHERWISE.format(position, len(prefix_ids)), final=True))
+            refused.append(ScoreFailure(key, RETOKENISED, _OTHERWISE.format(position, len(prefix_ids))))
             continue
         ids = prompt_ids + prefix_ids if own is None else whole
         context = _Context(key, ids, len(ids) if own is None else len(prompt_ids) + position)

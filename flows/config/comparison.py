@@ -22,6 +22,7 @@ from kl.statistics.position_sampling import Drawn, draw, draw_again
 
 Side = Literal["p", "q", "again"]
 
+_NO_ID = -1  # of an end token whose source gives none; no prefix has it
 # In the identity of what is asked a second time: another score than the first one of the same context.
 _AGAIN = {"asked": 2}
 
@@ -163,7 +164,10 @@ def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[
 
 
 def _own_ids(response: Response) -> tuple[int, ...] | None:
+    """P's ids of all tokens that are in some prefix; the last one is in none, and may lack its own."""
     ids = [position.sampled.token_id for position in response.positions]
+    if response.has_stop and ids[-1] is None:
+        ids[-1] = _NO_ID
     return tuple(token_id for token_id in ids if token_id is not None) if None not in ids else None
 
 

@@ -10,39 +10,28 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.folder.answers import FileAnswers
 from flows.folder.layout import Stores
+from flows.folder.vocabularies import Exact, exact_kl
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
-from kl.estimators.align import align
 from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
 from kl.estimators.diagnostic import AlignmentDiagnostic
-from kl.estimators.divergence import PADDING_MASS, exact_kl_of_padded
-from kl.estimators.token_keys import listed
 from kl.output.files import write_part
-from kl.records import Candidate, Response, Sampling, Score, ScoreFailure
+from kl.records import Response, Sampling, Score
 from kl.statistics.noise_floor import AskedTwice
 from kl.tables.context_counts import CountEvidence
 from kl.tables.responses import ResponseInfo
 from kl.tables.tokens import measure_response, response_diagnostic, response_spread
 
 logger = logging.getLogger(__name__)
-
-# Full vocabularies are compared so many positions at a time: two float32 arrays of this many rows are in memory.
-_FULL_CHUNK = 64
-# How far a value that P gives now may be from the one on record before another model must have written it.
-_SAME_MODEL_NATS = 0.01
-
-
-Answer = Score | ScoreFailure | None
 
 
 class Priors(NamedTuple):
@@ -257,7 +246,7 @@ def _measure_response(
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
     whole = comparison.config.full_vocabulary
-    exact = _exact_kl(response, comparison, found, scores, measured) if whole else _Exact(None, None)
+    exact = exact_kl(response, comparison, found, scores, measured.note_no_exact) if whole else Exact(None, None)
     drawn = comparison.drawn(response)
     return measure_response(
         response,
@@ -281,96 +270,3 @@ def _measure_again(response: Response, estimator: str, found: FileAnswers, measu
     return measure_response(
         pair.first, pair.second, estimator=estimator, prior=prior, selected=pair.drawn.selected, pi=pair.drawn.pi
     )
-
-
-class _Exact(NamedTuple):
-    """Exact KL per position, shape (T,), NaN where it is not known; how many tokens P has, if they were all seen."""
-
-    kl: NDArray[np.float64] | None
-    vocabulary: int | None
-
-
-def _exact_kl(
-    response: Response, comparison: Comparison, found: FileAnswers, scores: ScoreStore, measured: Measured
-) -> _Exact:
-    """What full vocabularies say; where they say nothing of a position that Q has answered, ``measured`` has why."""
-    values = np.full(len(response.positions), np.nan)
-    vocabulary = None
-    request_p, request_q = comparison.request(response, "p"), comparison.request(response, "q")
-    assert request_q is not None, "Q always has a name"
-    keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
-    answered = [position for position in keys_q if isinstance(found.get(keys_q[position]), Score)]
-    if request_p is None or not _wrote_it(response, request_p, found):
-        why = (
-            "the file names no model that this backend has"
-            if request_p is None
-            else f"{request_p.model} gives other values than those on record"
-        )
-        measured.note_no_exact(response, answered, why)
-        return _Exact(values, None)
-    keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
-    numbering = _numbering([(found.get(keys_p.get(t, "")), found.get(keys_q[t])) for t in answered])
-    prompt_id = response.prompt.prompt_id
-    for start in range(0, len(answered), _FULL_CHUNK):
-        chunk = answered[start : start + _FULL_CHUNK]
-        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk if position in keys_p])
-        full_q = scores.load_full(prompt_id, [keys_q[position] for position in chunk])
-        for position in chunk:
-            row_p, row_q = full_p.get(keys_p.get(position, "")), full_q.get(keys_q[position])
-            why = _no_exact_value(row_p, row_q, numbering)
-            if why is None and row_p is not None and row_q is not None:
-                vocabulary = len(row_p)
-                values[position] = exact_kl_of_padded(row_p[None, :], row_q[None, :])[0]
-                why = _OTHER_VOCABULARY.format(len(row_p), len(row_q)) if np.isnan(values[position]) else None
-            if why is not None:
-                measured.note_no_exact(response, [position], why)
-    return _Exact(values, vocabulary)
-
-
-_OTHER_VOCABULARY = (
-    f"P has {{}} tokens and Q {{}}, and those that one has alone hold more than {PADDING_MASS:g} of its probability"
-)
-
-
-def _no_exact_value(
-    row_p: NDArray[np.float32] | None, row_q: NDArray[np.float32] | None, numbering: Literal["one", "two"] | None
-) -> str | None:
-    """Why two vocabularies of a position are not compared, if they are not."""
-    if row_p is None or row_q is None:
-        return f"the whole vocabulary of {'P' if row_p is None else 'Q'} is not there"
-    if numbering == "two":
-        return "the ids of the two vocabularies name different tokens"
-    if row_p.shape != row_q.shape and numbering is None:
-        return f"P has {len(row_p)} tokens and Q {len(row_q)}, and no ids show that their first ones are the same"
-    return None
-
-
-def _numbering(answers: Sequence[tuple[Answer, Answer]]) -> Literal["one", "two"] | None:
-    """Whether P's and Q's ids number one vocabulary; None where their lists do not show it."""
-    pairs = [(listed(p.top).candidates, listed(q.top).candidates) for p, q in answers
-             if isinstance(p, Score) and isinstance(q, Score)]  # fmt: skip
-    usable = [(top_p, top_q) for top_p, top_q in pairs if top_p and top_q]
-    if not usable:
-        return None
-    choice = align([top_p for top_p, _ in usable], [top_q for _, top_q in usable]).choice
-    if choice.key == "id":
-        return "one"
-    return "two" if choice.n_mismatches else None
-
-
-def _wrote_it(response: Response, request: ScoreRequest, found: FileAnswers) -> bool:
-    """Whether the model that the file names gives the log-probabilities on record."""
-    for position, key in zip(request.positions, request.keys, strict=True):
-        score = found.get(key)
-        if not isinstance(score, Score):
-            continue
-        now = {_token(candidate): candidate.logprob for candidate in score.top}
-        for candidate in response.positions[position].top[:3]:
-            then, again = candidate.logprob, now.get(_token(candidate))
-            if then is not None and (again is None or abs(then - again) > _SAME_MODEL_NATS):
-                return False
-    return True
-
-
-def _token(candidate: Candidate) -> int | str:
-    return candidate.token if candidate.token_id is None else candidate.token_id

@@ -150,7 +150,9 @@ def make_plan(
         replace(group, name=f"{group.name}, again")
         for group in _chunks([[selection] for selection in repeats], _REPEATS_TOGETHER)
     ]
-    size = group_size(comparison, len(fresh), at_once - len(by_job) - len(joint))
+    # They may take half of the places at most: the others share what is left, and must not become one group.
+    free = at_once - len(by_job)
+    size = group_size(comparison, len(fresh), free - min(len(joint), free // 2))
     plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size)) + joint
     return plan
 

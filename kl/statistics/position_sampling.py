@@ -88,15 +88,19 @@ def draw(response: Response, sample: PositionSample) -> Drawn:
     They depend on the seed, the prompt, the response's text and P's lists, and on nothing else: not on file names, on
     the order of responses or on how they are grouped. A sample of all positions has π exactly 1, so that it gives what
     no sampling gives, bit for bit. Time grows with the listed tokens, and T log T for the sorting.
+
+    The stop is always measured: it is one position that each response has, and the draw of the others is the same
+    whether a source gives it or not.
     """
-    n = len(response.positions)
+    n = len(response.positions) - response.has_stop
     m = sample.size(n)
-    if m == n:
-        return Drawn(np.ones(n, dtype=np.bool_), np.ones(n))
-    order = np.argsort(listed_entropy(response).round(_ENTROPY_DECIMALS), kind="stable")  # equals by position
-    selected = np.zeros(n, dtype=np.bool_)
-    selected[order[systematic_ranks(n, m, _start(response, sample.seed, n))]] = True
-    return Drawn(selected, np.full(n, m / n))
+    selected, pi = np.ones(len(response.positions), dtype=np.bool_), np.ones(len(response.positions))
+    if m < n:
+        order = np.argsort(listed_entropy(response)[:n].round(_ENTROPY_DECIMALS), kind="stable")  # equals by position
+        drawn = order[systematic_ranks(n, m, _start(response, sample.seed, n))]
+        selected[:n] = np.isin(np.arange(n), drawn)
+        pi[:n] = m / n
+    return Drawn(selected, pi)
 
 
 def draw_again(response: Response, sample: PositionSample, among: Drawn | None = None) -> Drawn:

@@ -104,6 +104,16 @@ class TestDraw:
         assert selected.all()
         assert pi.tolist() == [1.0] * 37
 
+    @pytest.mark.parametrize("sample", [PositionSample(fraction=0.3, seed=3), PositionSample(per_response=4, seed=3)])
+    def test_the_stop_is_always_measured_and_changes_no_other_draw(self, sample):
+        whole = varied(21)
+        cut = replace(whole, positions=whole.positions[:-1])
+        with_stop = replace(whole, has_stop=True)
+        selected, pi = draw(with_stop, sample)
+        without = draw(cut, sample)
+        assert selected.tolist() == [*without.selected.tolist(), True]
+        assert pi.tolist() == [*without.pi.tolist(), 1.0]
+
     def test_of_an_empty_response_is_empty(self):
         selected, pi = draw(response_of([]), PositionSample(fraction=0.2))
         assert (len(selected), len(pi)) == (0, 0)
