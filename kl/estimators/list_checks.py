@@ -16,7 +16,7 @@ from kl.records import LARGEST_MASS, Candidate
 _LARGEST_LOG = 700.0  # exp of more overflows float64
 _STEPS = (0.1, 0.01, 0.001, 0.0001)
 _TELLING_VALUES = 20  # fewer may be multiples by hand
-_NEAR_MULTIPLE = 0.02  # of the step, for values that went through float32
+_FLOAT32 = 2e-7  # of a value that went through float32, and in nats of one near 0
 
 
 class CandidateListError(ValueError):
@@ -92,7 +92,7 @@ def rounding_step(lists: Sequence[Candidates]) -> float:
     The mass of such a list is known to half a step.
     """
     values = np.array([logprob_of(candidate) for candidates in lists for candidate in candidates], dtype=np.float64)
-    return _step(values) if len(values) >= _TELLING_VALUES else 0.0
+    return _step(values) if np.count_nonzero(values) >= _TELLING_VALUES else 0.0
 
 
 def _step(values: NDArray[np.float64]) -> float:
@@ -101,7 +101,7 @@ def _step(values: NDArray[np.float64]) -> float:
 
 
 def _are_multiples(values: NDArray[np.float64], step: float) -> bool:
-    return bool((np.abs(values / step - np.round(values / step)) < _NEAR_MULTIPLE).all())
+    return bool((np.abs(values - step * np.round(values / step)) <= _FLOAT32 * (1.0 + np.abs(values))).all())
 
 
 class Parted(NamedTuple):
@@ -158,6 +158,7 @@ _EXTREME = -50.0  # in lists of real models the k-th value is rarely below -40; 
 _FLOOR_BELOW = -9.0  # bfloat16 models tie at any value, but neither so often nor at the same one
 _FLOAT_NOISE = 2e-6  # of the mass of a list, in float32
 _ENOUGH = 4  # entries that say what the next one should be like
+_COMMON_SHARE = 0.1  # of the lists of a response, that end with a floor
 _TELLING = 1e-4  # a last value at which some thousandths of the mass must be left for the tokens behind it
 
 
@@ -264,14 +265,15 @@ def _is_degenerate(candidates: Candidates, kept: Sequence[Candidate], n_marks: i
 
 
 def common_floors(lists: Sequence[Candidates]) -> frozenset[float]:
-    """The smallest value of all lists of a side, if several of them end with several entries of it.
+    """The smallest value of all lists of a side, if a tenth of them, and at least two, end with several entries of it.
 
-    Ties are ordinary: bfloat16 models give the last of 20 values twice at every other position, but not one value at
-    several positions.
+    Ties are ordinary: bfloat16 models give the last of 20 values twice at every other position, and by chance one value
+    at two positions, but not at many.
     """
     lasts = [logprob_of(top[-1]) for top in lists if len(top) > 2 and top[-1].logprob == top[-3].logprob]
     least = min((logprob_of(top[-1]) for top in lists if top), default=0.0)
-    return frozenset({least}) if least <= _FLOOR_BELOW and lasts.count(least) > 1 else frozenset()
+    is_common = lasts.count(least) > max(1, _COMMON_SHARE * len(lists))
+    return frozenset({least}) if least <= _FLOOR_BELOW and is_common else frozenset()
 
 
 def truncated(lists: Sequence[Trusted | None]) -> list[bool]:

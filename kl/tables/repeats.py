@@ -21,7 +21,7 @@ def first_answers(response: Response, scores: Scores) -> Response:
 
 
 def _answered(position: Position, score: Score) -> Position:
-    return Position(score.sampled or position.sampled._replace(logprob=None), score.top)
+    return Position(score.sampled or position.sampled._replace(logprob=None), score.top, score.n_dropped)
 
 
 def where_both(first: Scores, second: Scores) -> list[Score | ScoreFailure | None]:

@@ -16,6 +16,7 @@ from kl.estimators.list_checks import (
     common_floors,
     listed_mass,
     part_appended,
+    rounding_step,
     truncated,
     trusted,
 )
@@ -163,6 +164,16 @@ def test_a_value_that_several_lists_end_with_several_times_is_a_floor():
     assert common_floors([clipped[0], *others]) == frozenset()  # as ties may be
     ties = [valued(-0.5, -1.5, -4.25, -4.25, -4.25), valued(-0.6, -1.5, -4.25, -4.25, -4.25)]
     assert common_floors(ties) == frozenset()
+    assert common_floors([*clipped, *[valued(*FLAT)] * 30]) == frozenset(), "by chance, at two positions of many"
+
+
+def test_only_values_that_are_multiples_are_rounded():
+    certain = [valued(-1e-3 * rank / 7) for rank in range(1, 31)]
+    assert rounding_step(certain) == 0, "near 0, which is a multiple of every step"
+    single = np.round(-np.linspace(0.31, 9.4, 30), 2).astype(np.float32)
+    assert rounding_step([valued(*map(float, single))]) == 0.01
+    assert rounding_step([valued(*map(float, single), -9.50213)]) == 0
+    assert rounding_step([valued(*map(float, single[:19]), 0.0)]) == 0, "too few to tell"
 
 
 @pytest.mark.parametrize(

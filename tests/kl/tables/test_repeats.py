@@ -32,6 +32,14 @@ def test_two_answers_of_q_are_compared_and_p_takes_no_part():
     assert np.isclose(table["coverage_p"][1], np.exp([-0.5, -1.5, -2.5, -3.5, -4.5]).sum())
 
 
+def test_a_first_answer_that_is_no_distribution_is_refused_as_any_other():
+    everything = Score("a", (Candidate("x", 0.0, 1),), n_dropped=4)
+    table = measure_response(
+        first_answers(response(1), [everything]), [Score("b", LIST)], estimator="lower", prior=None
+    )
+    assert table["reason"].to_list() == ["degenerate-p"]
+
+
 def test_the_sampled_token_is_that_of_the_first_answer():
     """A service may add it to its list; it is recognised there by what the same answer says that it sampled."""
     first = [Score("a", LIST, sampled=LIST[-1])]
