@@ -15,17 +15,19 @@ from kl.pieces import REPLACEMENT
 
 PARTIAL = "partial-character"
 UNKNOWN = "unknown-prefix"
+_CONTINUING = bytes(range(0x80, 0xC0))  # no character begins with one of these
 
 
 class Cut(NamedTuple):
     """A text cut into tokens, some of which hide theirs.
 
-    ``tokens`` joined are the text. A run of hidden tokens has its text at the last one. ``shown`` are the hidden tokens
-    that end where the text says for certain that their run wrote something; ``doubtful`` the positions whose prefix
-    may end in several places.
+    ``tokens`` joined are the text, ``pieces`` its bytes. A run of hidden tokens has its text at the last one. ``shown``
+    are the hidden tokens that end where the text says for certain that their run wrote something; ``doubtful`` the
+    positions whose prefix may end in several places.
     """
 
     tokens: list[str]
+    pieces: list[bytes]
     shown: frozenset[int]
     doubtful: frozenset[int]
 
@@ -69,8 +71,8 @@ def cut(text: str, pieces: Sequence[bytes | None]) -> Cut | None:
                 ends.append((left[at] if len(ends) == run.first else ends[-1]) + length)
             doubtful |= set(range(run.first, run.last)) if left[at] != right[at] else set()
     decoder = codecs.getincrementaldecoder("utf-8")()
-    tokens = [decoder.decode(whole[start:end]) for start, end in pairwise([0, *ends])]
-    return Cut(tokens, frozenset(shown), frozenset(doubtful))
+    parts = [whole[start:end] for start, end in pairwise([0, *ends])]
+    return Cut([decoder.decode(part) for part in parts], parts, frozenset(shown), frozenset(doubtful))
 
 
 def _runs(pieces: Sequence[bytes | None]) -> list[_Run]:
@@ -118,26 +120,31 @@ def _rightmost(whole: bytes, runs: Sequence[_Run]) -> dict[int, int] | None:
 
 
 def prefix_gaps(
-    tokens: Sequence[str], shown: Collection[int] = (), doubtful: Collection[int] = (), empty: Collection[int] = ()
+    tokens: Sequence[str],
+    pieces: Sequence[bytes | None],
+    shown: Collection[int] = (),
+    doubtful: Collection[int] = (),
+    empty: Collection[int] = (),
 ) -> tuple[tuple[int, str], ...]:
     """(position, reason) of each position whose prefix the tokens before it do not say as text.
 
-    A token without text is a part of the character that a later one completes, if that character has bytes enough for
-    all of them: between them the prefix ends inside it (`PARTIAL`), after it the text is whole again. Any other token
-    without text is not in the text at all, so that nothing after it can be said (`UNKNOWN`).
+    ``pieces`` are the tokens' bytes where they are known, which show a prefix that ends inside a character (`PARTIAL`)
+    whatever the texts look like. A token without text is a part of the character that a later one completes, if that
+    character has bytes enough for all of them: between them the prefix ends inside it, after it the text is whole
+    again. Any other token without text is not in the text at all, so that nothing after it can be said (`UNKNOWN`).
 
     A source that leaves parts of characters out (``empty`` are its tokens without text and bytes) may leave out the end
     of a token, too, such as of a blank with the first byte of what follows: where the bytes of the character do not
     account for all of the tokens that show nothing, the prefix before these is not certain either.
     """
-    gaps: dict[int, str] = _after_cut_tokens(tokens, empty)
+    gaps: dict[int, str] = _inside_characters(pieces[: len(tokens)]) | _after_cut_tokens(tokens, empty)
     waiting = 0  # tokens without text since the last whole prefix
     lost = False
     for position, token in enumerate(tokens):
         if lost or position in doubtful:
             gaps[position] = UNKNOWN
         elif waiting:
-            gaps[position] = PARTIAL
+            gaps.setdefault(position, PARTIAL)
         if REPLACEMENT in token:
             lost = True
         elif not token:
@@ -147,7 +154,36 @@ def prefix_gaps(
             if lost or (position in shown and len(token) > 1):
                 gaps |= dict.fromkeys(range(position - waiting + 1, position + 1), UNKNOWN)
             waiting = 0
-    return tuple(sorted(gaps.items()))
+    return tuple(sorted(gap for gap in gaps.items() if gap[0] < len(tokens)))
+
+
+def _inside_characters(pieces: Sequence[bytes | None]) -> dict[int, str]:
+    """The positions before which bytes of a character are missing, or after which no text has the bytes."""
+    gaps: dict[int, str] = {}
+    unfinished = b""
+    for position, piece in enumerate(pieces):
+        if unfinished or (piece is not None and piece.lstrip(_CONTINUING) != piece):
+            gaps[position] = PARTIAL
+        if piece is None:
+            unfinished = b""
+            continue
+        rest = _unfinished(unfinished + piece)
+        if rest is None and piece.startswith(unfinished):  # begun by a hidden token, or stated with what began it
+            rest = _unfinished(piece.lstrip(_CONTINUING))
+        if rest is None:
+            return gaps | dict.fromkeys(range(position + 1, len(pieces) + 1), UNKNOWN)
+        unfinished = rest
+    return gaps | ({len(pieces): PARTIAL} if unfinished else {})
+
+
+def _unfinished(data: bytes) -> bytes | None:
+    """The bytes of a character that the data end inside of; None if they are not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(data)
+    except UnicodeDecodeError:
+        return None
+    return decoder.getstate()[0]
 
 
 def _after_cut_tokens(tokens: Sequence[str], empty: Collection[int]) -> dict[int, str]:

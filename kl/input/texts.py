@@ -46,6 +46,7 @@ class _Fit(NamedTuple):
     shown: frozenset[int] = frozenset()
     doubtful: frozenset[int] = frozenset()
     pieces: list[bytes] | None = None
+    cuts: list[bytes] | None = None
 
 
 _FROM_BYTES = ("text-from-bytes", "tokens split a character; their texts were made again from their bytes")
@@ -87,8 +88,20 @@ def settle_text(text: str, sampled: Sequence[Candidate], finish_reason: str | No
         notes.repair("end-token", "the token comes after the end of the turn; position dropped", position)
     said = sampled[:-1] if has_stop else sampled[:n]
     empty = {t for t, c in enumerate(said) if c.token == "" and own_bytes(c.token, c.token_bytes) is None}
-    gaps = prefix_gaps(tokens, fit.shown, fit.doubtful, empty)
+    gaps = prefix_gaps(tokens, _known_bytes(fit, said), fit.shown, fit.doubtful, empty)
     return Settled(joined, tokens, has_stop, gaps, fit.pieces)
+
+
+def _known_bytes(fit: _Fit, said: Sequence[Candidate]) -> Sequence[bytes | None]:
+    """What bytes the tokens of a text stand for, as far as these are known; ``<0xE2>`` may be what the model wrote."""
+    return (
+        fit.pieces
+        or fit.cuts
+        or [
+            own_bytes(c.token, c.token_bytes) if token != c.token or escaped_bytes(token) is None else token.encode()
+            for token, c in zip(fit.tokens, said, strict=False)
+        ]
+    )
 
 
 def _readings(sampled: Sequence[Candidate], finish_reason: str | None) -> Iterator[int]:
@@ -192,7 +205,7 @@ def _as_pieces(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
 def _as_hidden(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
     pieces = [own_bytes(candidate.token, candidate.token_bytes) for candidate in sampled]
     found = cut(text, pieces) if None in pieces and REPLACEMENT not in text else None
-    return None if found is None else _Fit(found.tokens, (_HIDDEN,), found.shown, found.doubtful)
+    return None if found is None else _Fit(found.tokens, (_HIDDEN,), found.shown, found.doubtful, cuts=found.pieces)
 
 
 def _stopped_within(text: str, sampled: Sequence[Candidate], finish_reason: str | None) -> _Fit | None:

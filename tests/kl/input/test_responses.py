@@ -513,6 +513,17 @@ GAPS = [
      [(1, WHOLE), (2, WHOLE)]),
     ("bytes that say all", set_tokens("n😀!", "n", "\ufffd", "\ufffd", "!",
      token_bytes=(b"n", b"\xf0\x9f", b"\x98\x80", b"!")), [(2, PART)]),
+    *((f"a blank with a part of a character, written as {first!r} and {second!r}",
+       set_tokens("n 😀!", "n", first, second, "!", token_bytes=(b"n", b" \xf0\x9f", b"\x98\x80", b"!")), [(2, PART)])
+      for first, second in ((" ", ""), (" ", "😀"), (" \ufffd", "\ufffd"), ("bytes: \\xf0\\x9f", "bytes:\\x98\\x80"))),
+    ("the same as raw pieces", set_tokens("n 😀!", "n", "ĠðŁ", "ĺĢ", "!"), [(2, PART)]),
+    ("the same where only one states its bytes", set_tokens("n 😀!", "n", " ", "", "!",
+     token_bytes=(b"n", b" \xf0\x9f", b"", b"!")), [(2, WHOLE)]),
+    ("the same where only the other does", set_tokens("n 😀!", "n", "\ufffd", "😀", "!",
+     token_bytes=(b"n", b"", b"\x98\x80", b"!")), [(2, PART)]),
+    ("bytes that the text leaves out", set_tokens("n a!", "n", " ", "a", "!",
+     token_bytes=(b"n", b" \xf0\x9f", b"a", b"!")), [(2, PART), (3, WHOLE)]),
+    ("the name of a byte that the model wrote out", set_tokens("n<0xF0>!", "n", "<0xF0>", "!"), []),
 ]  # fmt: skip
 
 
