@@ -309,7 +309,8 @@ def _without_appended(positions: list[Position], notes: Notes) -> list[Position]
     the k best, and every bound on what is not listed would be too tight.
     """
     ends_sampled = [bool(position.top) and _ends_with_sampled(position) for position in positions]
-    usual = Counter(len(p.top) for p, last in zip(positions, ends_sampled, strict=True) if not last).most_common(1)
+    others = (p for p, last in zip(positions, ends_sampled, strict=True) if p.top and not last)
+    usual = Counter(len(position.top) for position in others).most_common(1)
     if not usual:
         return positions
     k = usual[0][0]

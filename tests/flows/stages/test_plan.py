@@ -118,6 +118,15 @@ def test_jobs_go_in_one_wave(n: int, at_once: int, in_jobs: int, sizes: list[int
     assert [group.n_responses for group in as_set.groups] == [1] * n
 
 
+def test_jobs_that_ask_again_leave_half_of_the_places(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.stages.plan._REPEATS_TOGETHER", 1)
+    files = {f"{index}.json": (f"Prompt {index}", [["a", "b"]]) for index in range(8)}
+    plan, _, _ = plan_of(files, backend="vertex_batch", at_once=4, noise_floor={"fraction": 0.5})
+    fresh = [group.n_responses for group in plan.groups if not group.name.endswith("again")]
+    assert fresh == [4, 4]
+    assert len(plan.groups) == 2 + 8
+
+
 def test_what_is_on_disk_is_not_asked(plan_of: MakePlan) -> None:
     files = {"a.json": ("Hi", [["x", "y", "z"]])}
     plan, comparison, store = plan_of(files)
