@@ -3,7 +3,8 @@
 Probabilities add up to 1. A model that gives one token less gives the others more, so that ``d = log p/q`` of all of
 them moves; and a list of the k best has no entry far below the others while much probability is left to tokens that are
 smaller still. A value that was corrupted on its way breaks one of the two rules and leaves all else as it was. Real
-differences, however large (another system text, a suppressed token, coarse weights), keep both.
+differences, however large (another system text or temperature, a suppressed or exchanged token, coarse weights), keep
+both: what a token lost is with the others, or with tokens that the other side does not list.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Side = Literal["P", "Q"]
 _LEAST_EXCESS, _EXCESS_SPREADS = 2.0, 5.0  # how far a value lies off the others: nats, and their standard deviations
 # No real value is off by so many; the limits below are then this much lower.
 _EXTREME_SPREADS, _EASE = 20.0, 0.6
+_LEAST_GAIN = 0.5  # nats, from where on a token that one side alone lists may have taken what another lost
 _LEAST_SPREAD = 0.05  # nats, where the others agree to rounding
 _MIN_OTHERS = 3  # tokens that must agree
 _MOST_WRONG = 2  # values of one position
@@ -149,7 +151,11 @@ def _alone(aligned: Aligned, entries: _Entries) -> Iterator[Outlier]:
         far = np.argsort(-excess, kind="stable")[:_MOST_WRONG]
         far = far[entries.is_far[row, far]]
         balance = _Balance(logp, logq, (caps[0][row], caps[1][row]), float(entries.spread[row]), float(rounding[row]))
-        certain = any(balance.is_only_without(far[:n], entries.ease[row, far[n - 1]]) for n in range(1, len(far) + 1))
+        gained = np.flatnonzero(excess >= _LEAST_GAIN)
+        certain = any(
+            balance.is_only_without(far[:n], gained, entries.ease[row, far[n - 1]]) and balance.is_off_the_line(far[:n])
+            for n in range(1, len(far) + 1)
+        )
         yield Outlier(int(row), certain, None, float(logp[far[0]]), float(logq[far[0]]), float(entries.spread[row]))
 
 
@@ -171,8 +177,12 @@ class _Balance(NamedTuple):
     spread: float
     rounding: float
 
-    def is_only_without(self, far: IntArray, ease: float) -> bool:
-        """Whether the outside balances if the tokens ``far`` may have any value, and not if theirs are right."""
+    def is_only_without(self, far: IntArray, gained: IntArray, ease: float) -> bool:
+        """Whether the outside balances if the tokens ``far`` may have any value, and not if theirs are right.
+
+        What the far ones lost may have gone to tokens that one side alone lists, above all that the other could give
+        them (``gained``): whatever part of these balances the outside, the values may be right.
+        """
         shared = ~np.isnan(self.logp) & ~np.isnan(self.logq)
         shared[far] = False
         n = int(np.count_nonzero(shared))
@@ -185,18 +195,43 @@ class _Balance(NamedTuple):
         noise = math.hypot(_CONSTANT_NOISE, _SPREAD_NOISE * self.spread) * math.sqrt(1.0 + 4.0 / n)
         rounding = self.rounding / max(min(out_p, out_q), self.rounding)
         without = abs(_log(out_p) - _log(out_q) - centre) / math.hypot(noise, rounding)
-        lowest = _log(out_p - high_p) - _log(out_q - low_q) - centre
-        highest = _log(out_p - low_p) - _log(out_q - high_q) - centre
+        alone = np.setdiff1d(gained, far)
+        only_p, only_q = self._alone(self.logp, self.logq, alone), self._alone(self.logq, self.logp, alone)
+        lowest = _log(out_p - high_p - only_p) - _log(out_q - low_q) - centre
+        highest = _log(out_p - low_p) - _log(out_q - high_q - only_q) - centre
         with_them = max(lowest, -highest, 0.0) / noise
         moved = abs(out_p - low_p - (out_q - low_q) * math.exp(centre))
         unbalanced = max(ease * _UNBALANCED, without + ease * _BALANCED)
         return moved > self.rounding and without <= _BALANCED and with_them >= unbalanced
+
+    def is_off_the_line(self, far: IntArray) -> bool:
+        """Whether each of ``far`` is off the line of log p/q over log p q, too, that another temperature makes."""
+        shared = ~np.isnan(self.logp) & ~np.isnan(self.logq)
+        known = far[shared[far]]
+        shared[far] = False
+        ratio, level = self.logp - self.logq, (self.logp + self.logq) / 2
+        slope = _slope(level[shared], ratio[shared])
+        centre = float(np.median(ratio[shared] - slope * level[shared]))
+        return bool((np.abs(ratio[known] - slope * level[known] - centre) >= _LEAST_EXCESS).all())
+
+    @staticmethod
+    def _alone(logs: FloatArray, others: FloatArray, entries: IntArray) -> float:
+        """Mass of those of the entries that one side alone lists."""
+        return float(np.exp(logs[entries[~np.isnan(logs[entries]) & np.isnan(others[entries])]]).sum())
 
     def _masses(self, logs: FloatArray, side: int) -> tuple[float, float]:
         """What the tokens have by their values, those that are not listed at 0 and at the cap."""
         unlisted = np.isnan(logs)
         listed = float(np.exp(logs[~unlisted]).sum())
         return listed, listed + self.caps[side] * int(np.count_nonzero(unlisted))
+
+
+def _slope(x: FloatArray, y: FloatArray) -> float:
+    """The median of the slopes of all pairs of points (Theil and Sen); 0 where no two differ in x."""
+    i, j = np.triu_indices(len(x), 1)
+    run = x[i] - x[j]
+    apart = np.abs(run) > _SMALLEST
+    return float(np.median((y[i] - y[j])[apart] / run[apart])) if apart.any() else 0.0
 
 
 def _log(mass: float) -> float:

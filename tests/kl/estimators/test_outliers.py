@@ -90,6 +90,45 @@ def test_one_token_that_a_model_really_changes_keeps_counting(quiet, rank, by, s
     assert not np.isnan(found.kl_estimate).any()
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """Two models that differ by .1 nats; a tenth of the mass is on tokens behind the 50 best."""
+    return gaussian_pair(0, ROWS, 2000, 0.1, zipf=1.3, spread=0.8)
+
+
+@pytest.mark.parametrize("k", [10, K, 50])
+@pytest.mark.parametrize("ranks", [*((1, rank) for rank in (2, 3, 5, 8, 11, 15, 20, 21, 30, 45, 60)), (2, 60)], ids=str)
+def test_tokens_that_another_model_exchanges_keep_counting(whole, ranks, k):
+    """Q prefers another word: what the one loses the other takes, and nothing else moves."""
+    logp, logq = whole[0], whole[1].copy()
+    first, second = (np.argsort(-logp, axis=1)[:, rank - 1 : rank] for rank in ranks)
+    values = [np.take_along_axis(logq, tokens, axis=1) for tokens in (first, second)]
+    np.put_along_axis(logq, first, values[1], axis=1)
+    np.put_along_axis(logq, second, values[0], axis=1)
+    lists = top_lists(logp, k), top_lists(logq, k)
+    assert certain(compare(*lists)) == certain(compare(*lists[::-1])) == []
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_token_that_gives_way_to_several_keeps_counting(whole, n):
+    logp, q = whole[0], np.exp(whole[1])
+    order = np.argsort(-logp, axis=1)
+    moved = 0.97 * np.take_along_axis(q, order[:, :1], axis=1)
+    np.put_along_axis(q, order[:, :1], moved / 0.97 - moved, axis=1)
+    takers = order[:, 60 : 60 + 7 * n : 7]
+    np.put_along_axis(q, takers, np.take_along_axis(q, takers, axis=1) + moved / n, axis=1)
+    assert certain(compare(top_lists(logp, K), top_lists(np.log(q), K))) == []
+
+
+@pytest.mark.parametrize("temperature", [0.33, 0.5, 0.7, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("k", [10, K, 50])
+def test_another_temperature_contradicts_nothing(temperature, k):
+    logp, logq = gaussian_pair(3, 150, 3000, 0.1, zipf=1.3, spread=0.8)
+    lists = top_lists(logp, k)
+    assert certain(compare(lists, top_lists(log_softmax(logp / temperature), k))) == []
+    assert certain(compare(top_lists(log_softmax(logq / temperature), k), lists)) == []
+
+
 def test_both_lists_may_have_the_same_gap():
     """Twenty tokens that matter before many that do not: no entry of the list is below the others by mistake."""
     rng = np.random.default_rng(5)
