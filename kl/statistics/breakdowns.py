@@ -137,7 +137,8 @@ def outlying(tokens: pl.LazyFrame, totals: pl.DataFrame) -> Outlying:
 
     Each has ``source_file, response_idx, position, token, kind, kl, share``: the ``kind`` is ``set-aside`` (``kl`` is
     what it would have counted), ``lone-value`` (a token is far off all others, which may be real) or ``large``; the
-    ``share`` is of all KL, ``None`` where that is 0 or infinite. At most 50. ``totals`` are `response_totals`.
+    ``share`` is of all KL, ``None`` where that is 0 or infinite. Kinds stand in the order ``set-aside``, ``large``,
+    ``lone-value``, each with its 50 largest at most. ``totals`` are `response_totals`.
     """
     known = tokens.collect_schema()  # of an earlier version without the two columns
     aside = pl.col("kl_set_aside") if "kl_set_aside" in known else pl.lit(None, dtype=pl.Float64)
@@ -163,7 +164,11 @@ def outlying(tokens: pl.LazyFrame, totals: pl.DataFrame) -> Outlying:
         ["kl", "source_file", "response_idx", "position"], descending=[True, False, False, False]
     )
     largest = found.filter("is_most").drop("is_most").head(1).to_dicts()
-    rows = found.filter(pl.col("kind").is_not_null()).drop("is_most").head(TOP_ROWS).to_dicts()
+    rows = [
+        row
+        for kind in ("set-aside", "large", "lone-value")
+        for row in found.filter(pl.col("kind") == kind).drop("is_most").head(TOP_ROWS).to_dicts()
+    ]
     return Outlying(largest[0] if largest else None, rows)
 
 

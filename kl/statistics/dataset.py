@@ -268,10 +268,10 @@ def _warnings(summary: Summary, facts: RunFacts) -> Iterator[str]:
 
 
 def _outlier_warnings(summary: Summary) -> Iterator[str]:
-    set_aside = [row for row in summary.outliers if row["kind"] == "set-aside"]
+    set_aside = [row for row in summary.outliers if row["kind"] == "set-aside"][:_NAMED]
     if n := summary.counts.missing_by_reason.get("outlier"):
-        named = ", ".join(f"{_place(row)} ({row['kl']:.3g} nats)" for row in set_aside[:_NAMED])
-        more = f" and {n - _NAMED:,} more" if n > _NAMED else ""
+        named = ", ".join(f"{_place(row)} ({row['kl']:.3g} nats)" for row in set_aside)
+        more = f" and {n - len(set_aside):,} more" if n > len(set_aside) else ""
         yield (
             f"{n:,} positions are set aside, as their own lists contradict a value; in brackets what each would have "
             f"counted: {named}{more}. `outliers` and the column `error` say which value."

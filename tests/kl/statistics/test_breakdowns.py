@@ -145,6 +145,16 @@ def test_positions_that_stand_out_are_named_with_what_they_hold(token_table: Bui
     assert (found.largest["source_file"], found.largest["position"]) == ("b", 38)
 
 
+def test_what_is_set_aside_is_named_beside_any_number_of_larger_ones(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [0.1] * 60 + [0.02] * 900 + [None] * 5)]).with_columns(
+        kl_set_aside=pl.when(pl.col("kl_estimate").is_null()).then(0.05),
+        flags=pl.when(pl.col("position") < 60).then(pl.lit("lone-value")),
+    )
+    rows = outlying(tokens.lazy(), response_totals(tokens.lazy())).rows
+    assert [row["position"] for row in rows[:5]] == [960, 961, 962, 963, 964]
+    assert [row["kind"] for row in rows] == ["set-aside"] * 5 + ["lone-value"] * 50
+
+
 def test_no_position_stands_out_among_few_or_equal_ones(token_table: Build):
     tokens = token_table([("a", "p0", 0, [0.1, 2.0, 0.1])])
     assert outlying(tokens.lazy(), response_totals(tokens.lazy())).rows == []
