@@ -264,19 +264,36 @@ def exact_kl_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -
     Parameters
     ----------
     logp, logq : floating, shapes (T, V_p) and (T, V_q)
-        As for `exact_kl`. Token i of one is token i of the other.
+        As for `exact_kl`, with its limit of the work space. Token i of one is token i of the other.
 
     Returns
     -------
     As `exact_kl`; NaN where the tokens that one of them has alone hold more than ``PADDING_MASS``: the vocabularies are
     not the same there.
     """
+    if logp.ndim != 2 or logq.ndim != 2 or len(logp) != len(logq):
+        raise ValueError(f"shapes {logp.shape} and {logq.shape}; both must have one row for each of T positions.")
     common = min(logp.shape[1], logq.shape[1])
-    alone = sum(np.exp(logs[:, common:].astype(np.float64)).sum(axis=1) for logs in (logp, logq))
-    same = alone <= PADDING_MASS
+    step = max(1, _CHUNK_CELLS // max(1, logp.shape[1], logq.shape[1]))
+    same = np.concatenate(
+        [
+            np.zeros(0, dtype=np.bool_),
+            *(_is_padding(logp, logq, slice(start, start + step), common) for start in range(0, len(logp), step)),
+        ]
+    )
     values = np.full(len(logp), np.nan)
-    values[same] = exact_kl(logp[same, :common], logq[same, :common])
+    edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).tolist()
+    for first, end in zip(edges[::2], edges[1::2], strict=True):  # runs of rows, which are views
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            values[start:stop] = _exact_chunk(logp[:, :common], logq[:, :common], start, stop)
     return values
+
+
+def _is_padding(logp: NDArray[np.floating], logq: NDArray[np.floating], rows: slice, common: int) -> BoolArray:
+    """Whether the tokens that one side has alone hold next to nothing."""
+    alone = [np.exp(logs[rows, common:].astype(np.float64)).sum(axis=1) for logs in (logp, logq)]
+    return alone[0] + alone[1] <= PADDING_MASS
 
 
 def _exact_chunk(logp: NDArray[np.floating], logq: NDArray[np.floating], start: int, stop: int) -> FloatArray:

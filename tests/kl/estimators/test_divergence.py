@@ -1,6 +1,7 @@
 """The estimators: their statistics on pairs with known divergences, and what holds of every row."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -471,6 +472,18 @@ class TestExact:
         np.testing.assert_allclose(padded(0.9 * PADDING_MASS), exact_kl(*pair), atol=PADDING_MASS)
         assert np.isnan(padded(2 * PADDING_MASS)).all()
         np.testing.assert_array_equal(exact_kl_of_padded(*pair), exact_kl(*pair))
+
+    def test_padded_rows_are_measured_in_bounded_work_space(self):
+        logs = np.full((400, 50_000), -np.log(50_000), dtype=np.float32)
+        longer = np.pad(logs, ((0, 0), (0, 64)), constant_values=-np.inf)
+        longer[[7, 8, 300], -1] = -5.0  # another vocabulary
+        tracemalloc.start()
+        values = exact_kl_of_padded(logs, longer)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.flatnonzero(np.isnan(values)).tolist() == [7, 8, 300]
+        np.testing.assert_array_equal(np.delete(values, [7, 8, 300]), 0.0)
+        assert peak < 80e6 * 1.5  # either argument has 80 MB
 
 
 def test_an_unknown_estimator_names_those_that_exist():
