@@ -78,14 +78,16 @@ class Position:
     """One position of a response: the token that was sampled and the top-k list it came from.
 
     ``top`` is sorted by falling log-probability. The sampled token may be absent from it. ``n_dropped`` counts entries
-    of the source's list that were no probabilities. Where the list is no distribution there is a ``defect`` and ``top``
-    is empty; the token belongs to the context of later positions all the same.
+    of the source's list that were no probabilities. With ``may_lack`` the source may have lost entries of any value, so
+    that the smallest one does not bound the tokens outside ``top``. Where the list is no distribution there is a
+    ``defect`` and ``top`` is empty; the token belongs to the context of later positions all the same.
     """
 
     sampled: Candidate
     top: tuple[Candidate, ...]
     n_dropped: int = 0
     defect: Defect | None = None
+    may_lack: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-from kl.input.problems import Notes, as_list, encodable, is_encodable, number, show
+from kl.input.problems import Notes, Overwritten, as_list, encodable, is_encodable, number, show
 from kl.pieces import is_whole, own_bytes
 from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Defect, Position
 
@@ -81,13 +81,17 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, h
         _no_list(entry, index, notes)
         return _unusable(sampled, index, notes)
     top, was_sorted = _sorted(listed.top, index, notes)
-    sampled = _agreed(sampled, top, index, notes, hides=hides)
+    may_lack = isinstance(entry.get("top_logprobs"), Overwritten)
+    if may_lack:
+        what = "`top_logprobs` is an object, in which tokens of one text overwrite each other, and may lack some"
+        notes.repair("overwritten-entries", f"{what}; its smallest value is not taken as a limit for these", index)
+    sampled = _agreed(sampled, top, index, notes, hides=hides or may_lack)
     if index in notes.unusable:
         return _unusable(sampled, index, notes)
     if not was_sorted and len(top) > 1 and is_same_token(sampled, top[-1]):
         # Some servers write the sampled token first, however improbable, and then the most probable ones.
         top = _drop_last(top, index, notes)
-    return Position(sampled, tuple(top), listed.n_masked)
+    return Position(sampled, tuple(top), listed.n_masked, may_lack=may_lack)
 
 
 def _unusable(sampled: Candidate, position: int, notes: Notes) -> Position:

@@ -81,6 +81,10 @@ class RepeatedKeys(dict[str, object]):
     repeated: str = ""
 
 
+class Overwritten(list[object]):
+    """A list of candidates that may have lost some to others of the same text."""
+
+
 class Notes:
     """Collects the problems of one file (``response_idx`` None) or one response; keeps few of each kind, counts all.
 

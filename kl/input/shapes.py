@@ -6,10 +6,12 @@ Nothing is made up: what a format lacks is noted in one line that names it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from kl.input.problems import Notes, as_list
+from kl.input.problems import Notes, Overwritten, as_list, number
+from kl.pieces import is_whole
 
 Object = dict[str, object]
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "presence_penalty", "frequency_penalty",
@@ -113,7 +115,7 @@ def as_response(item: object, notes: Notes) -> object:
     if holder is not None and as_list(holder.get("tokens")) is not None:
         return {**raw, "logprobs": {"content": _legacy(holder, notes)}}
     rows = None if holder is None else as_list(holder.get("content"))
-    return raw if rows is None else {**raw, "logprobs": {"content": [_row(row) for row in rows]}}
+    return raw if rows is None else {**raw, "logprobs": {"content": _with_lists(rows)}}
 
 
 def _gemini(raw: Object, content: Object, notes: Notes) -> Object:
@@ -153,23 +155,40 @@ def _legacy(holder: Object, notes: Notes) -> list[object]:
     if len(whole) < len(columns) or len({len(column) for column in whole}) > 1:
         notes.defect("no-logprobs", f"`logprobs` of the completions format with {', '.join(lengths)}")
         return []
-    return [
-        {"token": token, "logprob": value, "top_logprobs": _listed(top)}
-        for token, value, top in zip(*whole, strict=True)
-    ]
+    rows = [{"token": token, "logprob": value, "top_logprobs": top} for token, value, top in zip(*whole, strict=True)]
+    return _with_lists(rows)
 
 
-def _row(row: object) -> object:
-    """A position whose list may be an object of texts and values."""
-    raw = _as_object(row)
-    if raw is None or _as_object(raw.get("top_logprobs")) is None:
-        return row
-    return {**raw, "top_logprobs": _listed(raw["top_logprobs"])}
+def _with_lists(rows: Sequence[object]) -> list[object]:
+    """Positions whose lists may be objects of texts and values, with lists of entries.
+
+    In an object, tokens of one text overwrite each other: one may be missing where a key is no token's own, where the
+    values do not fall, or where there are fewer than elsewhere. A sampled token that is none of the k best may be added
+    to them, and may stand before them.
+    """
+    raw = {at: row for at, item in enumerate(rows) if (row := _as_object(item)) is not None}
+    tops = {at: top for at, row in raw.items() if (top := _as_object(row.get("top_logprobs"))) is not None}
+    may_be_added = {at: _least(top) == raw[at].get("token") for at, top in tops.items()}
+    k = max((len(top) for at, top in tops.items() if not may_be_added[at]), default=0)
+    longest = max(map(len, tops.values()), default=0)
+    found = list(rows)
+    for at, top in tops.items():
+        is_short = len(top) < (longest if may_be_added[at] else k)
+        is_first = next(iter(top), None) == raw[at].get("token") and not (may_be_added[at] and len(top) <= k)
+        values = [_value(value) for value in top.values()][1 if is_first else 0 :]
+        lacks = is_short or not all(map(is_whole, top)) or values != sorted(values, reverse=True)
+        entries = [{"token": token, "logprob": value} for token, value in top.items()]
+        found[at] = {**raw[at], "top_logprobs": Overwritten(entries) if lacks else entries}
+    return found
 
 
-def _listed(top: object) -> object:
-    values = _as_object(top)
-    return top if values is None else [{"token": token, "logprob": value} for token, value in values.items()]
+def _least(top: Object) -> str | None:
+    return min(top, key=lambda token: _value(top[token]), default=None)
+
+
+def _value(value: object) -> float:
+    read = number(value)
+    return -math.inf if read is None else read
 
 
 def _as_object(value: object) -> Object | None:

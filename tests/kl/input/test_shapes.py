@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kl.input.responses import ResponseFile, parse_responses
-from kl.records import Sampling
+from kl.records import Candidate, Response, Sampling, Score
+from kl.tables.tokens import measure_response
 from tests import ROOT
 
 GOOD = json.loads((ROOT / "examples/responses/000_why-is-the-sky-blue.json").read_text())
@@ -98,6 +100,55 @@ def test_a_list_may_be_an_object_of_texts_and_values() -> None:
     file = read({**HEAD, "responses": [RESPONSE | {"logprobs": {"content": rows}}]})
     assert file.problems == ()
     assert without_ids(file) == without_ids(read(GOOD))
+
+
+# Tokens with their bytes where the text is another one; the first law loses an entry to another one of its text.
+PLAIN = [(" a", b" a", 0.4), (" b", b" b", 0.3), (" c", b" c", 0.1), (" d", b" d", 0.05)]
+LOSSY = {
+    "U+FFFD": [("\ufffd", b"\xe2", 0.5), (" a", b" a", 0.3), ("\ufffd", b"\xf0", 0.1), (" b", b" b", 0.05)],
+    "nothing": [("", b"\xe2", 0.5), (" a", b" a", 0.3), (" b", b" b", 0.1), ("", b"\xf0", 0.05)],
+    "out of order": [("the", b" the", 0.5), (" a", b" a", 0.3), ("the", b"the", 0.1), (" b", b" b", 0.05)],
+    "too few": [(" a", b" a", 0.5), ("the", b" the", 0.3), ("the", b"the", 0.1), (" b", b" b", 0.05)],
+}
+
+
+def as_objects(laws: list[Any], sampled: str = " a") -> Response:
+    tops = [{token: math.log(value) for token, _, value in law} for law in laws]
+    columns = {
+        "tokens": [sampled] * len(laws),
+        "token_logprobs": [top[sampled] for top in tops],
+        "top_logprobs": tops,
+    }
+    return read({"prompt": "x", "responses": [{"text": sampled * len(laws), "logprobs": columns}]}).responses[0]
+
+
+@pytest.mark.parametrize("law", LOSSY.values(), ids=LOSSY.keys())
+def test_an_object_that_lost_a_token_to_another_of_its_text_bounds_nothing_it_lacks(law: list[Any]) -> None:
+    response = as_objects([PLAIN, law, PLAIN])
+    assert [position.may_lack for position in response.positions] == [False, True, False]
+    tops = [tuple(Candidate(token, math.log(p), None, own) for token, own, p in each) for each in (PLAIN, law, PLAIN)]
+    scores = [Score("k", top) for top in tops]
+    table = measure_response(response, scores, estimator="censored", prior=None)
+    assert all((table[name] <= 1e-9).all() for name in ("kl_lower", "reverse_kl_lower", "tv_lower", "js_lower"))
+
+
+def test_a_lost_token_is_said_by_position_and_counted() -> None:
+    top = {token: math.log(value) for token, _, value in LOSSY["U+FFFD"]}
+    row = {"token": " a", "logprob": math.log(0.3), "top_logprobs": top}
+    file = read({"prompt": "x", "responses": [{"text": " a" * 9, "logprobs": {"content": [row] * 9}}]})
+    assert sum(problem.count for problem in file.problems if problem.kind == "overwritten-entries") == 9
+    assert all(problem.repaired for problem in file.problems)
+
+
+def test_an_object_with_the_sampled_token_beside_the_best_lacks_none() -> None:
+    beside = (" z", b" z", 0.01)
+    first = as_objects([PLAIN, [PLAIN[2], *PLAIN[:2], PLAIN[3]]], " c")
+    assert not any(position.may_lack for position in first.positions)
+    rows = [{"token": " z", "logprob": math.log(0.01)}, {"token": " a", "logprob": math.log(0.4)}]
+    for row, law in zip(rows, ([beside, *PLAIN], PLAIN), strict=True):
+        row["top_logprobs"] = {token: math.log(value) for token, _, value in law}
+    file = read({"prompt": "x", "responses": [{"text": " z a", "logprobs": {"content": rows}}]})
+    assert [(position.may_lack, len(position.top)) for position in file.responses[0].positions] == [(False, 4)] * 2
 
 
 @pytest.mark.parametrize(
