@@ -61,7 +61,9 @@ class VertexBatchBackend(GeminiBackend):
         )
         self._bucket = BatchBucket(self._project, self._location, self._bucket_name, options.retry_deadline_s)
         self._ledger.flow_run_id = self.run_id
-        self._rounds = JobRounds(options, self._place, self._ledger, self._jobs, self._bucket, self._raw)
+        self._rounds = JobRounds(
+            options, self._place, self._ledger, self._jobs, self._bucket, self._raw, self._quota_used
+        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:

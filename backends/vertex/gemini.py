@@ -13,6 +13,7 @@ from backends.vertex.options import GeminiOptions
 from backends.vertex.prices import price_of, token_cost
 from backends.vertex.service.calls import prove_usable
 from backends.vertex.service.client import ServiceClient
+from backends.vertex.service.retry import DailyQuotaError
 from kl.records import Score, ScoreFailure
 
 
@@ -28,6 +29,8 @@ class GeminiBackend(Backend):
         if options.keep_raw and state_dir is None:
             raise ConfigError("keep_raw needs a folder to keep the rows in.")
         self._retry_deadline_s = options.retry_deadline_s
+        # Base model → how the service said that its daily quota is used up: no more is asked of it in this run.
+        self._quota_used: dict[str, str] = {}
         self._raw = RawLog(state_dir / "raw") if options.keep_raw and state_dir is not None else None
 
     async def __aexit__(self, *exc: object) -> None:
@@ -58,4 +61,8 @@ class GeminiBackend(Backend):
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill."""
-        return await prove_usable(self._client, model, self._retry_deadline_s)
+        try:
+            return await prove_usable(self._client, model, self._retry_deadline_s)
+        except DailyQuotaError as error:
+            self._quota_used[wire.model_id(model)] = str(error)
+            raise

@@ -46,7 +46,6 @@ class VertexOnlineBackend(GeminiBackend):
             self._project = require_project(options.project_id)
             self._location = check_location(options.location)
         self._calls: Counter[str] = Counter()
-        self._quota_used: str | None = None
 
     async def __aenter__(self) -> Self:
         self._limit = CallLimit(self.options.max_concurrent)
@@ -88,19 +87,20 @@ class VertexOnlineBackend(GeminiBackend):
                 yield result
 
     async def _ask(self, model: str, key: str, body: dict[str, Any]) -> Score | ScoreFailure:
-        if self._quota_used is not None:
-            return ScoreFailure(key, "daily-quota", self._quota_used)
+        base = wire.model_id(model)
+        if base in self._quota_used:
+            return ScoreFailure(key, "daily-quota", self._quota_used[base])
         try:
             answer = await with_retries(
                 self._attempts(model, body),
-                what=f"ask {wire.model_id(model)}",
+                what=f"ask {base}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
             )
         except DailyQuotaError as error:
-            if self._quota_used is None:
+            if base not in self._quota_used:
                 logger.error("%s", error)
-            self._quota_used = str(error)
+            self._quota_used[base] = str(error)
             return ScoreFailure(key, "daily-quota", str(error))
         except RetryableBackendError as error:
             return ScoreFailure(key, "deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
@@ -126,8 +126,8 @@ class VertexOnlineBackend(GeminiBackend):
 
     async def _call(self, model: str, body: dict[str, Any], *, again: bool) -> dict[str, Any]:
         async with self._limit.slot(first=again):
-            if self._quota_used is not None:
-                raise DailyQuotaError(self._quota_used)
+            if (used := self._quota_used.get(wire.model_id(model))) is not None:
+                raise DailyQuotaError(used)
             try:
                 with translated("call"):
                     answer = await generate(self._client, model, body)

@@ -79,10 +79,13 @@ class Service:
             raise faults.error(429)
         if faults.hits(faults.blocked_rate, "blocked", request_hash):
             return Answer(self._blocked(spec, request), request_hash)
-        if request.get("generationConfig", {}).get("responseLogprobs") and not self.ledger.take_logprobs_quota(
-            faults.logprobs_daily_quota
-        ):
+        quota = faults.logprobs_daily_quota
+        left = quota.get(model) if isinstance(quota, dict) else quota
+        wants_logprobs = request.get("generationConfig", {}).get("responseLogprobs")
+        if wants_logprobs and not self.ledger.take_logprobs_quota(model, left):
             faults.count("logprobs_daily_quota")
+            if faults.quota_sentence is not None:
+                raise ApiError(429, faults.quota_sentence)
             raise faults.error(429, DAILY_QUOTA, DAILY_LIMIT)
         seen = self._as_seen(request)
         return Answer(self._generate(spec, model, seen, request_hash, attempt, channel), request_hash)

@@ -78,7 +78,8 @@ class Faults:
     no_logprobs_rate: float = 0.0  # transient: an answer without logprobsResult
     extra_fields: bool = False  # fields that no client knows
     eos_logprobs: Literal["listed", "absent"] = "listed"  # when the first token ends the turn
-    logprobs_daily_quota: int | None = None  # answers with logprobs until 429
+    logprobs_daily_quota: int | dict[str, int] | None = None  # of each model, answers with logprobs until 429
+    quota_sentence: str | None = None  # in the place of the message and the details of that 429
     padded_lists: bool = False  # lists end with entries that are no tokens
 
     # What becomes of a prefill, and how it is counted

@@ -53,7 +53,7 @@ class Ledger:
         self._in_flight = 0
         self._seen: Counter[str] = Counter()
         self._answers = 0
-        self._logprob_answers = 0
+        self._logprob_answers: Counter[str] = Counter()
         self.requests: list[RequestLine] = []
         self.rejected: list[Refusal] = []
         self.refused: list[Refusal] = []
@@ -99,12 +99,12 @@ class Ledger:
             self._answers += 1
             return self._answers - 1
 
-    def take_logprobs_quota(self, quota: int | None) -> bool:
-        """Use up one answer with log-probabilities; False when the quota is spent."""
+    def take_logprobs_quota(self, model: str, quota: int | None) -> bool:
+        """Use up one answer with log-probabilities; False when the quota of the model is spent."""
         with self._lock:
-            if quota is not None and self._logprob_answers >= quota:
+            if quota is not None and self._logprob_answers[model] >= quota:
                 return False
-            self._logprob_answers += 1
+            self._logprob_answers[model] += 1
             return True
 
     @contextmanager

@@ -23,6 +23,7 @@ from backends.vertex.jobs.rows import OutputReader, RowSet, split_rows
 from backends.vertex.jobs.work import BatchWork, Stage, ended_first
 from backends.vertex.options import VertexBatchOptions
 from backends.vertex.service.retry import DailyQuotaError, StatusError
+from backends.vertex.wire import model_id
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class JobRounds:
     bucket : BatchBucket
     raw : RawLog, optional
         Keeps every row as it came.
+    quota_used : dict
+        Base model → how the service said that its daily quota is used up: no further job asks it in this run.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class JobRounds:
         jobs: BatchJobs,
         bucket: BatchBucket,
         raw: RawLog | None,
+        quota_used: dict[str, str],
     ) -> None:
         self.options = options
         self.place = place
@@ -69,7 +73,7 @@ class JobRounds:
         self._bucket = bucket
         self._raw = raw
         self._slots = asyncio.Semaphore(options.max_jobs_in_flight)
-        self._quota_used: str | None = None
+        self._quota_used = quota_used
 
     def work(self, rows: RowSet, stage: Stage) -> Iterator[BatchWork]:
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
@@ -127,9 +131,10 @@ class JobRounds:
 
     def _note_quota(self, work: BatchWork) -> None:
         quota = next((item for item in work.open_failures() if item.reason == "daily-quota"), None)
-        if quota is not None and self._quota_used is None:
-            self._quota_used = quota.message
-            logger.error("%s No further batch job is made in this run; run again tomorrow.", quota.message)
+        model = model_id(work.rows.model) if quota is not None else ""
+        if quota is not None and model not in self._quota_used:
+            self._quota_used[model] = quota.message
+            logger.error("%s No further batch job asks %s in this run; run again tomorrow.", quota.message, model)
 
     async def _jobs_for(self, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]] | None:
         """All jobs there are for these rows, or the one that is made for them; None where ``work`` says why not."""
@@ -192,8 +197,8 @@ class JobRounds:
             work.close([key for key in work.rows.keys if self._ledger.tries(self.place, key) >= limit])
             if not work.rows.keys:
                 return False
-        if self._quota_used is not None:
-            raise DailyQuotaError(self._quota_used)
+        if (used := self._quota_used.get(model_id(work.rows.model))) is not None:
+            raise DailyQuotaError(used)
         work.given_up = work.attempts == self.options.max_attempts
         return not work.given_up
 
@@ -221,6 +226,8 @@ class JobRounds:
         return entry, found
 
     def _give_up(self, work: BatchWork, error: BackendError) -> None:
+        if isinstance(error, DailyQuotaError):
+            self._quota_used.setdefault(model_id(work.rows.model), str(error))
         reason, message = self._why_given_up(error)
         entry = self._ledger.newest(self.place, work.rows.keys[0])
         overdue = entry is not None and entry.age_s > self.options.wait_deadline_s
@@ -233,7 +240,6 @@ class JobRounds:
         if isinstance(error, JobGivenUpError):
             return error.reason, str(error)
         if isinstance(error, DailyQuotaError):
-            self._quota_used = self._quota_used or str(error)
             return "daily-quota", str(error)
         if isinstance(error, RetryableBackendError):
             given_up = f"given up after {self.options.retry_deadline_s:g} s (retry_deadline_s)"

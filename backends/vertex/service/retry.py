@@ -154,7 +154,7 @@ def _json_of(response: Any) -> Any:
 
 def _details_of(error: google.api_core.exceptions.GoogleAPICallError) -> dict[str, Any]:
     stated = {"reason": error.reason, "metadata": error.metadata}
-    return {"details": [*error.details, stated], "errors": error.errors}
+    return {"message": error.message, "details": [*error.details, stated], "errors": error.errors}
 
 
 class StatusError(BackendError):

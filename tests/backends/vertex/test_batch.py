@@ -18,7 +18,7 @@ from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.jobs.ledger import JobLedger
 from backends.vertex.jobs.rows import RowSet
 from kl.records import Response, Score, ScoreFailure
-from tests.backends.conftest import Results, distinct, request_for, score_all
+from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
 from tests.vertex_world.language_model import prompt_turns
 from tests.vertex_world.world import VertexWorld
 
@@ -274,6 +274,19 @@ def test_the_daily_limit_ends_the_making_of_jobs_and_the_next_day_goes_on(in_ver
     in_vertex_world.faults.logprobs_daily_quota = None
     assert all_scored(score(asked))
     assert set(in_vertex_world.rows_bought.values()) == {1}
+
+
+def test_the_daily_quota_of_one_model_does_not_stop_the_jobs_of_the_other(in_vertex_world, responses, tmp_path) -> None:
+    in_vertex_world.faults.logprobs_daily_quota = {P: 4}
+    chosen = options(max_jobs_in_flight=1)
+    asked = responses(prompts=2, n=1)
+    p, q = ([request_for(item, VertexBatchBackend, chosen, model) for item in asked] for model in (P, Q))
+    results = score_all(VertexBatchBackend(chosen, tmp_path / "state"), [[request] for request in (*p, *q)])
+    of_p = [results[key] for request in p for key in request.keys]
+    assert sum(isinstance(result, Score) for result in of_p) == 4
+    assert {result.reason for result in of_p if isinstance(result, ScoreFailure)} == {"daily-quota"}
+    assert all(isinstance(results[key], Score) for request in q for key in request.keys)
+    assert len(in_vertex_world.jobs) == 1 + 2
 
 
 @pytest.mark.parametrize("fault", ["create", "storage.upload", "list", "get", "storage.download"])

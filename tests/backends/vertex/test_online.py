@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from backends.base import ScoreRequest
 from backends.errors import ConfigError, ModelNotUsableError
 from backends.vertex.online import VertexOnlineBackend, VertexOnlineOptions
+from backends.vertex.service.retry import DailyQuotaError
 from kl.input.responses import read_responses
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
@@ -102,6 +104,52 @@ def test_the_daily_quota_ends_the_day_at_once(in_vertex_world, responses, score)
     assert sum(isinstance(result, Score) for result in results.values()) == 5
     assert len(in_vertex_world.online_calls) <= 7
     assert "run again tomorrow" in next(r.message for r in results.values() if isinstance(r, ScoreFailure))
+
+
+def test_a_daily_limit_that_only_the_services_sentence_names_is_not_asked_again(
+    in_vertex_world, responses, score
+) -> None:
+    in_vertex_world.faults.logprobs_daily_quota = 5
+    in_vertex_world.faults.quota_sentence = (
+        "Quota exceeded for quota metric 'Logprobs requests' and limit 'Logprobs requests per day' of service "
+        "'aiplatform.googleapis.com' for consumer 'project_number:123456789'."
+    )
+    results = score(responses(), max_concurrent=1, retry_deadline_s=3)
+    assert reasons(results) == {"daily-quota"}
+    assert len(in_vertex_world.online_calls) == 6
+
+
+def both_models(responses: list[Response]) -> tuple[list[ScoreRequest], list[ScoreRequest]]:
+    """Every response, for P and for Q."""
+    p, q = ([request_for(item, VertexOnlineBackend, options(), model) for item in responses] for model in (P, Q))
+    return distinct(p), distinct(q)
+
+
+def test_the_daily_quota_of_one_model_does_not_stop_the_other(in_vertex_world, responses) -> None:
+    in_vertex_world.faults.logprobs_daily_quota = {P: 5}
+    p, q = both_models(responses())
+    results = score_all(VertexOnlineBackend(options(max_concurrent=1)), [[*p, *q]])
+    of_p = {key: results[key] for request in p for key in request.keys}
+    assert reasons(of_p) == {"daily-quota"}
+    assert sum(isinstance(result, Score) for result in of_p.values()) == 5
+    assert all(isinstance(results[key], Score) for request in q for key in request.keys)
+    assert sum(call.model == P for call in in_vertex_world.online_calls) == 6
+
+
+def test_a_model_whose_preflight_meets_the_daily_quota_is_not_asked_in_this_run(in_vertex_world, responses) -> None:
+    in_vertex_world.faults.logprobs_daily_quota = {P: 0}
+    p, q = both_models(responses(prompts=1))
+
+    async def work() -> Results:
+        async with VertexOnlineBackend(options()) as backend:
+            with pytest.raises(DailyQuotaError):
+                await backend.preflight(P)
+            return {result.key: result async for result in backend.score([*p, *q])}
+
+    results = asyncio.run(work())
+    assert reasons(results) == {"daily-quota"}
+    assert all(isinstance(results[key], Score) for request in q for key in request.keys)
+    assert sum(call.model == P for call in in_vertex_world.online_calls) == 1
 
 
 @pytest.mark.parametrize("name", ["daily-evals", "per-day-quota"])

@@ -28,7 +28,27 @@ def of_violation(**fields: str) -> list[dict[str, Any]]:
     return [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [fields]}]
 
 
+def sentence(metric: str, limit: str, consumer: str = "project_number:123456789") -> str:
+    """How the service says in words that a quota is used up."""
+    where = f"of service 'aiplatform.googleapis.com' for consumer '{consumer}'."
+    return f"Quota exceeded for quota metric '{metric}' and limit '{limit}' {where}"
+
+
 DAILY: list[tuple[str, Any]] = [
+    ("sentence, limit", error(message=sentence("Logprobs requests", "Logprobs requests per day"))),
+    ("sentence, metric", error(message=sentence("aiplatform.googleapis.com/x_requests_per_day_per_project", "Calls"))),
+    ("sentence of a rate code", error(403, "X", sentence("Q", "Q per day"), errors=[{"reason": "rateLimitExceeded"}])),
+    ("sentence and a name", error(message=f"429: {sentence('Q', 'Q per day', 'projects/per-minute')}", details=[])),
+    (
+        "older sentence",
+        error(message="Quota exceeded for aiplatform.googleapis.com/calls_per_day_per_project with base model: m."),
+    ),
+    ("sentence in a violation", error(details=of_violation(description=sentence("Q", "Q per day")))),
+    ("words in a violation", error(details=of_violation(subject="project:x", description="Daily Limit exceeded"))),
+    (
+        "a limit without a period",
+        error(details=of_limit("Calls", quota_metric="aiplatform.googleapis.com/calls_per_day")),
+    ),
     ("name of the limit", error(details=of_limit("GenerateRequestsPerDayPerProject"))),
     ("name in another style", error(details=of_limit("logprobs-requests-per-day"))),
     ("unit of the limit", error(details=of_limit("LogprobsRequests", quota_unit="1/d/{project}"))),
@@ -62,10 +82,24 @@ def quoting(name: str) -> list[tuple[str, Any]]:
     words = f"Quota exceeded for quota metric 'Requests' of projects/{name} with gs://{name}/daily/per day"
     consumer = {"consumer": f"projects/{name}", "service": "aiplatform.googleapis.com"}
     denied = [{"@type": INFO, "reason": "IAM_PERMISSION_DENIED", "metadata": consumer}]
+    other = sentence("Calls per minute", "Calls", consumer=f"project:{name}")
+    nobody = sentence("Calls", "Calls", consumer=f"projects/{name}")
+    base = f"Quota exceeded for aiplatform.googleapis.com/online_requests_per_base_model with base model: {name}."
+    about = f"Quota exceeded for project {name}, bucket {name}."
     resource = {"@type": "type.googleapis.com/google.rpc.ResourceInfo", "resourceName": name, "owner": name}
     return [
         ("a rate", error(message=words, details=per_minute)),
         ("a rate without details", error(message=words)),
+        ("a sentence on a rate", error(message=other)),
+        ("a sentence on a limit without a period", error(message=nobody)),
+        ("a sentence on a base model", error(message=base)),
+        ("a sentence that details outweigh", error(message=sentence("Q", "Q per day"), details=per_minute)),
+        ("a violation", error(details=of_violation(subject=f"project:{name}", description=about))),
+        ("a violation by sentence", error(details=of_violation(subject=f"project:{name}", description=nobody))),
+        (
+            "a violation whose name outweighs",
+            error(details=of_violation(quotaId="PerMinute", description="Daily limit")),
+        ),
         ("a rate whose dimensions quote", error(details=[{"violations": [{"quotaDimensions": {"model": name}}]}])),
         ("a unit that outweighs a name", error(details=of_limit(name, quota_unit="1/min/{project}/{model}"))),
         ("a name that outweighs a metric", error(details=of_limit("PerMinute", quota_metric=f"custom/{name}"))),
@@ -122,6 +156,10 @@ def test_the_wait_that_is_asked_for_is_read_from_the_details(delay: Any, expecte
     [
         ('Bad Request: {"error": {"code": 400}}', {"error": {"code": 400}}),
         ('of {project}: {"code": 8} (trailing)', {"code": 8}),
+        ('Request {"a": 1} failed: {"error": {"code": 429}}', {"error": {"code": 429}}),
+        ('{"a": {"error": {"code": 1}, "code": 1}} failed: {"code": 8}', {"code": 8}),
+        ('{"code": 3, "x": 1} or {"code": "x"}: {"error": {}} {"error": {"code": 8}}', {"error": {}}),
+        ('{"status": "RESOURCE_EXHAUSTED"}', {"status": "RESOURCE_EXHAUSTED"}),
         ("no JSON {at all", None),
         ("{" * 5000, None),
         ("", None),
