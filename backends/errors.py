@@ -98,7 +98,14 @@ class RetryableBackendError(BackendError):
 
 
 class ModelNotUsableError(BackendError, ConfigError):
-    """The model does not exist, gives no log-probabilities or does not continue a prefill."""
+    """The model does not exist, gives no log-probabilities or does not continue a prefill.
+
+    ``permanent`` is true where that is proven, and not only so just now: no rights, say, or answers that were empty.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False, **where: str | None) -> None:
+        super().__init__(message, **where)
+        self.permanent = permanent
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from flows.config.folders import resolve_folders
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
+from flows.folder.refusals import Refusal
 from kl.records import Response
 from kl.statistics.noise_floor import AskedAgain
 from kl.statistics.position_sampling import Drawn, draw, draw_again
@@ -40,8 +41,11 @@ class Comparison:
     notes : tuple of str
         Settings that this backend has no use for.
     folder : OutputFolder
-    refused : frozenset of str
-        Models that wrote responses and whose preflight failed; Q is asked twice in their place.
+    refused : mapping of str to Refusal
+        Models that wrote responses and cannot be asked again; Q is asked twice in their place, but where their second
+        answers to a response were bought before.
+    unasked : frozenset of str
+        Models that cannot be asked again in this run, but may be in the next.
     """
 
     written: RunConfig
@@ -50,7 +54,8 @@ class Comparison:
     options: BackendOptions
     notes: tuple[str, ...]
     folder: OutputFolder
-    refused: frozenset[str] = frozenset()
+    refused: Mapping[str, Refusal] = field(default_factory=dict[str, Refusal])
+    unasked: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, written: RunConfig, values: RunValues) -> Comparison:
@@ -72,9 +77,15 @@ class Comparison:
         config = self.config.model_copy(update=folders)
         return replace(self, config=config, folder=OutputFolder(config.output_dir))
 
-    def without(self, refused: Iterable[str]) -> Comparison:
-        """The same, with Q asked twice in the place of these models."""
-        return replace(self, refused=self.refused | frozenset(refused))
+    def without(self, refused: Mapping[str, Refusal], unasked: Iterable[str] = ()) -> Comparison:
+        """The same, with Q asked twice in the place of refused models, and others not asked again for now."""
+        return replace(self, refused={**self.refused, **refused}, unasked=self.unasked | frozenset(unasked))
+
+    @property
+    def place(self) -> str:
+        """Where models are asked: another project or location may have what this one refuses."""
+        options = self.options.model_dump(include={"project_id", "location"})
+        return "/".join(str(value) for value in options.values() if value) or self.config.backend.name
 
     def build_backend(self, run_id: str | None = None) -> Backend:
         """The backend, not entered yet; ``run_id`` is the flow run that it works for."""
@@ -98,23 +109,30 @@ class Comparison:
 
     def asked_again(self, response: Response) -> AskedAgain:
         """Who is asked a second time: P, whose first answer is on record; Q where P cannot be asked."""
-        if response.model in self.refused:
+        named = self._named(response, "p", whole=False)
+        if named is None:
             return "q"
-        return "q" if self._named(response, "p", whole=False) is None else "p"
+        refusal = self.refused.get(named[0].model)
+        if refusal is None:
+            return "p"
+        bought = refusal.kept and self._request(response, named, self.drawn_again(response), _AGAIN).keys
+        return "p" if bought and refusal.kept.issuperset(bought) else "q"
 
     def request(self, response: Response, side: Side) -> ScoreRequest | None:
         """All contexts of a response that can be asked; None if the file names no P that this backend has."""
         if side == "again":
-            named, drawn = self._named(response, self.asked_again(response), whole=False), self.drawn_again(response)
-        else:
-            named, drawn = self._named(response, side, whole=self.config.full_vocabulary), self.drawn(response)
-        if named is None:
-            return None
+            named = self._named(response, self.asked_again(response), whole=False)
+            return None if named is None else self._request(response, named, self.drawn_again(response), _AGAIN)
+        named = self._named(response, side, whole=self.config.full_vocabulary)
+        return None if named is None else self._request(response, named, self.drawn(response), {})
+
+    def _request(
+        self, response: Response, named: tuple[ScoreRequest, dict[str, Any]], drawn: Drawn | None, more: dict[str, Any]
+    ) -> ScoreRequest:
+        """The request at the drawn positions; ``more`` is put to its identity."""
         bare, identity = named
-        if side == "again":
-            identity = identity | _AGAIN
         tokens = [position.sampled.token for position in response.positions]
-        keys = list(context_keys(bare.model, bare.prompt, identity, tokens, bare.token_ids))
+        keys = list(context_keys(bare.model, bare.prompt, identity | more, tokens, bare.token_ids))
         positions = _askable(response, bare.token_ids is not None, drawn)
         return replace(bare, positions=tuple(positions), keys=tuple(keys[position] for position in positions))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from flows.stages.plan import Plan, make_plan
 from flows.stages.reuse import check_raw
 from kl.statistics.position_sampling import Variation, expected_width_text, variation_of_pilot
 
+logger = logging.getLogger("flows.run")
+
 Rows = list[tuple[str, str]]
 
 
@@ -25,12 +28,25 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
-    if comparison.config.noise_floor is not None:
-        comparison = comparison.without(refused_models(comparison.folder))
+    comparison = without_refused(comparison)
     scores = comparison.folder.stores().scores
     scores.prefetch()
     built = comparison.build_backend()
     return make_plan(find_inputs(comparison.config), comparison, scores, built.in_flight(), built.parallel_groups())
+
+
+def without_refused(comparison: Comparison) -> Comparison:
+    """The same without the models that are on record as not to be asked again, which one line in the log says."""
+    if comparison.config.noise_floor is None:
+        return comparison
+    folder = comparison.folder
+    refused = refused_models(folder, comparison.place)
+    if refused:
+        logger.warning(
+            "noise floor: %s cannot be asked again by the record in %s, so that Q is asked twice; remove the file to "
+            "try again", ", ".join(sorted(refused)), folder.refusals,
+        )  # fmt: skip
+    return comparison.without(refused)
 
 
 def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
@@ -45,15 +61,22 @@ def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
     if max_cost_usd is None or not plan.n_to_ask:
         return
     if cost is None:
-        raise ConfigError(
-            f"max_cost_usd is {max_cost_usd:g}, but no price of this model is known. Set it with "
-            "--set 'backend.prices={MODEL: {input: USD, output: USD}}' (per million tokens)."
-        )
+        raise ConfigError(f"max_cost_usd is {max_cost_usd:g}, but {_unpriced_text(plan)}.")
     if cost > max_cost_usd:
         raise ConfigError(
             f"the estimated cost of {cost:.4f} USD is above max_cost_usd = {max_cost_usd:g}. Raise it, or measure less "
             "(--max-files)."
         )
+
+
+def _unpriced_text(plan: Plan) -> str:
+    """Of which models no price is known, and what to do."""
+    models = sorted(plan.unpriced | plan.again.unpriced)
+    prices = ", ".join(f"{model}: {{input: USD, output: USD}}" for model in models)
+    text = f"no price is known of {', '.join(models)}. Set --set 'backend.prices={{{prices}}}' (per million tokens)"
+    if only_again := sorted(plan.again.unpriced - plan.unpriced):
+        text += f", or drop noise_floor, for which alone {', '.join(only_again)} would be asked"
+    return text
 
 
 def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
@@ -77,7 +100,7 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
         ("request bytes", f"{work.request_bytes:,}"),
         ("input tokens, estimated", f"{work.input_tokens:,}"),
         ("output tokens, estimated", f"{work.output_tokens:,}"),
-        ("cost, estimated", _cost_text(work.cost_usd)),
+        ("cost, estimated", _cost_text(work.cost_usd, plan)),
         *_again_rows(plan),
         ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(comparison))),
     ]
@@ -89,7 +112,7 @@ def _again_rows(plan: Plan) -> Rows:
     if not again.n_drawn:
         return []
     models = ", ".join(f"{model} at {count:,} positions" for model, count in sorted(again.n_drawn.items()))
-    asked = f"{again.estimate.requests:,} of the requests, {_cost_text(again.estimate.cost_usd)}"
+    asked = f"{again.estimate.requests:,} of the requests, {_cost_text(again.estimate.cost_usd, plan)}"
     return [("noise floor", f"asks again {models}: {asked}")]
 
 
@@ -126,9 +149,9 @@ def _settings_rows(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str
             yield f"{path}{name}", json.dumps(value, ensure_ascii=False)
 
 
-def _cost_text(cost: float | None) -> str:
+def _cost_text(cost: float | None, plan: Plan) -> str:
     if cost is None:
-        return "no price is known for this model; set backend.prices"
+        return _unpriced_text(plan)
     if cost == 0:
         return "0 USD"
     return f"{cost:.4f} USD (list prices of {PRICES_AS_OF}, or those of the configuration)"

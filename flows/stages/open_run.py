@@ -29,13 +29,13 @@ from flows.config.templates import RunValues
 from flows.folder.layout import Stores
 from flows.folder.lock import FolderInUseError, run_lock
 from flows.folder.output import prepare_output
-from flows.folder.refusals import note_refusals, refused_models
+from flows.folder.refusals import Refusal, note_refusals
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
-from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls, without_refused
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
-from flows.stages.plan import Group, Plan, make_plan
+from flows.stages.plan import Group, Plan, bought_again, make_plan
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
 from flows.stages.scoring import GroupOutcome
 from flows.watch.artifacts import progress_artifact, show_plan, show_report
@@ -153,8 +153,7 @@ class OpenRun:
 
         Only when the folder's lock is held: a run that had it before may have written until then.
         """
-        if self.comparison.config.noise_floor is not None:
-            self.comparison = self.comparison.without(refused_models(self.comparison.folder))
+        self.comparison = without_refused(self.comparison)
         self.stores = self.comparison.folder.stores()
         self.backend = self.comparison.build_backend(flow_run.id)
         for note in self.comparison.notes:
@@ -216,23 +215,27 @@ class OpenRun:
         if not config.preflight or config.stage == "collect" or plan.n_to_ask <= plan.n_in_flight:
             return plan
         self._proven = session.run(self.backend.preflight(config.model2))
-        refused: dict[str, str] = {}
+        refused: dict[str, Refusal] = {}
+        unasked: set[str] = set()
+        store, in_flight = self.stores.scores, self.backend.in_flight()
         for model in sorted(+plan.again.fresh):
             try:
                 if model != config.model2:
                     session.run(self.backend.preflight(model))
-            except ModelNotUsableError as error:
-                refused[model] = str(error)
-                logger.warning("noise floor: %s cannot be asked again, so that Q is asked twice: %s", model, error)
             except BackendError as error:
-                logger.warning("noise floor: the preflight of %s failed; it is asked all the same: %s", model, error)
-        if not refused:
+                if isinstance(error, ModelNotUsableError) and error.permanent:
+                    kept = bought_again(plan.files, self.comparison, store, in_flight, model)
+                    refused[model] = Refusal(str(error), kept)
+                    logger.warning("noise floor: %s cannot be asked again, so that Q is asked twice: %s", model, error)
+                else:
+                    unasked.add(model)
+                    logger.warning("noise floor: %s is not asked again in this run, but by the next: %s", model, error)
+        if not refused and not unasked:
             return plan
-        note_refusals(self.comparison.folder, refused)
-        self.comparison = self.comparison.without(refused)
-        plan = make_plan(
-            plan.files, self.comparison, self.stores.scores, self.backend.in_flight(), self.backend.parallel_groups()
-        )
+        if refused:
+            note_refusals(self.comparison.folder, refused, self.comparison.place)
+        self.comparison = self.comparison.without(refused, unasked)
+        plan = make_plan(plan.files, self.comparison, store, in_flight, self.backend.parallel_groups())
         self._check(plan)
         return plan
 

@@ -50,11 +50,15 @@ class Group:
 
 @dataclass(slots=True)
 class AgainPlan:
-    """What is asked a second time: ``n_drawn`` positions, by model; ``fresh`` contexts that no answer or job is for."""
+    """What is asked a second time: ``n_drawn`` positions, by model; ``fresh`` contexts that no answer or job is for.
+
+    ``unpriced`` are models without a known price.
+    """
 
     n_drawn: Counter[str] = field(default_factory=Counter[str])
     fresh: Counter[str] = field(default_factory=Counter[str])
     estimate: WorkEstimate = field(default_factory=WorkEstimate)
+    unpriced: set[str] = field(default_factory=set[str])
 
     def note(self, request: ScoreRequest, fresh: int, estimate: WorkEstimate) -> None:
         """Count one response."""
@@ -68,10 +72,10 @@ class Plan:
     """The work of a run, by reference: no response is held.
 
     ``n_positions`` counts the positions of all readable responses, ``n_selected`` those that are measured,
-    ``n_contexts`` the distinct contexts among them (of
-    both models where both are asked), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of
-    an earlier run answers. ``estimate`` is for the contexts that are not on disk. ``again`` is the part of all these
-    that asks a model a second time.
+    ``n_contexts`` the distinct contexts among them (of both models where both are asked, without what is left to a
+    later run), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of an earlier run answers.
+    ``estimate`` is for the contexts that are not on disk; of the models ``unpriced`` no price is known. ``again`` is
+    the part of all these that asks a model a second time.
     """
 
     files: list[InputFile]
@@ -86,6 +90,7 @@ class Plan:
     n_stored: int = 0
     n_in_flight: int = 0
     estimate: WorkEstimate = field(default_factory=WorkEstimate)
+    unpriced: set[str] = field(default_factory=set[str])
     again: AgainPlan = field(default_factory=AgainPlan)
 
     @property
@@ -130,11 +135,16 @@ def make_plan(
             for side in comparison.sides():
                 request = comparison.request(response, side)
                 missing = _missing(request, stored, asked, plan)
+                if side == "again" and request is not None and _waits(request.model, comparison, in_flight):
+                    n_missing, missing = len(missing), [item for item in missing if item[1] in in_flight]
+                    plan.n_contexts -= n_missing - len(missing)
                 jobs = _by_job(missing, in_flight)
                 if request is not None:
                     to_ask = request.only({key for _, key in missing})
-                    estimate = comparison.backend.estimate(comparison.options, to_ask)
+                    estimate = comparison.backend.estimate(comparison.options, to_ask) if missing else WorkEstimate()
                     plan.estimate += estimate
+                    if estimate.cost_usd is None:
+                        (plan.again if side == "again" else plan).unpriced.add(request.model)
                     if side == "again":
                         plan.again.note(request, len(jobs.get("", ())), estimate)
                 for job, positions in jobs.items():
@@ -155,6 +165,24 @@ def make_plan(
     size = group_size(comparison, len(fresh), free - min(len(joint), free // 2))
     plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size)) + joint
     return plan
+
+
+def _waits(model: str, comparison: Comparison, in_flight: Mapping[str, str]) -> bool:
+    """Whether second answers that no job is for are left to a later run; a collect must not wait for them, either."""
+    return model in comparison.unasked or (comparison.config.stage == "collect" and bool(in_flight))
+
+
+def bought_again(
+    files: list[InputFile], comparison: Comparison, store: ScoreStore, in_flight: Mapping[str, str], model: str
+) -> frozenset[str]:
+    """The keys of a model's second answers that are on disk, or that a job answers."""
+    bought: set[str] = set()
+    for file in read_ahead(files):
+        for response in read_input(file).responses:
+            if response.model == model and comparison.asked_again(response) == "p":
+                request, known = comparison.request(response, "again"), store.known_keys(response.prompt.prompt_id)
+                bought.update(key for key in (request.keys if request else ()) if key in known or key in in_flight)
+    return frozenset(bought)
 
 
 def group_size(comparison: Comparison, n_responses: int, free: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.process_worker import kill_group, wait_for
 from tests.programs import Done, Run, Start
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.language_model import SyntheticModel
+from tests.vertex_world.models import MODELS
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
@@ -118,9 +120,60 @@ def test_q_is_asked_twice_where_the_model_of_the_responses_is_gone(
     assert "KL(Q‖Q again) at 16 positions; KL(P‖Q) is not above it" in " ".join(done.out.split())
 
     world.online_calls.clear()
-    run()
+    assert f"{GONE} cannot be asked again by the record in {tmp_path / 'out' / 'scores'}" in run().err
     assert world.online_calls == []
     assert f"asks again {Q} at 16 positions: 0 of the requests" in " ".join(run("--dry-run").out.split())
+
+
+@pytest.mark.parametrize("why", ["no rights", "daily quota"])
+def test_what_may_pass_leaves_p_to_the_next_run_and_the_measurement_whole(
+    why: str, unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path
+) -> None:
+    world = unquiet()
+    world.write_responses(tmp_path / "in", P, PROMPTS, n=1, max_tokens=10, seed=3)
+    if why == "no rights":
+        world.faults.http_script = {"online": [None, None, "403"]}  # the two probes of Q come first
+    else:
+        world.faults.logprobs_daily_quota = {P: 0}
+
+    def run(*, asks_p: bool) -> dict[str, Any]:
+        done = run_program("flows.run", *flags(tmp_path), *ONLINE, *AGAIN, env=world.environment())
+        assert done.code == 0, done.err
+        assert (f"{P} is not asked again in this run" in done.err) != asks_p
+        return summary_of(tmp_path)
+
+    summary = run(asks_p=False)
+    assert pl.read_parquet(tmp_path / "out" / "tokens.parquet")["kl_lower"].null_count() == 0
+    assert (summary["noise_floor"]["of"], summary["noise_floor"]["n_measured"]) == ("p", 0)
+    assert sum(call.model == P for call in world.online_calls) <= 1
+    world.faults.logprobs_daily_quota = None
+    world.online_calls.clear()
+    assert run(asks_p=True)["noise_floor"]["n_measured"] == 16
+    assert sum(call.model == P for call in world.online_calls) == 16 + 2
+
+
+def test_second_answers_of_a_model_that_is_shut_down_since_are_kept(
+    unquiet: Callable[..., VertexWorld], run_program: Run, tmp_path: Path
+) -> None:
+    world = unquiet()
+
+    world.write_responses(tmp_path / "in", P, PROMPTS, n=1, max_tokens=10, seed=3)
+
+    def run(*arguments: object) -> dict[str, Any]:
+        done = run_program("flows.run", *flags(tmp_path), *ONLINE, *AGAIN, *arguments, env=world.environment())
+        assert done.code == 0, done.err
+        return summary_of(tmp_path)["noise_floor"]
+
+    first = run("--max-files", 4)
+    assert (first["of"], first["n_measured"]) == ("p", 8)
+    world.service.models[P] = replace(MODELS[P], shut=True)
+    world.online_calls.clear()
+    floor = run()
+    assert (floor["of"], floor["models"], floor["n_measured"]) == ("both", [Q, P], 16)
+    assert len(world.online_calls) == 2 + 40 + 8
+    world.online_calls.clear()
+    assert run() == floor
+    assert world.online_calls == []
 
 
 def test_p_against_itself_is_asked_twice_and_a_new_version_of_it_is_said(

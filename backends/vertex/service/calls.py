@@ -64,7 +64,8 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
         try:
             result = await proof.ask(_PROBE_PREFIX)
         except StatusError as error:
-            raise ModelNotUsableError(await proof.why_not(error), model=model) from error
+            why, permanent = await proof.why_not(error)
+            raise ModelNotUsableError(why, permanent=permanent, model=model) from error
         if isinstance(result, Score):
             await proof.check_white_space(result.input_tokens)
             return result.model_version
@@ -113,14 +114,14 @@ class _Proof:
                 self.name, n_after, n_before,
             )  # fmt: skip
 
-    async def why_not(self, error: StatusError) -> str:
-        """What a model that refused the first request cannot do."""
+    async def why_not(self, error: StatusError) -> tuple[str, bool]:
+        """What a model that refused the first request cannot do, and whether that is proven."""
         if error.status == 404:
-            return f"the model {self.name} was not found at this location, or is shut down: {error}. {_USABLE}"
+            return f"the model {self.name} was not found at this location, or is shut down: {error}. {_USABLE}", True
         if error.status in (401, 403):
-            return f"{error}. Enable the Vertex AI API and grant roles/aiplatform.user."
+            return f"{error}. Enable the Vertex AI API and grant roles/aiplatform.user.", False
         lacks = await self._lacks() if error.status == 400 else ""
-        return f"{self.name} {lacks or 'cannot be used'}: {error}. {_USABLE}"
+        return f"{self.name} {lacks or 'cannot be used'}: {error}. {_USABLE}", bool(lacks)
 
     async def _lacks(self) -> str:
         """Which of the two things asked is refused; empty where it is neither, or cannot be learnt."""

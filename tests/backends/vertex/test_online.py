@@ -209,7 +209,19 @@ def test_a_model_that_cannot_be_used_is_named_with_those_that_can(model, expecte
         preflight(model, location="global")
     assert model in str(caught.value)
     assert "gemini-2.5-flash" in str(caught.value)
+    assert caught.value.permanent == (model != "gemini-2.5-pro")  # which is refused before it is asked
     assert sum(in_vertex_world.rows_bought.values()) <= 1  # what the model can do is found by trying
+
+
+@pytest.mark.parametrize(
+    "fault", [{"http": {"online": {"403": 1.0}}}, {"no_logprobs_rate": 1.0}, {"failing_rate": 1.0}]
+)
+def test_what_may_pass_is_no_proof_against_a_model(fault, in_vertex_world) -> None:
+    for name, value in fault.items():
+        setattr(in_vertex_world.faults, name, value)
+    with pytest.raises(ModelNotUsableError) as caught:
+        preflight(Q)
+    assert not caught.value.permanent
 
 
 def test_what_a_model_lacks_is_found_by_trying_whatever_the_service_writes(make_vertex_world, monkeypatch) -> None:

@@ -16,10 +16,10 @@ from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
-from flows.folder.refusals import note_refusals, refused_models
-from flows.stages.dry_run import plan_rows
+from flows.folder.refusals import Refusal, note_refusals, refused_models
+from flows.stages.dry_run import check_cost, plan_rows
 from flows.stages.inputs import find_inputs, read_input
-from flows.stages.plan import Plan, make_plan, requests_of
+from flows.stages.plan import Plan, bought_again, make_plan, requests_of
 from kl.records import Candidate, Score
 
 MakePlan = Callable[..., tuple[Plan, Comparison, ScoreStore]]
@@ -231,7 +231,7 @@ def test_q_is_asked_twice_where_p_cannot_be_asked(
     document["responses"][0]["model"] = written_by
     (tmp_path / "in" / "a.json").write_text(json.dumps(document))
     if refused:
-        note_refusals(OutputFolder(tmp_path / "out"), dict.fromkeys(refused, "gives no log-probabilities"))
+        note_refusals(OutputFolder(tmp_path / "out"), dict.fromkeys(refused, Refusal("gives no logprobs")))
     plan, comparison, store = plan_of({}, **NOISE, **backend)
     comparison = comparison.without(refused_models(comparison.folder))
     plan = make_plan(plan.files, comparison, store, {}, 50)
@@ -268,6 +268,53 @@ def test_a_dry_run_says_what_the_noise_floor_costs(plan_of: MakePlan) -> None:
     rows = dict(plan_rows(plan, comparison))
     assert rows["noise floor"].startswith("asks again p at 2 positions: 2 of the requests, 0.0000 USD")
     assert "noise floor" not in dict(plan_rows(*plan_of({})[:2]))
+
+
+def test_a_limit_on_cost_names_the_models_without_a_price(plan_of: MakePlan) -> None:
+    files = {"a.json": ("Hi", [TEN])}
+    plan, comparison, store = plan_of(files, **NOISE)
+    with pytest.raises(
+        ConfigError, match=r"price is known of p\. Set --set 'backend.prices=\{p: \{input.*drop noise_floor"
+    ):
+        check_cost(plan, 5.0)
+    assert "no price is known of p. Set" in dict(plan_rows(plan, comparison))["cost, estimated"]
+    main, _, _ = plan_of(files, model2="gemini-9", **NOISE)
+    with pytest.raises(
+        ConfigError, match=r"known of gemini-9, p\. .*'backend.prices=\{gemini-9: .*, p: .* alone p would"
+    ):
+        check_cost(main, 5.0)
+    with pytest.raises(ConfigError, match=r"known of gemini-9\. (?!.*noise_floor)"):
+        check_cost(plan_of(files, model2="gemini-9")[0], 5.0)
+    # What is on disk costs nothing, whatever its price.
+    again = [request for group in plan.groups for _, request in requests_of(group, comparison) if request.model == "p"]
+    prompt_id = read_input(plan.files[0]).responses[0].prompt.prompt_id
+    store.append(prompt_id, "p", [Score(key, (Candidate("x", -0.1),)) for item in again for key in item.keys])
+    check_cost(plan_of(files, **NOISE)[0], 5.0)
+
+
+def test_second_answers_that_were_bought_of_a_model_that_is_gone_are_kept(plan_of: MakePlan) -> None:
+    files = {"a.json": ("Hi", [TEN]), "b.json": ("Ho", [TEN])}
+    plan, comparison, store = plan_of(files, **NOISE)
+    of_p = [request for group in plan.groups for _, request in requests_of(group, comparison) if request.model == "p"]
+    prompt_id = read_input(plan.files[0]).responses[0].prompt.prompt_id
+    store.append(prompt_id, "p", [Score(key, (Candidate("x", -0.1),)) for key in of_p[0].keys])
+    kept = bought_again(plan.files, comparison, store, {of_p[1].keys[0]: "job"}, "p")
+    assert kept == {*of_p[0].keys, of_p[1].keys[0]}
+    without = comparison.without({"p": Refusal("gone", kept)})
+    after = make_plan(plan.files, without, store, {}, 50)
+    assert after.again.n_drawn == {"p": 2, "gemini-2.5-flash": 2}  # one of the two keys of b.json is not bought
+    assert dict(+after.again.fresh) == {"gemini-2.5-flash": 2}
+    assert bought_again(plan.files, without, store, {}, "p") == set(of_p[0].keys)
+
+
+def test_a_model_that_is_not_asked_for_now_is_in_no_plan_but_by_its_jobs(plan_of: MakePlan) -> None:
+    plan, comparison, store = plan_of({"a.json": ("Hi", [TEN])}, **NOISE)
+    again = [request for group in plan.groups for _, request in requests_of(group, comparison) if request.model == "p"]
+    unasked = comparison.without({}, ["p"])
+    after = make_plan(plan.files, unasked, store, {}, 50)
+    assert (after.n_contexts, after.n_to_ask, after.again.n_drawn, +after.again.fresh) == (10, 10, {"p": 2}, {})
+    after = make_plan(plan.files, unasked, store, {again[0].keys[0]: "job"}, 50)
+    assert (after.n_contexts, after.n_to_ask, after.n_in_flight) == (11, 11, 1)
 
 
 def test_results_in_a_folder_below_the_input_are_not_read_as_responses(plan_of: MakePlan, tmp_path: Path) -> None:
