@@ -14,14 +14,16 @@ from kl.input.problems import Notes, Overwritten, as_list, number
 from kl.pieces import is_whole
 
 Object = dict[str, object]
-_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "logit_bias", "presence_penalty", "frequency_penalty",
-             "repetition_penalty")  # fmt: skip
+_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "presence_penalty",
+             "frequency_penalty", "repetition_penalty")  # fmt: skip
+_ABOUT = ("model", "model_version", *_SETTINGS)
 
 
 def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> object:
     """The document of a file with one JSON object a line (JSONL); None if it is none, or a defect was noted.
 
-    Its responses are those of all lines, which must answer one prompt, as a file does.
+    Its responses are those of all lines, which must answer one prompt, as a file does. What else a line states is of
+    its own responses alone.
     """
     lines = [line for line in data.splitlines() if line.strip()]
     if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines):
@@ -39,11 +41,22 @@ def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> ob
     notes.repair("json-lines", f"the file is JSONL, {len(lines)} objects for one prompt; read as one")
     responses: list[object] = []
     for document in whole:
-        own = {name: document[name] for name in ("model", "sampling", *_SETTINGS) if name in document}
         for item in as_list(document.get("responses")) or []:
             response = _as_object(item)
-            responses.append(item if response is None else {**own, **response})
-    return {**whole[0], "responses": responses}
+            responses.append(item if response is None else _with_line(response, document))
+    models = {json.dumps(item.get("model"), default=str) for item in whole}
+    shared = ("prompt", "system", "model") if len(models) == 1 else ("prompt", "system")
+    return {**{name: whole[0][name] for name in shared if name in whole[0]}, "responses": responses}
+
+
+def _with_line(response: Object, line: Object) -> Object:
+    """A response with what its line states, unless it states the same thing itself, in whichever place."""
+    nested, of_line = _as_object(response.get("sampling")) or {}, _as_object(line.get("sampling")) or {}
+    said = {name for place in (nested, response) for name, value in place.items() if value is not None}
+    own = {name: line[name] for name in ("sampling", *_ABOUT) if name in line and name not in said}
+    both = {name: value for name, value in of_line.items() if name not in said} | nested
+    is_readable = response.get("sampling") in (None, nested)
+    return response | own | ({"sampling": both} if both and is_readable else {})
 
 
 def as_document(document: Object) -> Object:
@@ -61,7 +74,7 @@ def as_document(document: Object) -> Object:
     request = _as_object(document.get("request")) or {}
     asked = _as_object(request.get("body")) or request
     places = (document, answer, asked)
-    about = {name: place[name] for name in ("model", *_SETTINGS) for place in reversed(places) if name in place}
+    about = {name: place[name] for name in _ABOUT for place in reversed(places) if name in place}
     about |= {name: document[name] for name in ("system", "sampling") if name in document}
     return {**about, **_prompt(document, asked), "responses": items}
 

@@ -89,6 +89,35 @@ def test_lines_may_be_responses_with_the_prompt_beside_them() -> None:
     assert file.responses[2].sampling == Sampling(1.0, 1.0, 0)
 
 
+def test_what_a_line_states_is_of_its_own_responses() -> None:
+    response = {name: value for name, value in RESPONSE.items() if name != "model"}
+    bare = {"prompt": PROMPT, "responses": [response]}
+    first = {
+        **bare,
+        "model": "a",
+        "model_version": "a-1",
+        "sampling": {"top_p": 0.5},
+        "temperature": 0.5,
+        "typical_p": 0.9,
+    }
+    own = {**first, "responses": [{**response, "temperature": 0.7, "sampling": {"top_p": 0.8}, "model": "c"}]}
+    null = {**first, "responses": [{**response, "model": None, "top_p": None, "sampling": []}]}
+    file = read(first, bare, {**bare, "model_version": "b-1"}, own, null)
+    assert [problem.kind for problem in file.problems] == ["json-lines", "bad-sampling"]
+    assert [(r.model, r.model_version, r.sampling) for r in file.responses] == [
+        ("a", "a-1", Sampling(0.5, 0.5, typical_p=0.9)),
+        (None, None, Sampling()),
+        (None, "b-1", Sampling()),
+        ("c", "a-1", Sampling(0.7, 0.8, typical_p=0.9)),
+        ("a", "a-1", Sampling(0.5, typical_p=0.9)),
+    ]
+
+
+def test_the_model_of_a_file_is_the_one_that_all_lines_state() -> None:
+    assert read(HEAD | {"responses": [RESPONSE]}, GOOD).model == GOOD["model"]
+    assert read(GOOD, {"prompt": PROMPT, "responses": [RESPONSE]}).model is None
+
+
 def test_the_completions_format_has_its_columns_side_by_side() -> None:
     file = read({**HEAD, "responses": [RESPONSE | {"logprobs": legacy()}]})
     assert file.problems == ()
