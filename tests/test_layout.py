@@ -21,7 +21,7 @@ kl                      pieces records
 kl.input                hidden problems / logprobs prompts shapes texts writer / responses
 kl.estimators           token_bytes / token_keys / list_checks / align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
-kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens
+kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ class TwoAnswers(NamedTuple):
 class FileAnswers:
     """The answers to all contexts of a file, read once: scores, else this run's failures.
 
-    Scores of contexts that the model saw otherwise than P wrote them are failures here (`without_retokenised`).
+    Scores of contexts that the model saw otherwise than P wrote them are failures here (`without_retokenised`), if the
+    counts of the data set are used.
 
     Parameters
     ----------
@@ -48,13 +50,11 @@ class FileAnswers:
     stores : Stores
     sides : sequence of Side
         Whose answers are read.
-    counts : CountEvidence, optional
-        Of the data set; default that of this file alone.
+    use_counts : bool
+        Whether the service's counts of the prompt's tokens can be used.
 
     Attributes
     ----------
-    counts : CountEvidence
-        Of Q's answers to this file.
     n_odd : int
         How many of the results that were asked for have a count that says nothing.
     """
@@ -65,7 +65,7 @@ class FileAnswers:
         comparison: Comparison,
         stores: Stores,
         sides: Sequence[Side],
-        counts: CountEvidence | None = None,
+        use_counts: bool,
     ) -> None:
         self._parsed, self._comparison = parsed, comparison
         self._requests = {
@@ -77,13 +77,23 @@ class FileAnswers:
             prompt_id = parsed.prompt.prompt_id
             self._answers = stores.failures.load(prompt_id, keys) | stores.scores.load(prompt_id, keys)
         self._results: dict[Side, dict[int, Results]] = {}
-        self.counts = CountEvidence.of(parsed.responses, [self._of(item, "q")[1] for item in parsed.responses])
         self.n_odd = 0
-        self._use_counts = (self.counts if counts is None else counts).usable
+        self._use_counts = use_counts
 
     def get(self, key: str) -> Score | ScoreFailure | None:
         """The answer to a context as it came."""
         return self._answers.get(key)
+
+    def count_evidence(self) -> CountEvidence:
+        """What Q's answers to this file say of its service's counts."""
+        responses = self._parsed.responses
+        return CountEvidence.of(responses, [self._of(item, "q")[1] for item in responses])
+
+    def as_they_came(self) -> FileAnswers:
+        """The same answers, whatever their counts say."""
+        same = copy.copy(self)
+        same.n_odd, same._use_counts, same._results = 0, False, {}
+        return same
 
     def results(self, response: Response, side: Side = "q") -> Results:
         """The answer at every position of a response; None where there is none."""

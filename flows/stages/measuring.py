@@ -22,14 +22,15 @@ from flows.folder.answers import FileAnswers
 from flows.folder.layout import Stores
 from flows.folder.vocabularies import Exact, exact_kl
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
-from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
+from kl.estimators.censored import SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic
 from kl.output.files import write_part
 from kl.records import Response, Sampling, Score
 from kl.statistics.noise_floor import AskedTwice
 from kl.tables.context_counts import CountEvidence
 from kl.tables.responses import ResponseInfo
-from kl.tables.tokens import measure_response, response_diagnostic, response_spread
+from kl.tables.spreads import Answered, Spreads
+from kl.tables.tokens import measure_response, response_diagnostic
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,8 @@ class Survey:
     all files rounds the same way however the files were divided; in ``counts`` they are 0.
     """
 
-    spread: SpreadEvidence
-    twice: SpreadEvidence
+    spread: Spreads
+    twice: Spreads
     counts: AlignmentDiagnostic
     masses: NDArray[np.float64]
     prompt_counts: CountEvidence
@@ -117,8 +118,8 @@ class Survey:
     @classmethod
     def of(
         cls,
-        spread: Sequence[SpreadEvidence],
-        twice: Sequence[SpreadEvidence],
+        spread: Sequence[Spreads],
+        twice: Sequence[Spreads],
         diagnostics: Sequence[AlignmentDiagnostic],
         prompt_counts: Sequence[CountEvidence],
     ) -> Survey:
@@ -129,14 +130,14 @@ class Survey:
         )
         table = np.array(masses, dtype=np.float64).reshape(-1, 3)
         of_all = CountEvidence.total(prompt_counts)
-        return cls(SpreadEvidence.total(spread), SpreadEvidence.total(twice), counts, table, of_all)
+        return cls(Spreads.total(spread), Spreads.total(twice), counts, table, of_all)
 
     @classmethod
     def total(cls, parts: Sequence[Survey]) -> Survey:
         """Of all files, in the order of the parts."""
         return cls(
-            SpreadEvidence.total([part.spread for part in parts]),
-            SpreadEvidence.total([part.twice for part in parts]),
+            Spreads.total([part.spread for part in parts]),
+            Spreads.total([part.twice for part in parts]),
             AlignmentDiagnostic.total([part.counts for part in parts]),
             np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
             CountEvidence.total(part.prompt_counts for part in parts),
@@ -144,7 +145,8 @@ class Survey:
 
     def priors(self) -> Priors:
         """What the data set lets expect of a position."""
-        return Priors(pooled_prior(self.spread), pooled_prior(self.twice), self.prompt_counts)
+        use = self.prompt_counts.usable
+        return Priors(self.spread.prior(use), self.twice.prior(use), self.prompt_counts)
 
     def diagnostic(self) -> AlignmentDiagnostic:
         """The counts with the masses, added one after the other."""
@@ -157,23 +159,24 @@ def survey_files(
     files: Sequence[InputFile], comparison: Comparison, stores: Stores, on_file: Callable[[], None]
 ) -> Survey:
     """The first pass over some files."""
-    spread: list[SpreadEvidence] = []
-    twice: list[SpreadEvidence] = []
+    spread: list[Spreads] = []
+    twice: list[Spreads] = []
     diagnostics: list[AlignmentDiagnostic] = []
     prompt_counts: list[CountEvidence] = []
     sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
     for file in read_ahead(files):
         parsed = read_input(file)
-        found = FileAnswers(parsed, comparison, stores, sides)
-        prompt_counts.append(found.counts)
+        found = FileAnswers(parsed, comparison, stores, sides, use_counts=True)
+        came = found.as_they_came()
+        prompt_counts.append(found.count_evidence())
         of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
-            results = found.results(response)
-            spread.append(response_spread(response, results))
-            of_file.append(response_diagnostic(response, results))
-            pair = found.twice(response)
-            if pair is not None:
-                twice.append(response_spread(pair.first, pair.second))
+            checked, unchecked = found.results(response), came.results(response)
+            spread.append(Spreads.of(Answered(response, checked), Answered(response, unchecked)))
+            of_file.append(response_diagnostic(response, unchecked))
+            pair, before = found.twice(response), came.twice(response)
+            if pair is not None and before is not None:
+                twice.append(Spreads.of(Answered(pair.first, pair.second), Answered(before.first, before.second)))
         diagnostics += _with_joint_keys(of_file)
         on_file()
     return Survey.of(spread, twice, diagnostics, prompt_counts)
@@ -214,7 +217,7 @@ def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: S
     for problem in parsed.problems:
         if problem.repaired:
             measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    found = FileAnswers(parsed, comparison, stores, comparison.sides(), measured.priors.counts)
+    found = FileAnswers(parsed, comparison, stores, comparison.sides(), use_counts=measured.priors.counts.usable)
     frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
     again = [_measure_again(response, comparison.config.estimator, found, measured) for response in parsed.responses]
     measured.twice.take([table for table in again if table is not None])

@@ -175,14 +175,15 @@ def _count_warnings(measured: Measured) -> Iterator[str]:
     if counts.n_steps and not counts.usable:
         yield (
             f"model 2's counts of the prompt's tokens rise by one a position at {counts.n_right:,} of "
-            f"{counts.n_steps:,} steps: they do not count P's tokens (or none, or those of another tokenizer), so that "
-            "they do not show whether prefixes were trimmed or tokenised otherwise"
+            f"{counts.n_steps:,} steps, and are what the prompt and the position make at {counts.n_base:,} of "
+            f"{counts.n_judged:,} positions: they do not count P's tokens (or none, or those of another tokenizer), so "
+            "that they do not show whether prefixes were trimmed or tokenised otherwise"
         )
     if measured.n_odd_counts:
         yield (
-            f"model 2's counts of the prompt's tokens fall at {measured.n_odd_counts:,} positions by more than "
-            "tokenising can make (tokens of a cache left out, perhaps): there they do not show whether the prefix was "
-            "trimmed or tokenised otherwise"
+            f"model 2's counts of the prompt's tokens decide nothing at {measured.n_odd_counts:,} positions: they "
+            "differ by more than tokenising can make (tokens of a cache left out, perhaps), or no majority says what "
+            "the prompt itself counts; whether the prefix was trimmed or tokenised otherwise is not known there"
         )
 
 

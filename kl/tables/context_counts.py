@@ -7,41 +7,55 @@ to another context.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kl.records import Response, Score, ScoreFailure
 
 Results = list[Score | ScoreFailure | None]
 
 RETOKENISED = "retokenised"
-_EARLY = 5  # positions of a response that say what its prompt counts
+_VOTES = (60, 30, 20, 15, 12)  # of the first positions of a response: the n-th has 1/n
 _SLACK = 8  # tokens that one step may lose beside those it adds: a word that is cut otherwise has fewer
+_MOST_LOST = 16  # of the tokens a step adds, however many; the blocks of caches have 64 and more
+
+_Verdict = Literal["right", "wrong", "odd"]
 
 
 class _Context(NamedTuple):
     """A position with a count. ``excess`` is the count minus the position: what the prompt and its turns count.
 
-    After white space a service may trim the prefix.
+    ``n_space`` is the number of white-space characters that end the prefix, which a service may trim; ``row`` the
+    number of the response, ``version`` that of the model.
     """
 
     position: int
     excess: int
     key: str
-    after_space: bool
+    n_space: int
+    row: int
+    version: str | None
+
+
+_Group = list[list[_Context]]  # by response, in the order of positions
 
 
 @dataclass(frozen=True, slots=True)
 class CountEvidence:
     """Whether the counts of a service are counts of P's tokens at all; add up over a data set.
 
-    ``n_right`` of ``n_steps`` from one position asked to the next one the count rises by their distance.
+    ``n_right`` of ``n_steps`` from one position asked to the next one the count rises by their distance; at ``n_base``
+    of ``n_judged`` positions it is what the prompt counts and the position. Where that is not known, or the count says
+    nothing, a position is not judged.
     """
 
     n_steps: int = 0
     n_right: int = 0
+    n_judged: int = 0
+    n_base: int = 0
 
     @classmethod
     def of(cls, responses: Sequence[Response], results: Sequence[Results]) -> CountEvidence:
@@ -50,25 +64,32 @@ class CountEvidence:
         Position 0 has no model turn, and prefixes that end in white space may be trimmed: both are passed over.
         Responses of which one position was asked are one sequence, by position.
         """
-        steps: list[bool] = []
-        alone: list[_Context] = []
-        for response, found in zip(responses, results, strict=True):
-            sequence = [item for item in _contexts(response, found) if item.position and not item.after_space]
-            steps += _rises(sequence)
-            alone += sequence if len(sequence) == 1 else ()
-        steps += _rises(sorted(alone))
-        return cls(len(steps), sum(steps))
+        return cls.total(map(cls._of_group, _groups(responses, results)))
+
+    @classmethod
+    def _of_group(cls, group: _Group) -> CountEvidence:
+        kept = [[item for item in sequence if item.position and not item.n_space] for sequence in group]
+        alone = sorted(sequence[0] for sequence in kept if len(sequence) == 1)
+        steps = [later.excess == earlier.excess for items in (*kept, alone) for earlier, later in pairwise(items)]
+        base = _base(group)
+        verdicts = [] if base is None else [verdict for item, verdict in _judged(group, base) if not item.n_space]
+        n_base, n_wrong = verdicts.count("right"), verdicts.count("wrong")
+        return cls(len(steps), sum(steps), n_base + n_wrong, n_base)
 
     @classmethod
     def total(cls, parts: Iterable[CountEvidence]) -> CountEvidence:
         """Of all parts together."""
-        items = list(parts)
-        return cls(sum(item.n_steps for item in items), sum(item.n_right for item in items))
+        columns = zip(*(astuple(part) for part in parts), strict=True)
+        return cls(*map(sum, columns))
 
     @property
     def usable(self) -> bool:
-        """Whether most steps are right: counts that rise otherwise, or never, say nothing of single positions."""
-        return 2 * self.n_right > self.n_steps
+        """Whether most steps are right, and most positions.
+
+        Counts that rise otherwise, or never, say nothing of single positions, nor does a tokenizer that cuts a tenth of
+        the tokens in two: most steps are right, and soon no position is.
+        """
+        return 2 * self.n_right > self.n_steps and (2 * self.n_base > self.n_judged or not self.n_judged)
 
 
 class Checked(NamedTuple):
@@ -81,15 +102,19 @@ class Checked(NamedTuple):
 def without_retokenised(responses: Sequence[Response], results: Sequence[Results]) -> Checked:
     """Replace the scores of contexts that Q saw otherwise than P wrote them by a failure ``retokenised``.
 
-    What the prompt counts is what most of the early positions of all its responses agree on: the first five asked from
-    1 on, prefixes that end in white space left aside, the n-th of a response with weight 1/n, equal contexts once. A
-    count that is wrong at the very first position is outvoted, and so is a prefix that is tokenised otherwise from an
-    early position on, which the first ones and the other responses contradict. Position 0 has one vote, and is never
-    judged: there is no prefix, and the header of a model turn may be missing from its count.
+    Counts are compared within one version of the model. What the prompt counts is what the first five positions of all
+    its responses say by more than half of their votes: those asked from 1 on, prefixes that end in white space left
+    aside, the n-th of a response with weight 1/n, equal contexts once. One context alone outvotes no other. A level
+    below that of a response's first position counts there only if another response shows it, because a text that is cut
+    otherwise stays so. Position 0 has no vote, as its count may lack the header of a model turn, and is never judged;
+    but if there is no majority and the highest level is its own, that is the base, as a header only adds. Where
+    all this decides nothing, no position is judged.
 
-    A count that falls short by more than tokenising can make, eight and the tokens between one position and the next,
-    is no verdict (a service leaves out the tokens of a cache, say); such positions are counted. One that is too large
-    by any number is a verdict: something else is in the context. Scores without a count stay.
+    No verdict is, too, a count that falls short by more than tokenising can make from one position to the next: eight
+    and the tokens between them, of these at most sixteen and white space at the end (a service leaves out the tokens of
+    a cache, say). It lasts until the count is back within eight of the base. A count that is too large by more than
+    eight is a verdict, as something else is in the context; but not if other contexts have the same excess, as then the
+    base may be that of a cache. All positions without a verdict are counted. Scores without a count stay.
 
     Parameters
     ----------
@@ -98,73 +123,79 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
     results : sequence, one per response, of sequences, one per position
         What Q answered.
     """
-    contexts = [_contexts(response, found) for response, found in zip(responses, results, strict=True)]
-    base = _base(contexts)
-    if base is None:
-        return Checked(list(results), 0)
-    checked, n_odd = list[Results](), 0
-    for found, sequence in zip(results, contexts, strict=True):
-        wrong, odd = _judged(sequence, base)
-        n_odd += odd
-        checked.append(
-            [ScoreFailure(_key(item), RETOKENISED, wrong[t]) if t in wrong else item for t, item in enumerate(found)]
-        )
+    checked, n_odd = [list(found) for found in results], 0
+    for group in _groups(responses, results):
+        base = _base(group)
+        if base is None:
+            n_odd += sum(item.position > 0 for sequence in group for item in sequence)
+            continue
+        for item, verdict in _judged(group, base):
+            n_odd += verdict == "odd"
+            if verdict == "wrong":
+                checked[item.row][item.position] = ScoreFailure(item.key, RETOKENISED, _why(item, base))
     return Checked(checked, n_odd)
 
 
-def _contexts(response: Response, found: Results) -> list[_Context]:
-    contexts: list[_Context] = []
+def _groups(responses: Sequence[Response], results: Sequence[Results]) -> Iterator[_Group]:
+    """The contexts with a count, those of each version of the model apart."""
+    contexts = [
+        list(_contexts(row, response, found))
+        for row, (response, found) in enumerate(zip(responses, results, strict=True))
+    ]
+    for version in dict.fromkeys(item.version for sequence in contexts for item in sequence):
+        yield [[item for item in sequence if item.version == version] for sequence in contexts]
+
+
+def _contexts(row: int, response: Response, found: Results) -> Iterator[_Context]:
     for t, (score, end) in enumerate(zip(found, response.prefix_ends().tolist(), strict=True)):
         if isinstance(score, Score) and score.input_tokens is not None:
             after_space = response.text[end - 1 : end].isspace() if end else False
-            contexts.append(_Context(t, score.input_tokens - t, score.key, after_space))
-    return contexts
+            n_space = end - len(response.text[:end].rstrip()) if after_space else 0
+            yield _Context(t, score.input_tokens - t, score.key, n_space, row, score.model_version)
 
 
-def _rises(sequence: Sequence[_Context]) -> Iterator[bool]:
-    return (later.excess == earlier.excess for earlier, later in pairwise(sequence))
-
-
-def _base(contexts: Sequence[Sequence[_Context]]) -> int | None:
-    votes: dict[int, float] = {}
-    seen: set[str] = set()
-    for sequence in contexts:
+def _base(group: _Group) -> int | None:
+    """The excess of the prompt; None where nothing decides."""
+    ballots: dict[str, tuple[int, int, bool]] = {}  # by context: weight, excess, whether it may vote by itself
+    for sequence in group:
         prefixes = [item for item in sequence if item.position]
-        early = [item for item in prefixes if not item.after_space][:_EARLY] or prefixes[:_EARLY]
-        start = [(1, item) for item in sequence if not item.position]
-        for rank, item in (*enumerate(early, 1), *start):
-            if item.key not in seen:
-                seen.add(item.key)
-                votes[item.excess] = votes.get(item.excess, 0.0) + 1 / rank
-    return max(votes, key=votes.__getitem__, default=None)
+        early = [item for item in prefixes if not item.n_space] or prefixes
+        for weight, item in zip(_VOTES, early, strict=False):
+            ballot = (weight, item.excess, item.excess >= early[0].excess)
+            ballots[item.key] = max(ballot, ballots.get(item.key, ballot))
+    levels = {excess for _, excess, by_itself in ballots.values() if by_itself}
+    if len({excess for _, excess, _ in ballots.values()}) == 1:
+        return levels.pop()
+    total = sum(weight for weight, _, _ in ballots.values())
+    for level in levels:
+        votes = [weight for weight, excess, _ in ballots.values() if excess == level]
+        if len(votes) > 1 and 2 * sum(votes) > total:
+            return level
+    starts = {item.excess for sequence in group for item in sequence if not item.position}
+    return max(levels) if levels and starts == {max(levels)} else None
 
 
-def _judged(sequence: Sequence[_Context], base: int) -> tuple[dict[int, str], int]:
-    """Why positions are wrong, and at how many the count says nothing."""
-    wrong: dict[int, str] = {}
-    n_odd, last_position, last_excess = 0, 0, base
-    for item in sequence:
-        if not item.position:
-            continue
-        lost, added = min(last_excess, base) - item.excess, item.position - last_position
-        if lost > added + _SLACK:
-            n_odd += 1
-            continue
-        if item.excess != base:
-            wrong[item.position] = _why(item, base)
-        last_position, last_excess = item.position, item.excess
-    return wrong, n_odd
+def _judged(group: _Group, base: int) -> Iterator[tuple[_Context, _Verdict]]:
+    """Every position but 0 of every response, with what its count says."""
+    at_level = Counter({item.key: item.excess for sequence in group for item in sequence}.values())
+    for sequence in group:
+        last_position, last_excess, odd = 0, base, False
+        for item in sequence:
+            if not item.position:
+                continue
+            added, lost = item.position - last_position, min(last_excess, base) - item.excess
+            too_low = lost > min(added, _MOST_LOST + item.n_space) + _SLACK
+            odd = too_low or (odd and item.excess < base - _SLACK)
+            shared_above = item.excess > base + _SLACK and at_level[item.excess] > 1
+            yield item, "odd" if odd or shared_above else "right" if item.excess == base else "wrong"
+            last_position, last_excess = item.position, item.excess
 
 
 def _why(item: _Context, base: int) -> str:
     less = item.excess < base
-    cause = "it trims white space at the end" if less and item.after_space else "it tokenised the text otherwise than P"
+    cause = "it trims white space at the end" if less and item.n_space else "it tokenised the text otherwise than P"
     return (
         f"Q's service counted {item.excess + item.position} tokens before this position, where "
         f"{base + item.position} belong there (one more a position): {cause}, so that its list is of another context. "
         "A backend that feeds token ids can measure the position."
     )
-
-
-def _key(result: Score | ScoreFailure | None) -> str:
-    return result.key if result is not None else ""

@@ -105,7 +105,7 @@ def test_a_service_that_merges_two_tokens_loses_all_positions_after_them(backend
 
 
 COUNTS: list[tuple[str, dict[str, Any], str]] = [
-    ("tokens of a cache are left out", {"counts": "uncached"}, "tokens fall at"),
+    ("tokens of a cache are left out", {"counts": "uncached"}, "tokens decide nothing at"),
     ("a constant", {"counts": "constant"}, "they do not count P's tokens"),
     ("none, and lists that are padded", {"counts": "absent", "padded_lists": True, "turn_header": 4}, ""),
 ]
@@ -122,8 +122,8 @@ def test_counts_that_are_no_counts_take_nothing_away(switches, said, run, world,
     tokens = tokens_of(tmp_path)
     assert tokens["kl_lower"].null_count() == 0
     run_json = json.loads((tmp_path / "out" / "run.json").read_text())["prompt_counts"]
-    assert (run_json["n_odd"] > 0) == ("fall" in said)
-    assert (2 * run_json["n_right"] > run_json["n_steps"]) == ("fall" in said)
+    assert (run_json["n_odd"] > 0) == ("decide" in said)
+    assert (2 * run_json["n_right"] > run_json["n_steps"]) == ("decide" in said)
     assert set(tokens["n_dropped"]) == {2 if "padded_lists" in switches else 0}
     assert_bounds_hold(world, tmp_path, tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -19,12 +20,15 @@ def response(tokens: Sequence[str], index: int = 0) -> Response:
     return Response("a.json", index, PROMPT, "p", "".join(tokens), positions)
 
 
-def answers(of: Response, counts: Sequence[int | None], asked: Sequence[int] | None = None) -> Results:
+def answers(
+    of: Response, counts: Sequence[int | None], asked: Sequence[int] | None = None, version: str | None = None
+) -> Results:
     """What Q said at the positions asked; equal prefixes are one context."""
     found: Results = [None] * len(of.positions)
     for t, end, count in zip(range(len(counts)), of.prefix_ends(), counts, strict=True):
         if asked is None or t in asked:
-            found[t] = Score(f"key of {of.text[:end]!r}", (Candidate("x", -0.1),), input_tokens=count)
+            top = (Candidate("x", -0.1),)
+            found[t] = Score(f"key of {of.text[:end]!r}", top, input_tokens=count, model_version=version)
     return found
 
 
@@ -65,7 +69,12 @@ RULES: list[tuple[str, Sequence[int | None], list[int]]] = [
     ("from a position on", rising(20, from_7=-1), list(range(7, 20))),
     ("from a position on, more", rising(20, from_7=5), list(range(7, 20))),
     ("further and further", rising(20, from_7=-1, from_12=-1), list(range(7, 20))),
-    ("much is put into the context", rising(20, from_7=300), list(range(7, 20))),
+    ("much is put into the context", rising(20, at_7=300), [7]),
+    ("more is put in", rising(20, from_7=8), list(range(7, 20))),
+    ("much more from a position on, or the first had a cache", rising(20, from_7=300), []),
+    ("the first has too many", rising(20, at_1=1), []),
+    ("a header, and from the second position on", rising(20, from_1=3, from_2=-1), []),
+    ("a header as long as what the first position lost", rising(20, from_1=1, at_1=-1), [1]),
     ("much is put in, and a little is lost", rising(20, at_7=300, at_8=-1), [7, 8]),
     ("white space of four tokens", rising(20, at_7=-1, at_8=-2, at_9=-3, at_10=-4), [7, 8, 9, 10]),
     ("the first position", rising(20, at_1=-1), [1]),
@@ -75,6 +84,13 @@ RULES: list[tuple[str, Sequence[int | None], list[int]]] = [
     ("some have no count", [count if t % 3 else None for t, count in enumerate(rising(20, at_7=-1))], [7]),
     ("tokens of a cache are left out at some", rising(40, at_9=-128, at_30=-128), []),
     ("tokens of a cache are left out from a position on", rising(40, from_20=-128, at_10=-1), [10]),
+    ("tokens of a cache are left out from an early position on", rising(400, from_6=-64), []),
+    ("some of the tokens of a cache are not", rising(400, from_6=-64, from_100=20, from_200=7), []),
+    ("no cache again, and one position", rising(400, from_6=-64, from_300=64, at_350=-1), [350]),
+    ("only the first have a cache", rising(400, from_1=-64, from_6=64), []),
+    ("few have none", rising(60, from_1=-64, at_20=64, at_30=64), []),
+    ("a cache of blocks that grow", [BASE + t - 128 * (t // 128) for t in range(700)], []),
+    ("a cache of small blocks that grow", [BASE + t - 64 * (t // 64) for t in range(700)], []),
     ("one position alone", [BASE], []),
 ]
 
@@ -100,11 +116,72 @@ def test_counts_that_say_nothing_are_numbered() -> None:
     assert without_retokenised([asked], [answers(asked, rising(40, at_9=-128, at_30=64))]).n_odd == 1
 
 
+def odd(responses: Sequence[Response], results: Sequence[Results]) -> int:
+    return without_retokenised(responses, results).n_odd
+
+
+def test_a_shortfall_stays_without_a_verdict_until_it_ends() -> None:
+    asked = response(words(400))
+    for counts, expected in (
+        (rising(400, from_6=-64), 394),
+        (rising(400, from_6=-64, from_300=64), 294),
+        (rising(400, from_1=-64, from_6=64), 394),
+    ):
+        assert odd([asked], [answers(asked, counts)]) == expected
+
+
+@pytest.mark.parametrize("step", [1, 7, 50, 130])
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_cache_is_none_of_tokenising_at_any_distance_of_the_positions(step: int, size: int) -> None:
+    assert marked(rising(500, from_140=-size), rising(500), asked=range(1, 500, step)) == [[], []]
+
+
+def test_a_long_run_of_white_space_that_is_trimmed_is_no_cache() -> None:
+    other = response(words(150, "other"), 1)
+    for token, expected in (("\n", [130]), ("-", [])):
+        asked = response([*words(100), *[token] * 30, *words(20, "end")])
+        found = [answers(asked, rising(150, at_130=-30), [130]), answers(other, rising(150))]
+        assert replaced([asked, other], found) == [expected, []]
+
+
+UNDECIDED: list[tuple[str, list[list[int]], Sequence[int]]] = [
+    ("two responses that contradict each other", [rising(9, from_1=-1), rising(9, from_1=0)], range(1, 9)),
+    ("one position of each", [rising(9, at_4=-1), rising(9)], [4]),
+    ("two positions, the first wrong", [rising(20, at_5=-1)], [5, 9]),
+    ("two positions, the second wrong", [rising(20, at_9=-1)], [5, 9]),
+    ("three positions, the first wrong", [rising(20, at_5=1)], [5, 9, 15]),
+]
+
+
+@pytest.mark.parametrize(("counts", "asked"), [case[1:] for case in UNDECIDED], ids=[case[0] for case in UNDECIDED])
+def test_where_nothing_decides_none_is_marked_in_any_order(counts: list[list[int]], asked: Sequence[int]) -> None:
+    responses = [response(words(len(of), f"r{index}w"), index) for index, of in enumerate(counts)]
+    results = [answers(item, of, asked) for item, of in zip(responses, counts, strict=True)]
+    for order in (slice(None), slice(None, None, -1)):
+        assert replaced(responses[order], results[order]) == [[]] * len(counts)
+        assert odd(responses[order], results[order]) == len(asked) * len(counts)
+        assert CountEvidence.of(responses[order], results[order]).n_judged == 0
+
+
+def test_the_first_position_has_no_vote_but_decides_where_nothing_else_does() -> None:
+    assert marked(rising(9, from_1=3, at_5=-3), asked=[0, 3, 5, 7, 8]) == [[5]]
+    assert marked(rising(9, at_5=-1), asked=[0, 3, 5]) == [[5]]
+    assert marked(rising(9, from_1=3, at_5=-3), asked=[0, 3, 5]) == [[]]
+
+
+def test_versions_of_the_model_are_not_compared() -> None:
+    asked = response(words(40))
+    first, later = answers(asked, rising(40)), answers(asked, rising(40, from_0=1, at_30=-1), version="2")
+    mixed = [new if t % 7 == 2 else old for t, (old, new) in enumerate(zip(first, later, strict=True))]
+    assert replaced([asked], [mixed]) == [[30]]
+    assert CountEvidence.of([asked], [mixed]) == CountEvidence(37, 35, 39, 38)
+
+
 def test_prefixes_that_end_in_white_space_have_no_vote() -> None:
     asked = response(["\n", "\n", "\n", "\n", "\n", "a", "b", "c"])
     counts = [BASE, BASE, BASE, BASE, BASE, BASE, BASE + 6, BASE + 7]  # all trimmed until a word comes
     assert replaced([asked], [answers(asked, counts)]) == [[1, 2, 3, 4, 5]]
-    assert CountEvidence.of([asked], [answers(asked, counts)]) == CountEvidence(1, 1)
+    assert CountEvidence.of([asked], [answers(asked, counts)]) == CountEvidence(1, 1, 2, 2)
 
 
 def test_responses_of_a_prompt_decide_together_and_share_what_is_equal() -> None:
@@ -135,6 +212,9 @@ USABLE: list[tuple[str, Sequence[int | None], bool]] = [
     ("some jump", rising(40, at_5=-1, at_15=-1, from_25=-1), True),
     ("never rises", [BASE] * 20, False),
     ("rises by two", list(range(BASE, BASE + 40, 2)), False),
+    ("one in ten tokens is two", [BASE + t + t // 10 for t in range(300)], False),
+    ("and one in thirty", [BASE + t + (t + 20) // 30 for t in range(300)], False),
+    ("tokens of a cache are left out at most", rising(300, from_6=-64), True),
     ("characters", [BASE + 4 * t + t % 3 for t in range(20)], False),
     ("absent", [None] * 20, False),
 ]
@@ -145,7 +225,7 @@ def test_counts_that_do_not_follow_the_tokens_are_not_used(counts: Sequence[int 
     asked = response(words(len(counts)))
     evidence = CountEvidence.of([asked], [answers(asked, counts)])
     assert evidence.usable is expected
-    assert CountEvidence.total([evidence, evidence]) == CountEvidence(2 * evidence.n_steps, 2 * evidence.n_right)
+    assert astuple(CountEvidence.total([evidence, evidence])) == tuple(2 * count for count in astuple(evidence))
 
 
 def test_failures_and_positions_not_asked_stay_as_they_are() -> None:
