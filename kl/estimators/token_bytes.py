@@ -61,15 +61,33 @@ def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates])
     written_p, written_q = writing_of(lists_p), writing_of(lists_q)
     hides_p, hides_q = _hides_parts(lists_p), _hides_parts(lists_q)
     read_p, read_q = _Reader(written_p, hides_p), _Reader(written_q, hides_q)
+    known_p, known_q = _all_known(read_p, lists_p), _all_known(read_q, lists_q)
+    cut_p, cut_q = _cut_texts(written_p, lists_p, known_q), _cut_texts(written_q, lists_q, known_p)
+    read_p, read_q = _Reader(written_p, hides_p, cut_p), _Reader(written_q, hides_q, cut_q)
     if not (_shows_bytes(lists_p) or _shows_bytes(lists_q)):
         return read_p, read_q
-    known_p, known_q = _all_known(read_p, lists_p), _all_known(read_q, lists_q)
     # In a vocabulary of longer parts, <0xF0> may be how a source cuts any of those that begin so.
     longer = any(len(known) > 1 and _is_part(known) for known in known_p | known_q)
     if longer or "byte-level" in (written_p, written_q):
         return read_p, read_q
     single_p, single_q = _single_bytes(written_p, known_p), _single_bytes(written_q, known_q)
-    return _Reader(written_p, hides_p, single_p), _Reader(written_q, hides_q, single_q)
+    return _Reader(written_p, hides_p, cut_p, single_p), _Reader(written_q, hides_q, cut_q, single_q)
+
+
+def _cut_texts(writing: Writing, lists: Sequence[Candidates], others: set[bytes]) -> frozenset[str]:
+    """What a side that shows no parts of characters may show of tokens that the other side names by their bytes.
+
+    A blank with the first byte of a character would be a blank, as it is where the two sides are one model.
+    """
+    if writing in ("byte-level", "sentence-piece") or _shows_parts(lists):
+        return frozenset()
+    return frozenset(known.decode("utf-8", "ignore") for known in others if _is_part(known))
+
+
+def _shows_parts(lists: Sequence[Candidates]) -> bool:
+    tokens = {candidate.token for candidates in lists for candidate in candidates}
+    shown = (REPLACEMENT in token or escaped_bytes(token) or _ESCAPES.fullmatch(token) for token in tokens)
+    return any(shown) or _states_parts(lists)
 
 
 def _hides_parts(lists: Sequence[Candidates]) -> bool:
@@ -94,9 +112,16 @@ def _single_bytes(writing: Writing, known: set[bytes]) -> frozenset[bytes]:
 class _Reader:
     """The bytes of one side's candidates, each kind of candidate looked at once."""
 
-    def __init__(self, writing: Writing, hides: bool, single: frozenset[bytes] = frozenset()) -> None:
+    def __init__(
+        self,
+        writing: Writing,
+        hides: bool,
+        cut: frozenset[str] = frozenset(),
+        single: frozenset[bytes] = frozenset(),
+    ) -> None:
         self._writing = writing
         self._hides = hides
+        self._cut = cut
         self._single = single
         self._known: dict[tuple[str, bytes | None], bytes | None] = {}
 
@@ -107,7 +132,7 @@ class _Reader:
         return self._known[entry]
 
     def _read(self, token: str, stated: bytes | None) -> bytes | None:
-        if self._hides and not token.strip(" "):
+        if token in self._cut or (self._hides and not token.strip(" ")):
             return None  # a blank with the first byte of a character is shown, and stated, as a blank
         if stated and stated != _named(token):
             return stated if _agree(token, stated) else None

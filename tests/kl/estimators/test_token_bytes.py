@@ -158,10 +158,43 @@ def test_a_text_that_names_two_tokens_once_names_none_anywhere_in_the_response()
     assert aligned.open_p[1] == aligned.open_q[1] == math.exp(-0.4)
 
 
+PARTS = (b" \xe2", b"(\xf0\x9f", b"\x99 a")
+
+
+class TestCutTexts:
+    """What a side shows of a token that the other side names with a part of a character."""
+
+    @pytest.mark.parametrize("part", PARTS)
+    @pytest.mark.parametrize("copies", [False, True])
+    def test_one_model_shown_and_stated_differs_by_nothing(self, part, copies):
+        law = {b" the": 0.4, part: 0.25, b" a": 0.15, b" it": 0.08}
+        shown = [(token.decode("utf-8", "ignore"), math.log(value)) for token, value in law.items()]
+        lists_p = [tuple(Candidate(text, value, None, text.encode() if copies else None) for text, value in shown)] * 2
+        stated = [Candidate(token.decode("utf-8", "replace"), math.log(p), None, token) for token, p in law.items()]
+        for lists in ((lists_p, [tuple(stated)] * 2), ([tuple(stated)] * 2, lists_p)):
+            assert all((values <= 1e-9).all() for values in lower_bounds(cells(align(*lists))))
+
+    @pytest.mark.parametrize("part", PARTS)
+    @pytest.mark.parametrize(
+        "sign", [Candidate("\ufffd", -3.0), Candidate("", -3.0, None, b"\xe2"), Candidate("<0xE2>", -3.0)]
+    )
+    def test_a_side_that_shows_parts_otherwise_shows_whole_texts(self, part, sign):
+        text = part.decode("utf-8", "ignore")
+        other = [(Candidate("\ufffd", -1.0, None, part),)]
+        read = byte_functions([(Candidate(text, -0.5), Candidate(" the", -1.0), sign)], other)[0]
+        assert read(Candidate(text, -0.5)) == text.encode()
+
+    def test_a_blank_keeps_its_identity_where_nothing_shows_that_parts_are_hidden(self):
+        clean = [(Candidate(" ", -0.5), Candidate(" the", -1.0), Candidate("\n", -2.0))]
+        assert all(read(Candidate(" ", -0.5)) == b" " for read in byte_functions(clean, clean))
+
+
 # Every way to write one side, from the bytes of each token; None stands for "no bytes".
 WRITINGS = {
     "text, parts as nothing": lambda token: (_whole(token) or "", None),
     "text, parts as nothing with no bytes": lambda token: (_whole(token) or "", token if _whole(token) else b""),
+    "text, parts left out": lambda token: (token.decode("utf-8", "ignore"), None),
+    "text, parts left out of the bytes too": lambda token: (token.decode("utf-8", "ignore"),) * 2,
     "text and the bytes of U+FFFD": lambda token: (token.decode("utf-8", "replace"),) * 2,
     "text, the first byte of parts": lambda token: (_whole(token) or f"<0x{token[0]:02X}>", None),
     "text and bytes": lambda token: (token.decode("utf-8", "replace"), token),
