@@ -12,6 +12,7 @@ from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.config.templates import RunValues
+from flows.folder.refusals import Refusal
 from flows.stages import passes
 from flows.stages.inputs import find_inputs, read_input
 from flows.stages.measuring import Measured
@@ -34,7 +35,7 @@ def measured(tmp_path: Path) -> Callable[..., Measured]:
         values = {"input_dir": tmp_path / "in", "output_dir": tmp_path / name, "model2": "gemini-2.5-flash"}
         settings = {"backend": "vertex_online", "project_id": "p", "force": True, "noise_floor": {"fraction": 0.5}}
         config = validate(RunConfig, values | settings)
-        comparison = Comparison.of(config, RunValues.of_a_dry_run()).without({}, [P])
+        comparison = Comparison.of(config, RunValues.of_a_dry_run()).without({P: Refusal("refused")})
         stores, files, noise = comparison.folder.stores(), find_inputs(config), np.random.default_rng(0)
         for number, file in enumerate(files):
             for response in read_input(file).responses:
