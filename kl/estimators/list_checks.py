@@ -223,6 +223,25 @@ def _is_one_wrong_value(candidates: Candidates, floors: frozenset[float]) -> boo
     )
 
 
+def without_contradicted(found: Trusted) -> Trusted:
+    """A list without the smallest values that the mass contradicts, none of which a position was set aside for."""
+    kept, mass = found.candidates, found.mass
+    while kept and _is_contradicted(kept, mass):
+        least = logprob_of(kept[-1])
+        kept = tuple(candidate for candidate in kept if logprob_of(candidate) > least)
+        mass = listed_mass(kept)
+    if len(kept) == len(found.candidates):
+        return found
+    floor = logprob_of(found.candidates[len(kept)])
+    return found._replace(
+        candidates=kept,
+        mass=mass,
+        n_clipped=found.n_clipped + len(found.candidates) - len(kept),
+        floor=floor if found.floor is None else max(floor, found.floor),
+        largest_hidden=max(0.0, 1.0 - mass),
+    )
+
+
 def trusted_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> list[Trusted]:
     """The lists of one side without marks; values that the mass contradicts are left to `kl.estimators.outliers`.
 

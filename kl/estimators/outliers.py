@@ -243,40 +243,49 @@ def _below_the_best(aligned: Aligned, entries: _Entries, side: Side) -> Iterator
     mine, other = _Lists.of(aligned, "P" if side == "P" else "Q"), _Lists.of(aligned, "Q" if side == "P" else "P")
     for n_wrong in range(_MOST_WRONG, 0, -1):
         gap, crowd = mine.gap(n_wrong), mine.crowd(n_wrong)
-        found = mine.whole & (gap >= _EASE * _LEAST_GAP) & (crowd >= _CROWD) & (crowd - other.crowd(1) >= gap / 2)
+        found = (gap >= _EASE * _LEAST_GAP) & (crowd >= _CROWD) & (crowd - other.crowd(1) >= gap / 2)
         ordinary = mine.ordinary_gap(n_wrong)
         for row in np.flatnonzero(found):
-            column = int(mine.entry[row, mine.n[row] - n_wrong])
-            is_far = entries.is_far[row, column]
+            at = int(mine.n[row]) - n_wrong
+            column = int(mine.entry[row, at])
+            is_far = column >= 0 and entries.is_far[row, column]
             least = entries.ease[row, column] * _LEAST_GAP if is_far else max(_LEAST_GAP, ordinary[row])
             if gap[row] >= least or (gap[row] >= _LEAST_GAP and crowd[row] >= _IMPOSSIBLE_CROWD):
-                logp, logq = float(entries.logp[row, column]), float(entries.logq[row, column])
+                logp, logq = (
+                    (float(entries.logp[row, column]), float(entries.logq[row, column]))
+                    if column >= 0
+                    else (float(mine.logs[row, at]), math.nan)[:: 1 if side == "P" else -1]
+                )
                 yield Outlier(int(row), True, side, logp, logq, float(entries.spread[row]))
 
 
 class _Lists(NamedTuple):
-    """One side's lists: log-probabilities and where each entry stands in `_Entries`, shape (T, K); n, mass left over.
+    """One side's lists: all log-probabilities by falling value and where each stands in `_Entries`, shape (T, K).
 
-    Where entries are open, the row lacks them and has gaps: it is not ``whole``.
+    An open entry stands at -1: a gap and what is left over need no names. ``n`` and ``rest``, the mass left over, have
+    shape (T,).
     """
 
     logs: FloatArray
     entry: IntArray
     n: IntArray
     rest: FloatArray
-    whole: BoolArray
 
     @classmethod
     def of(cls, aligned: Aligned, side: Side) -> _Lists:
         if side == "P":
-            logs, coverage, unclear = aligned.logp, aligned.coverage_p, aligned.open_p
+            logs, unclear, coverage = aligned.logp, aligned.log_open_p, aligned.coverage_p
             entry = np.zeros(logs.shape, dtype=np.int64) + np.arange(logs.shape[1], dtype=np.int64)
         else:
-            logs, coverage, unclear = aligned.logq, aligned.coverage_q, aligned.open_q
+            logs, unclear, coverage = aligned.logq, aligned.log_open_q, aligned.coverage_q
             own = aligned.logp.shape[1] + np.arange(logs.shape[1], dtype=np.int64)
             entry = np.where(aligned.index_p >= 0, aligned.index_p, own)
+        logs = np.concatenate([logs, unclear], axis=1)
+        entry = np.concatenate([entry, np.full(unclear.shape, -1, dtype=np.int64)], axis=1)
+        falling = np.argsort(-logs, axis=1, kind="stable")
         n = np.count_nonzero(np.isfinite(logs), axis=1)
-        return cls(logs, entry, n, 1.0 - coverage, unclear == 0)
+        logs, entry = np.take_along_axis(logs, falling, axis=1), np.take_along_axis(entry, falling, axis=1)
+        return cls(logs, entry, n, 1.0 - coverage)
 
     def _at(self, column: IntArray) -> FloatArray:
         found = self.logs[np.arange(len(self.n)), np.maximum(column, 0)]

@@ -11,7 +11,7 @@ import numpy as np
 from kl.estimators.align import Aligned, BoolArray, FloatArray, align, with_hidden
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import MIN_LISTED, measure
-from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted
+from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted, without_contradicted
 from kl.estimators.outliers import Outlier, find_outliers
 from kl.estimators.token_keys import Candidates, listed, logprob_of
 from kl.records import LARGEST_MASS, Candidate, Response, Score, ScoreFailure
@@ -156,9 +156,7 @@ def _problem(side: str, item: _List, again: str, check: str) -> Missing | None:
 
 
 def _pair(t: int, list_p: _List, list_q: _List, response: Response, score: Score) -> Pair:
-    sampled, floor = response.positions[t].sampled, list_p.found.floor
-    if floor is not None and sampled.logprob is not None and sampled.logprob <= floor:
-        sampled = sampled._replace(logprob=None)
+    sampled = _above(response.positions[t].sampled, list_p.found.floor)
     flags = {
         "clipped-p": list_p.found.n_clipped,
         "clipped-q": list_q.found.n_clipped,
@@ -174,19 +172,39 @@ def _pair(t: int, list_p: _List, list_q: _List, response: Response, score: Score
     return Pair(t, found_p, list_q.found, n_dropped, sampled, score.sampled, is_stop, named)
 
 
+def _above(sampled: Candidate, floor: float | None) -> Candidate:
+    """The sampled token, without a value that is no probability."""
+    is_none = floor is not None and sampled.logprob is not None and sampled.logprob <= floor
+    return sampled._replace(logprob=None) if is_none else sampled
+
+
+def _without_contradicted(pair: Pair) -> Pair:
+    p, q = without_contradicted(pair.p), without_contradicted(pair.q)
+    clipped = {code for code, is_so in (("clipped-p", p is not pair.p), ("clipped-q", q is not pair.q)) if is_so}
+    n_dropped = pair.n_dropped + q.n_clipped - pair.q.n_clipped
+    return pair._replace(
+        p=p, q=q, n_dropped=n_dropped, sampled_p=_above(pair.sampled_p, p.floor), flags=pair.flags | clipped
+    )
+
+
 def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
-    """The same without the positions whose own lists contradict a value; doubtful ones stay, with a flag."""
+    """The same without the positions whose own lists contradict a value; doubtful ones stay, with a flag.
+
+    A value in the others that leaves more over than any vocabulary has is taken out: it is no cap.
+    """
     if paired.aligned is None:
         return paired
     found = {item.row: item for item in find_outliers(paired.aligned, prior)}
     wrong = [row for row, item in found.items() if item.certain]
-    pairs = [
+    flagged = [
         pair._replace(flags=pair.flags | {LONE_VALUE}) if row in found else pair
         for row, pair in enumerate(paired.pairs)
-        if row not in wrong
     ]
-    if not wrong:
-        return paired._replace(pairs=pairs)
+    clipped = [pair if row in wrong else _without_contradicted(pair) for row, pair in enumerate(flagged)]
+    aligned = paired.aligned if clipped == flagged else _aligned(clipped)
+    pairs = [pair for row, pair in enumerate(clipped) if row not in wrong]
+    if not wrong or aligned is None:
+        return Paired(pairs, aligned, paired.missing)
     counted = measure(paired.aligned.only(wrong), prior)
     kl = np.where(np.isnan(counted.censored.kl), counted.lower.kl, counted.censored.kl).tolist()
     missing = {
@@ -194,7 +212,7 @@ def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
         for row, value in zip(wrong, kl, strict=True)
     }
     kept = [row for row in range(len(paired.pairs)) if row not in wrong]
-    return Paired(pairs, paired.aligned.only(kept) if kept else None, paired.missing | missing)
+    return Paired(pairs, aligned.only(kept) if kept else None, paired.missing | missing)
 
 
 def _contradiction(pair: Pair, outlier: Outlier, kl: float) -> str:

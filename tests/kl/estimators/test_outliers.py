@@ -76,6 +76,18 @@ def test_models_that_differ_contradict_nothing(noise, k):
     assert certain(compare(top_lists(logp, k), top_lists(logq, k))) == []
 
 
+@pytest.mark.parametrize("noise", [0.1, 1.5])
+@pytest.mark.parametrize("k", [10, 20, 50])
+def test_entries_without_a_name_contradict_nothing(noise, k):
+    logp, logq = gaussian_pair(11, 300, 3000, noise)
+    shown = [tuple(c._replace(token_id=None) for c in top) for top in top_lists(logq, k)]
+    hidden = [
+        tuple(c._replace(token="" if at in (0, 4, 7) else c.token, token_id=None) for at, c in enumerate(top))
+        for top in top_lists(logp, k)
+    ]
+    assert certain(compare(hidden, shown)) == certain(compare(shown, hidden)) == []
+
+
 @pytest.mark.parametrize("rank", [0, 3, 12, 19, 40])
 @pytest.mark.parametrize("by", [-1000.0, -8.0, -3.0, 3.0, 8.0])
 @pytest.mark.parametrize("side", [0, 1], ids=["P", "Q"])

@@ -328,6 +328,41 @@ class TestTokens:
             assert frame["kl_estimate"].max() <= 1e-3
 
 
+def wrong_last(top, logprob, unnamed=()):
+    """The list with another last value, and without the names of some entries."""
+    hidden = tuple(c._replace(token="", token_id=None) if at in unnamed else c for at, c in enumerate(top))
+    return (*hidden[:-1], hidden[-1]._replace(logprob=logprob))
+
+
+@pytest.mark.parametrize("logprob", [-9.0, -25.0, -40.0])
+@pytest.mark.parametrize("unnamed", [(), (2,), (2, 7)], ids=str)
+@pytest.mark.parametrize("side", ["P", "Q"])
+def test_a_wrong_last_value_is_set_aside_whatever_else_the_list_does_not_name(logprob, unnamed, side):
+    logs = np.log([[0.35, 0.2, 0.12, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01]])
+    (right,) = top_lists(logs, 8)
+    wrong = wrong_last(right, logprob, unnamed)
+    lists = (wrong, right) if side == "P" else (right, wrong)
+    (row,) = measured([lists[0]], scores_of([lists[1]])).rows(named=True)
+    assert row["reason"] == "outlier"
+    assert row["kl_lower"] is None
+    assert row["error"].startswith(f"{side}'s log-probability of ")
+    assert f"{logprob:.4g}" in row["error"]
+
+
+@pytest.mark.parametrize("unnamed", [(), (2,)], ids=str)
+def test_impossible_last_values_that_both_lists_have_are_no_caps(unnamed):
+    """Which of the lists is wrong, no comparison of the two says; neither value counts."""
+    logp, logq = gaussian_pair(5, 30, 400, 0.3)
+    tops = [
+        [wrong_last(top, -40.0 - side, unnamed) for top in top_lists(logs, 8)] for side, logs in enumerate((logp, logq))
+    ]
+    table = measured(tops[0], scores_of(tops[1]), prior=None)
+    assert table["reason"].drop_nulls().to_list() == []
+    assert table["flags"].str.starts_with("clipped-p,clipped-q").all()
+    assert (table["kl_lower"].to_numpy() <= exact_kl(logp, logq) + 1e-9).all()
+    assert (table["kl_estimate"].to_numpy() < exact_kl(logp, logq) + 1.0).all()
+
+
 def test_two_phases_give_what_the_pool_gives(pair, tops):
     response, scores = response_of(tops[0]), scores_of(tops[1])
     prior = pooled_prior(response_spread(response, scores))
