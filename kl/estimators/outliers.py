@@ -125,10 +125,10 @@ class _Entries:
         logp = np.where(np.isfinite(aligned.logp), aligned.logp, np.nan)
         logq = np.where(shared, aligned.shared_logq, np.nan)
         only_q = np.where(np.isfinite(aligned.logq) & (aligned.index_p < 0), aligned.logq, np.nan)
-        centred, cap_p, cap_q = centre[:, None], aligned.log_cap_p[:, None], aligned.log_cap_q[:, None]
+        centred = centre[:, None]
         # An open entry of the other side may be any token, also one that this side lists.
-        least = np.where((aligned.open_q == 0)[:, None], np.maximum(logp - cap_q - centred, 0.0), 0.0)
-        most = np.where((aligned.open_p == 0)[:, None], np.minimum(cap_p - only_q - centred, 0.0), 0.0)
+        least = np.maximum(logp - aligned.log_limit_q[:, None] - centred, 0.0)
+        most = np.minimum(aligned.log_limit_p[:, None] - only_q - centred, 0.0)
         excess = np.nan_to_num(np.concatenate([np.where(shared, _ratios(aligned) - centred, least), most], axis=1))
         limit = np.maximum(_LEAST_EXCESS, _EXCESS_SPREADS * spread)
         return cls(
@@ -145,15 +145,22 @@ def _alone(aligned: Aligned, entries: _Entries) -> Iterator[Outlier]:
     """Values far off all others; certainly wrong where the masses add up without them and do not with them."""
     two_decimals = _has_two_decimals(aligned.logp) | _has_two_decimals(aligned.logq)
     rounding = np.where(two_decimals, _TWO_DECIMALS, _ROUNDING)
-    caps = np.exp(aligned.log_cap_p), np.exp(aligned.log_cap_q)
+    limits = np.exp(aligned.log_limit_p), np.exp(aligned.log_limit_q)
     for row in np.flatnonzero(entries.is_far.any(axis=1)):
         logp, logq, excess = entries.logp[row], entries.logq[row], np.abs(entries.excess[row])
         far = np.argsort(-excess, kind="stable")[:_MOST_WRONG]
         far = far[entries.is_far[row, far]]
-        balance = _Balance(logp, logq, (caps[0][row], caps[1][row]), float(entries.spread[row]), float(rounding[row]))
-        gained = np.flatnonzero(excess >= _LEAST_GAIN)
+        balance = _Balance(
+            logp,
+            logq,
+            (float(aligned.log_cap_p[row]), float(aligned.log_cap_q[row])),
+            (float(limits[0][row]), float(limits[1][row])),
+            (float(aligned.open_p[row]), float(aligned.open_q[row])),
+            float(entries.spread[row]),
+            float(rounding[row]),
+        )
         certain = any(
-            balance.is_only_without(far[:n], gained, entries.ease[row, far[n - 1]]) and balance.is_off_the_line(far[:n])
+            balance.is_only_without(far[:n], entries.ease[row, far[n - 1]]) and balance.is_off_the_line(far[:n])
             for n in range(1, len(far) + 1)
         )
         yield Outlier(int(row), certain, None, float(logp[far[0]]), float(logq[far[0]]), float(entries.spread[row]))
@@ -165,7 +172,10 @@ def _has_two_decimals(logs: FloatArray) -> BoolArray:
 
 
 class _Balance(NamedTuple):
-    """The masses of one position; entries as in `_Entries`, caps of both sides, what a listed mass is exact to.
+    """The masses of one position, its entries as in `_Entries`.
+
+    Of both sides: ``log_caps``, the ``limits`` of the mass of a token that they do not name, and the mass ``opened`` of
+    their open entries. ``rounding`` is what a listed mass is exact to.
 
     With the shared masses P_I and Q_I, 1 - P_I and 1 - Q_I are outside. Tokens outside differ like the shared ones, so
     that log (1 - P_I)/(1 - Q_I) is near the median of their log p/q.
@@ -173,15 +183,17 @@ class _Balance(NamedTuple):
 
     logp: FloatArray
     logq: FloatArray
-    caps: tuple[float, float]
+    log_caps: tuple[float, float]
+    limits: tuple[float, float]
+    opened: tuple[float, float]
     spread: float
     rounding: float
 
-    def is_only_without(self, far: IntArray, gained: IntArray, ease: float) -> bool:
+    def is_only_without(self, far: IntArray, ease: float) -> bool:
         """Whether the outside balances if the tokens ``far`` may have any value, and not if theirs are right.
 
         What the far ones lost may have gone to tokens that one side alone lists, above all that the other could give
-        them (``gained``): whatever part of these balances the outside, the values may be right.
+        them, or to open entries: whatever part of these balances the outside, the values may be right.
         """
         shared = ~np.isnan(self.logp) & ~np.isnan(self.logq)
         shared[far] = False
@@ -195,8 +207,8 @@ class _Balance(NamedTuple):
         noise = math.hypot(_CONSTANT_NOISE, _SPREAD_NOISE * self.spread) * math.sqrt(1.0 + 4.0 / n)
         rounding = self.rounding / max(min(out_p, out_q), self.rounding)
         without = abs(_log(out_p) - _log(out_q) - centre) / math.hypot(noise, rounding)
-        alone = np.setdiff1d(gained, far)
-        only_p, only_q = self._alone(self.logp, self.logq, alone), self._alone(self.logq, self.logp, alone)
+        only_p = self.opened[0] + self._gained(self.logp, self.logq, self.log_caps[1] + centre, far)
+        only_q = self.opened[1] + self._gained(self.logq, self.logp, self.log_caps[0] - centre, far)
         lowest = _log(out_p - high_p - only_p) - _log(out_q - low_q) - centre
         highest = _log(out_p - low_p) - _log(out_q - high_q - only_q) - centre
         with_them = max(lowest, -highest, 0.0) / noise
@@ -215,15 +227,17 @@ class _Balance(NamedTuple):
         return bool((np.abs(ratio[known] - slope * level[known] - centre) >= _LEAST_EXCESS).all())
 
     @staticmethod
-    def _alone(logs: FloatArray, others: FloatArray, entries: IntArray) -> float:
-        """Mass of those of the entries that one side alone lists."""
-        return float(np.exp(logs[entries[~np.isnan(logs[entries]) & np.isnan(others[entries])]]).sum())
+    def _gained(logs: FloatArray, others: FloatArray, most: float, far: IntArray) -> float:
+        """Mass of the tokens, those of ``far`` aside, that one side alone lists, well above what the other has."""
+        gained = np.isnan(others) & (logs >= most + _LEAST_GAIN)
+        gained[far] = False
+        return float(np.exp(logs[gained]).sum())
 
     def _masses(self, logs: FloatArray, side: int) -> tuple[float, float]:
         """What the tokens have by their values, those that are not listed at 0 and at the cap."""
         unlisted = np.isnan(logs)
         listed = float(np.exp(logs[~unlisted]).sum())
-        return listed, listed + self.caps[side] * int(np.count_nonzero(unlisted))
+        return listed, listed + self.limits[side] * int(np.count_nonzero(unlisted))
 
 
 def _slope(x: FloatArray, y: FloatArray) -> float:

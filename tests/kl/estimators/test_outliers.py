@@ -121,6 +121,21 @@ def test_tokens_that_another_model_exchanges_keep_counting(whole, ranks, k):
     assert certain(compare(*lists)) == certain(compare(*lists[::-1])) == []
 
 
+@pytest.mark.parametrize("unnamed", [0, 3, 12])
+def test_tokens_that_are_exchanged_keep_counting_where_one_has_no_name(whole, unnamed):
+    """The one that takes what the other loses may be the one that its list does not name."""
+    logp, logq = whole[0], whole[1].copy()
+    order = np.argsort(-logp, axis=1)
+    for one, other in ((order[:, 0], order[:, 60]), (order[:, 60], order[:, 0])):
+        logq[np.arange(ROWS), one] = whole[1][np.arange(ROWS), other]
+    shown = [tuple(c._replace(token_id=None) for c in top) for top in top_lists(logp, K)]
+    hidden = [
+        tuple(c._replace(token="" if at == unnamed else c.token, token_id=None) for at, c in enumerate(top))
+        for top in top_lists(logq, K)
+    ]
+    assert certain(compare(shown, hidden)) == certain(compare(hidden, shown)) == []
+
+
 @pytest.mark.parametrize("n", [2, 5])
 def test_a_token_that_gives_way_to_several_keeps_counting(whole, n):
     logp, q = whole[0], np.exp(whole[1])
