@@ -45,6 +45,7 @@ from kl.tables.responses import ResponseInfo, info_frame, response_rows
 from kl.tables.totals import response_totals
 
 AMBIGUOUS_MASS_WARNING = 0.01
+_LARGE_KL = 1e-3  # nats; where two models are alike, some position always holds most of the noise
 _NAMED = 10  # positions that a warning names
 _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 
@@ -277,7 +278,7 @@ def _outlier_warnings(summary: Summary) -> Iterator[str]:
             f"counted: {named}{more}. `outliers` and the column `error` say which value."
         )
     for row in summary.outliers:
-        if row["kind"] == "large" and row["share"] is not None:
+        if row["kind"] == "large" and row["share"] is not None and row["kl"] >= _LARGE_KL:
             yield f"{_place(row)} alone holds {row['share']:.1%} of all KL ({row['kl']:.3g} nats)."
 
 
