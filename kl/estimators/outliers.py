@@ -38,6 +38,7 @@ _LEAST_GAP, _GAP_STEPS, _GAP_PER_ENTRY = 0.8, 8.0, 16.0
 # The mass left over would be at least so many tokens, all as large as the last entry; real lists of 20 have up to 130.
 _CROWD, _IMPOSSIBLE_CROWD = math.log(30.0), math.log(3000.0)
 _SMALLEST = 1e-6
+_FLOAT_NOISE = 2e-6  # of the mass of a list: no more left over may be nothing
 
 
 class Outlier(NamedTuple):
@@ -257,7 +258,12 @@ def _below_the_best(aligned: Aligned, entries: _Entries, side: Side) -> Iterator
     mine, other = _Lists.of(aligned, "P" if side == "P" else "Q"), _Lists.of(aligned, "Q" if side == "P" else "P")
     for n_wrong in range(_MOST_WRONG, 0, -1):
         gap, crowd = mine.gap(n_wrong), mine.crowd(n_wrong)
-        found = (gap >= _EASE * _LEAST_GAP) & (crowd >= _CROWD) & (crowd - other.crowd(1) >= gap / 2)
+        found = (
+            (mine.rest > _FLOAT_NOISE)
+            & (gap >= _EASE * _LEAST_GAP)
+            & (crowd >= _CROWD)
+            & (crowd - other.crowd(1) >= gap / 2)
+        )
         ordinary = mine.ordinary_gap(n_wrong)
         for row in np.flatnonzero(found):
             at = int(mine.n[row]) - n_wrong

@@ -76,6 +76,14 @@ def test_models_that_differ_contradict_nothing(noise, k):
     assert certain(compare(top_lists(logp, k), top_lists(logq, k))) == []
 
 
+@pytest.mark.parametrize("k", [5, 7, 10])
+def test_lists_that_leave_nothing_over_contradict_nothing(k):
+    """One token has all but 1e-10: what the others would leave over is the rounding of the sum."""
+    logp, logq = gaussian_pair(2, 300, 2000, 1.5, zipf=1.3, spread=0.8)
+    logq[:, 1500] += 30.0
+    assert certain(compare(top_lists(logp, k), top_lists(log_softmax(logq), k))) == []
+
+
 @pytest.mark.parametrize("noise", [0.1, 1.5])
 @pytest.mark.parametrize("k", [10, 20, 50])
 def test_entries_without_a_name_contradict_nothing(noise, k):
