@@ -8,10 +8,17 @@ from typing import Literal
 
 import numpy as np
 
-from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align
+from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align, with_hidden
 from kl.estimators.censored import SpreadPrior, pooled_prior
 from kl.estimators.divergence import measure
-from kl.estimators.list_checks import check_lengths, check_lists, part_appended, trusted_lists
+from kl.estimators.list_checks import (
+    check_lengths,
+    check_lists,
+    part_appended,
+    trusted_lists,
+    with_lists,
+    without_contradicted,
+)
 from kl.estimators.outliers import Outlier, find_outliers, spread_evidence
 from kl.estimators.token_keys import Candidates
 from kl.records import Candidate
@@ -112,6 +119,13 @@ def compare(
     expected = pooled_prior(spread_evidence(aligned)) if prior == "pooled" else prior
     outliers = find_outliers(aligned, expected)
     wrong = [item.row for item in outliers if item.certain]
+    limits_p, limits_q = (
+        [item if row in wrong else without_contradicted(item) for row, item in enumerate(with_lists(known, side.lists))]
+        for known, side in ((known_p, side_p), (known_q, side_q))
+    )
+    if any(item.largest_hidden for item in (*limits_p, *limits_q)):
+        shorter = ([item.candidates for item in limits] for limits in (limits_p, limits_q))
+        aligned = with_hidden(align(*shorter, sampled_p, side_q.added), limits_p, limits_q)
     found = measure(aligned, expected)
 
     def where_right(values: FloatArray) -> FloatArray:

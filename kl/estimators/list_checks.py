@@ -223,15 +223,25 @@ def _is_one_wrong_value(candidates: Candidates, floors: frozenset[float]) -> boo
     )
 
 
+def with_lists(found: Sequence[Trusted], lists: Sequence[Candidates]) -> list[Trusted]:
+    """The same with other candidates, of which some were taken out."""
+    return [item._replace(candidates=tuple(top), mass=listed_mass(top)) for item, top in zip(found, lists, strict=True)]
+
+
 def without_contradicted(found: Trusted) -> Trusted:
-    """A list without the smallest values that the mass contradicts, none of which a position was set aside for."""
+    """A list without the smallest values that the mass contradicts, none of which a position was set aside for.
+
+    The last one stays, whatever it is, and is no limit.
+    """
     kept, mass = found.candidates, found.mass
-    while kept and _is_contradicted(kept, mass):
+    while kept and logprob_of(kept[0]) > logprob_of(kept[-1]) and _is_contradicted(kept, mass):
         least = logprob_of(kept[-1])
         kept = tuple(candidate for candidate in kept if logprob_of(candidate) > least)
         mass = listed_mass(kept)
-    if len(kept) == len(found.candidates):
+    if not kept or (len(kept) == len(found.candidates) and not _is_contradicted(kept, mass)):
         return found
+    if len(kept) == len(found.candidates):
+        return found._replace(largest_hidden=max(0.0, 1.0 - mass))
     floor = logprob_of(found.candidates[len(kept)])
     return found._replace(
         candidates=kept,

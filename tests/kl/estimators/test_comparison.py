@@ -103,3 +103,14 @@ def test_every_array_has_a_row_per_position(pair):
     arrays = [name for name in PositionDivergences.__dataclass_fields__ if name not in ("outliers", "prior", "aligned")]
     assert {getattr(found, name).shape for name in arrays} == {(40,)}
     assert measure(found.aligned, found.prior).lower.kl.tolist() == found.kl_lower.tolist()
+
+
+def test_a_last_value_that_the_mass_contradicts_is_no_limit():
+    """A token that neither side lists may have all that is left over, whatever the last value claims."""
+    whole = np.log([0.4, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02])
+    top = tuple(Candidate(f"t{rank}", float(logprob)) for rank, logprob in enumerate([*whole, -40.0]))
+    other = (*top[:3], Candidate("new", -3.2), *top[4:])  # has .041 where P has .05, and lists another token
+    found = compare([top], [other], prior=None)
+    assert found.kl_lower[0] < 0.06
+    one = compare([(Candidate("a", -40.0),)], [(Candidate("b", -0.1),)], prior=None)
+    assert one.kl_lower[0] == 0
