@@ -25,7 +25,7 @@ _ID_END = 2**63
 # So many positions, and this share of all, may have numbers that do not belong to their token by chance; where there
 # are more, lists and tokens have lost each other, and the other positions cannot be trusted either.
 _FEW_POSITIONS, _FEW_SHARE = 3, 0.1
-_LARGEST_SHARE = 0.25  # of a response's positions that may be unusable for whatever reason
+_LARGEST_SHARE = 0.125  # of a response's positions that may be unusable for whatever reason
 _MIXED_UP = frozenset({"sampled-disagrees", "sampled-above-list"})
 
 
@@ -48,10 +48,10 @@ def read_positions(content: list[object], notes: Notes) -> list[Position] | None
 
 
 def _refuse_many(n_positions: int, notes: Notes) -> None:
-    """Refuse a response of which a quarter of the positions cannot be used, or whose tokens and lists are mixed up."""
+    """Refuse a response of which over an eighth cannot be used, or whose tokens and lists are mixed up."""
     unusable = [*notes.unusable.values()]
     mixed = [problem for problem in unusable if problem.kind in _MIXED_UP]
-    if unusable and len(unusable) >= _LARGEST_SHARE * n_positions:
+    if len(unusable) > _LARGEST_SHARE * n_positions:
         notes.refuse_for(unusable[0])
     elif len(mixed) > max(_FEW_POSITIONS, _FEW_SHARE * n_positions):
         notes.refuse_for(mixed[0])

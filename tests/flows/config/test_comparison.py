@@ -46,11 +46,11 @@ def test_an_end_token_without_an_id_leaves_the_others_their_ids_and_keys(tmp_pat
 
 
 def test_a_position_without_a_usable_list_is_not_asked(tmp_path: Path) -> None:
-    content = [entry(token, number) for number, token in enumerate("ab0123")]
+    content = [entry(token, number) for number, token in enumerate("ab0123456")]
     content[1]["top_logprobs"][0]["logprob"] = 3.0
-    document = {"text": "ab0123", "logprobs": {"content": content}}
+    document = {"text": "ab0123456", "logprobs": {"content": content}}
     data = json.dumps({"prompt": "Hi", "model": "p", "responses": [document]}).encode()
     (response,) = parse_responses(data, "a.json").responses
     asked = comparison(tmp_path).request(response, "q")
     assert asked is not None
-    assert asked.positions == (0, 2, 3, 4, 5)
+    assert asked.positions == (0, *range(2, 9))

@@ -254,10 +254,11 @@ def test_numbers_that_cannot_be_right_leave_out_their_position_alone(case: Defec
     ("n_spoilt", "n_positions", "values", "is_read"),
     [
         (1, 8, {"logprob": 3.0}, True),
-        (2, 8, {"logprob": 3.0}, False),  # a quarter
-        (3, 20, {"logprob": -1.0}, True),  # chance
-        (4, 20, {"logprob": -1.0}, False),  # tokens and lists have lost each other
-        (4, 20, {"logprob": 3.0}, True),
+        (2, 8, {"logprob": 3.0}, False),
+        (1, 7, {"logprob": 3.0}, False),  # more than an eighth
+        (3, 24, {"logprob": -1.0}, True),  # chance
+        (5, 40, {"logprob": -1.0}, False),  # tokens and lists have lost each other
+        (5, 40, {"logprob": 3.0}, True),
         (4, 50, {"logprob": -1.0}, True),  # few of many
     ],
 )
