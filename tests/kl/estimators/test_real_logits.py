@@ -13,6 +13,8 @@ from kl.estimators.comparison import compare
 from kl.estimators.list_checks import LARGEST_MASS, listed_mass
 from tests.kl.wrong_values import with_wrong
 
+pytestmark = pytest.mark.slow  # also so that one process runs them all: the models take more than a minute
+
 N_PROMPTS, N_TOKENS, SEED, LONGEST = 12, 20, 1, 50
 
 # What is asked of the default estimator at k = 20: |bias of the mean|, RMSE against that of `floor`, rank correlation,

@@ -173,6 +173,7 @@ def _rows(kl: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(value) else float(value) for value in row] for row in kl.reshape(PROMPTS, POSITIONS)]
 
 
+@pytest.mark.slow
 def test_where_q_is_p_the_floor_and_the_kl_agree_within_their_interval():
     """In 95 ± 2 % of 200 repeats the interval of KL(P‖Q) less the floor holds 0."""
     rng = np.random.default_rng(20261128)
