@@ -12,6 +12,7 @@ from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray, align,
 from kl.estimators.censored import SpreadPrior, pooled_prior
 from kl.estimators.divergence import measure
 from kl.estimators.list_checks import (
+    Trusted,
     check_lengths,
     check_lists,
     part_appended,
@@ -119,13 +120,10 @@ def compare(
     expected = pooled_prior(spread_evidence(aligned)) if prior == "pooled" else prior
     outliers = find_outliers(aligned, expected)
     wrong = [item.row for item in outliers if item.certain]
-    limits_p, limits_q = (
-        [item if row in wrong else without_contradicted(item) for row, item in enumerate(with_lists(known, side.lists))]
-        for known, side in ((known_p, side_p), (known_q, side_q))
-    )
+    limits_p, limits_q = _limits(known_p, side_p.lists, wrong), _limits(known_q, side_q.lists, wrong)
     if any(item.largest_hidden for item in (*limits_p, *limits_q)):
-        shorter = ([item.candidates for item in limits] for limits in (limits_p, limits_q))
-        aligned = with_hidden(align(*shorter, sampled_p, side_q.added), limits_p, limits_q)
+        kept_p, kept_q = [item.candidates for item in limits_p], [item.candidates for item in limits_q]
+        aligned = with_hidden(align(kept_p, kept_q, sampled_p, side_q.added), limits_p, limits_q)
     found = measure(aligned, expected)
 
     def where_right(values: FloatArray) -> FloatArray:
@@ -155,6 +153,12 @@ def compare(
         prior=expected,
         aligned=aligned,
     )
+
+
+def _limits(known: Sequence[Trusted], lists: Sequence[Candidates], wrong: Sequence[int]) -> list[Trusted]:
+    """The lists whose smallest value is a limit, or that say what else is; those set aside stay as they are."""
+    found = with_lists(known, lists)
+    return [item if row in wrong else without_contradicted(item) for row, item in enumerate(found)]
 
 
 def _known(sampled: Candidate | None, added: Candidate | None) -> Candidate | None:
