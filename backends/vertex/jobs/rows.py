@@ -23,12 +23,14 @@ logger = logging.getLogger(__name__)
 class RowSet:
     """Distinct contexts of one model, as the lines of a batch input file.
 
-    Iterating gives the lines; it can be done again, so that an upload can be repeated. Equal contexts are one row.
+    Iterating gives the lines; it can be done again, so that an upload can be repeated. Equal contexts are one row;
+    requests that are ``distinct``, as those of other rows are, need no look for them.
     """
 
-    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
+    def __init__(self, requests: Sequence[ScoreRequest], *, distinct: bool = False) -> None:
         seen: set[str] = set()
-        self.requests = tuple(filtered for request in requests if (filtered := _first_of(request, seen)).keys)
+        once = requests if distinct else [_first_of(request, seen) for request in requests]
+        self.requests = tuple(request for request in once if request.keys)
         self.keys: tuple[str, ...] = tuple(key for request in self.requests for key in request.keys)
 
     @property
@@ -48,7 +50,7 @@ class RowSet:
     def only(self, keys: Collection[str]) -> RowSet:
         """The rows of these keys."""
         wanted = keys if isinstance(keys, Set) else frozenset(keys)
-        return RowSet([request.only(wanted) for request in self.requests])
+        return RowSet([request.only(wanted) for request in self.requests], distinct=True)
 
     def by(self, label: Callable[[str], L]) -> dict[L, RowSet]:
         """The rows by what ``label`` says of their keys."""
@@ -59,7 +61,7 @@ class RowSet:
                 keys.setdefault(label(key), set()).add(key)
             for name, wanted in keys.items():
                 parts.setdefault(name, []).append(request.only(wanted))
-        return {name: RowSet(requests) for name, requests in parts.items()}
+        return {name: RowSet(requests, distinct=True) for name, requests in parts.items()}
 
     def without(self, keys: Collection[str]) -> RowSet:
         """The rows of all other keys."""
@@ -96,13 +98,13 @@ def _split(requests: Iterable[ScoreRequest], max_rows: int, max_bytes: int) -> I
         start = 0
         for index, length in enumerate(wire.BatchRows(request).sizes()):
             if n and (n == max_rows or size + length > max_bytes):
-                yield RowSet([*part, _between(request, start, index)])
+                yield RowSet([*part, _between(request, start, index)], distinct=True)
                 part, start, n, size = [], index, 0, 0
             n += 1
             size += length
         part.append(_between(request, start, None))
     if n:
-        yield RowSet(part)
+        yield RowSet(part, distinct=True)
 
 
 def _between(request: ScoreRequest, start: int, stop: int | None) -> ScoreRequest:
