@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from backends.base import ScoreRequest
 from flows.config.comparison import Comparison, Side
 from flows.folder.layout import Stores
 from kl.input.hidden import PARTIAL, UNKNOWN
@@ -80,6 +81,10 @@ class FileAnswers:
         self.n_odd = 0
         self._use_counts = use_counts
 
+    def request(self, response: Response, side: Side) -> ScoreRequest | None:
+        """What a model was asked of a response; None if the file names no P that this backend has."""
+        return self._requests[side, response.response_idx]
+
     def get(self, key: str) -> Score | ScoreFailure | None:
         """The answer to a context as it came."""
         return self._answers.get(key)
@@ -130,7 +135,7 @@ class FileAnswers:
 
     def _of(self, response: Response, side: Side) -> tuple[str, Results]:
         """The model that was asked, and what it said."""
-        request = self._requests[side, response.response_idx]
+        request = self.request(response, side)
         assert request is not None, "Q always has a name"
         results: Results = [None] * len(response.positions)
         for position, key in zip(request.positions, request.keys, strict=True):

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
-from flows.config.comparison import Comparison
 from flows.folder.answers import FileAnswers
 from kl.estimators.align import align
 from kl.estimators.divergence import PADDING_MASS, exact_kl_of_padded
@@ -37,7 +36,6 @@ class Exact(NamedTuple):
 
 def exact_kl(
     response: Response,
-    comparison: Comparison,
     found: FileAnswers,
     scores: ScoreStore,
     note: Callable[[Response, Sequence[int], str], None],
@@ -45,15 +43,13 @@ def exact_kl(
     """What full vocabularies say; of answered positions of which they say nothing, ``note`` is told which and why."""
     values = np.full(len(response.positions), np.nan)
     vocabulary = None
-    request_p, request_q = comparison.request(response, "p"), comparison.request(response, "q")
+    request_p, request_q = found.request(response, "p"), found.request(response, "q")
     assert request_q is not None, "Q always has a name"
     keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
     answered = [position for position in keys_q if isinstance(found.get(keys_q[position]), Score)]
-    why = "the file names no model that this backend has"
-    if request_p is not None:
-        why = _other_writer(response, request_p, found)
-    if request_p is None or why is not None:
-        note(response, answered, str(why))
+    other = None if request_p is None else _other_writer(response, request_p, found)
+    if request_p is None or other is not None:
+        note(response, answered, other or "the file names no model that this backend has")
         return Exact(values, None)
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
     numbering = _numbering([(found.get(keys_p.get(t, "")), found.get(keys_q[t])) for t in answered])

@@ -249,7 +249,7 @@ def _measure_response(
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
     whole = comparison.config.full_vocabulary
-    exact = exact_kl(response, comparison, found, scores, measured.note_no_exact) if whole else Exact(None, None)
+    exact = exact_kl(response, found, scores, measured.note_no_exact) if whole else Exact(None, None)
     drawn = comparison.drawn(response)
     return measure_response(
         response,

@@ -177,6 +177,10 @@ class Trusted(NamedTuple):
     largest_hidden: float | None
     is_degenerate: bool
 
+    def unlimited(self) -> Trusted:
+        """The same where one token outside may have all that is left over."""
+        return self._replace(largest_hidden=max(0.0, 1.0 - self.mass))
+
 
 def trusted(
     candidates: Candidates, n_dropped: int = 0, floors: frozenset[float] = frozenset(), *, by_mass: bool = True
@@ -241,15 +245,15 @@ def without_contradicted(found: Trusted) -> Trusted:
     if not kept or (len(kept) == len(found.candidates) and not _is_contradicted(kept, mass)):
         return found
     if len(kept) == len(found.candidates):
-        return found._replace(largest_hidden=max(0.0, 1.0 - mass))
+        return found.unlimited()
     floor = logprob_of(found.candidates[len(kept)])
-    return found._replace(
+    shorter = found._replace(
         candidates=kept,
         mass=mass,
         n_clipped=found.n_clipped + len(found.candidates) - len(kept),
         floor=floor if found.floor is None else max(floor, found.floor),
-        largest_hidden=max(0.0, 1.0 - mass),
     )
+    return shorter.unlimited()
 
 
 def trusted_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> list[Trusted]:

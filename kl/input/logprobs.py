@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-from kl.input.problems import Notes, Overwritten, as_list, encodable, is_encodable, number, show
+from kl.input.problems import Notes, Overwritten, as_list, as_plain, encodable, is_encodable, number, show
 from kl.pieces import is_whole, own_bytes
 from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Defect, Position
 
@@ -59,9 +59,9 @@ def _refuse_many(n_positions: int, notes: Notes) -> None:
 
 def _hides_text(raw: object) -> bool:
     """Whether a position has a token, sampled or listed, whose text its source does not show."""
-    entry = cast("dict[str, object]", raw) if type(raw) is dict else {}
+    entry = as_plain(raw) or {}
     items = [entry, *(as_list(entry.get("top_logprobs")) or [])]
-    tokens = [cast("dict[str, object]", item).get("token") for item in items if type(item) is dict]
+    tokens = [(as_plain(item) or {}).get("token") for item in items]
     return any(isinstance(token, str) and not is_whole(token) for token in tokens)
 
 
@@ -222,7 +222,7 @@ def _without_null_tail(items: list[object], position: int, notes: Notes) -> list
 
 
 def _is_null(item: object) -> bool:
-    entry = cast("dict[str, object]", item) if type(item) is dict else {}
+    entry = as_plain(item) or {}
     return "logprob" in entry and entry["logprob"] is None
 
 

@@ -156,11 +156,17 @@ class Notes:
 
 def _plain_object(value: object, kind: str, name: str) -> dict[str, object] | tuple[str, str]:
     """A JSON object without repeated keys, or the kind of the problem and what it is."""
-    if type(value) is dict:
-        return cast("dict[str, object]", value)
+    found = as_plain(value)
+    if found is not None:
+        return found
     if isinstance(value, RepeatedKeys):
         return "repeated-key", f"{name} holds the key {show(value.repeated)} more than once"
     return kind, f"{name} is {show(value)}, not an object"
+
+
+def as_plain(value: object) -> dict[str, object] | None:
+    """``value`` if it is a JSON object without repeated keys."""
+    return cast("dict[str, object]", value) if type(value) is dict else None
 
 
 def as_list(value: object) -> list[object] | None:

@@ -11,10 +11,10 @@ import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from kl.input.logprobs import read_positions
-from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, encodable, is_encodable, show
+from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
 from kl.input.shapes import as_document, as_response, json_lines, lacks_prompt
 from kl.input.texts import Settled, settle_text
@@ -178,7 +178,7 @@ def _nothing(
 def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
     defect = notes.first_defect
     assert defect is not None, "a response is skipped for a noted defect only"
-    text = cast("dict[str, object]", item).get("text") if type(item) is dict else None
+    text = (as_plain(item) or {}).get("text")
     return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
 
 

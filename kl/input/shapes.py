@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
-from kl.input.problems import Notes, Overwritten, as_list, number
+from kl.input.problems import Notes, Overwritten, as_list, as_plain, number
 from kl.pieces import is_whole
 
 Object = dict[str, object]
@@ -29,7 +28,7 @@ def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> ob
     if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines):
         return None
     try:
-        documents = [_as_object(load(line)) for line in lines]
+        documents = [as_plain(load(line)) for line in lines]
     except (ValueError, RecursionError):
         return None
     whole = [as_document(document) for document in documents if document is not None]
@@ -42,7 +41,7 @@ def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> ob
     responses: list[object] = []
     for document in whole:
         for item in as_list(document.get("responses")) or []:
-            response = _as_object(item)
+            response = as_plain(item)
             responses.append(item if response is None else _with_line(response, document))
     models = {json.dumps(item.get("model"), default=str) for item in whole}
     shared = ("prompt", "system", "model") if len(models) == 1 else ("prompt", "system")
@@ -51,7 +50,7 @@ def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> ob
 
 def _with_line(response: Object, line: Object) -> Object:
     """A response with what its line states, unless it states the same thing itself, in whichever place."""
-    nested, of_line = _as_object(response.get("sampling")) or {}, _as_object(line.get("sampling")) or {}
+    nested, of_line = as_plain(response.get("sampling")) or {}, as_plain(line.get("sampling")) or {}
     said = {name for place in (nested, response) for name, value in place.items() if value is not None}
     own = {name: line[name] for name in ("sampling", *_ABOUT) if name in line and name not in said}
     both = {name: value for name, value in of_line.items() if name not in said} | nested
@@ -66,13 +65,13 @@ def as_document(document: Object) -> Object:
     """
     if "responses" in document:
         return document
-    answer = _as_object(document.get("response")) or document
-    answer = _as_object(answer.get("body")) or answer
+    answer = as_plain(document.get("response")) or document
+    answer = as_plain(answer.get("body")) or answer
     items = as_list(answer.get("choices")) or as_list(answer.get("candidates"))
     if items is None:
         return {**document, "responses": [document]} if "text" in document and "logprobs" in document else document
-    request = _as_object(document.get("request")) or {}
-    asked = _as_object(request.get("body")) or request
+    request = as_plain(document.get("request")) or {}
+    asked = as_plain(request.get("body")) or request
     places = (document, answer, asked)
     about = {name: place[name] for name in _ABOUT for place in reversed(places) if name in place}
     about |= {name: document[name] for name in ("system", "sampling") if name in document}
@@ -87,9 +86,9 @@ def _prompt(document: Object, asked: Object) -> Object:
     contents = as_list(asked.get("contents"))
     if contents is None:
         return {}
-    turns = [_as_object(turn) or {} for turn in contents]
+    turns = [as_plain(turn) or {} for turn in contents]
     found: Object = {"prompt": [{"role": turn.get("role", "user"), "content": _parts(turn)} for turn in turns]}
-    system = _as_object(asked.get("systemInstruction"))
+    system = as_plain(asked.get("systemInstruction"))
     return found if system is None else {**found, "system": _parts(system)}
 
 
@@ -98,33 +97,33 @@ def lacks_prompt(document: Mapping[str, object]) -> str | None:
     if "prompt" in document:
         return None
     items = as_list(document.get("responses"))
-    first = _as_object(items[0]) if items else None
+    first = as_plain(items[0]) if items else None
     return None if first is None else _name_of(first)
 
 
 def _name_of(item: Object) -> str | None:
     if "message" in item:
         return "a raw answer of chat completions"
-    if _as_object(item.get("content")) is not None or "candidates" in item:
+    if as_plain(item.get("content")) is not None or "candidates" in item:
         return "a raw answer of Gemini"
     return "a raw answer of completions" if "index" in item and "text" in item else None
 
 
 def as_response(item: object, notes: Notes) -> object:
     """A response, choice or candidate in the documented form; as it stands if it is in none of the known ones."""
-    raw = _as_object(item)
+    raw = as_plain(item)
     inner = None if raw is None else as_list(raw.get("choices")) or as_list(raw.get("candidates"))
     if raw is not None and inner is not None and len(inner) == 1:
-        raw = _as_object(inner[0])
+        raw = as_plain(inner[0])
     if raw is None:
         return item
-    content = _as_object(raw.get("content"))
+    content = as_plain(raw.get("content"))
     if content is not None and "text" not in raw:
         return _gemini(raw, content, notes)
-    message = _as_object(raw.get("message"))
+    message = as_plain(raw.get("message"))
     if message is not None and "text" not in raw:
         raw = {**raw, "text": message.get("content")}
-    holder = _as_object(raw.get("logprobs"))
+    holder = as_plain(raw.get("logprobs"))
     if holder is not None and as_list(holder.get("tokens")) is not None:
         return {**raw, "logprobs": {"content": _legacy(holder, notes)}}
     rows = None if holder is None else as_list(holder.get("content"))
@@ -132,7 +131,7 @@ def as_response(item: object, notes: Notes) -> object:
 
 
 def _gemini(raw: Object, content: Object, notes: Notes) -> Object:
-    result = _as_object(raw.get("logprobsResult")) or {}
+    result = as_plain(raw.get("logprobsResult")) or {}
     chosen, tops = as_list(result.get("chosenCandidates")) or [], as_list(result.get("topCandidates")) or []
     if not chosen or len(tops) != len(chosen):
         what = f"{len(chosen)} chosenCandidates and {len(tops)} topCandidates in its logprobsResult"
@@ -142,20 +141,20 @@ def _gemini(raw: Object, content: Object, notes: Notes) -> Object:
             **_gemini_token(item),
             "top_logprobs": [_gemini_token(entry) for entry in as_list(top.get("candidates")) or []],
         }
-        for item, top in zip(chosen, (_as_object(top) or {} for top in tops), strict=False)
+        for item, top in zip(chosen, (as_plain(top) or {} for top in tops), strict=False)
     ]
     reason = {"finish_reason": raw["finishReason"]} if "finishReason" in raw else {}
     return {"text": _parts(content), **reason, "logprobs": {"content": rows}}
 
 
 def _gemini_token(item: object) -> Object:
-    raw = _as_object(item) or {}
+    raw = as_plain(item) or {}
     token: Object = {"token": raw.get("token", ""), "logprob": raw.get("logProbability")}
     return token | ({"token_id": raw["tokenId"]} if "tokenId" in raw else {})
 
 
 def _parts(content: Object) -> str | None:
-    texts = [(_as_object(part) or {}).get("text") for part in as_list(content.get("parts")) or []]
+    texts = [(as_plain(part) or {}).get("text") for part in as_list(content.get("parts")) or []]
     return "".join(text for text in texts if isinstance(text, str)) if texts else None
 
 
@@ -179,8 +178,8 @@ def _with_lists(rows: Sequence[object]) -> list[object]:
     values do not fall, or where there are fewer than elsewhere. A sampled token that is none of the k best may be added
     to them, and may stand before them.
     """
-    raw = {at: row for at, item in enumerate(rows) if (row := _as_object(item)) is not None}
-    tops = {at: top for at, row in raw.items() if (top := _as_object(row.get("top_logprobs"))) is not None}
+    raw = {at: row for at, item in enumerate(rows) if (row := as_plain(item)) is not None}
+    tops = {at: top for at, row in raw.items() if (top := as_plain(row.get("top_logprobs"))) is not None}
     may_be_added = {at: _least(top) == raw[at].get("token") for at, top in tops.items()}
     k = max((len(top) for at, top in tops.items() if not may_be_added[at]), default=0)
     longest = max(map(len, tops.values()), default=0)
@@ -202,7 +201,3 @@ def _least(top: Object) -> str | None:
 def _value(value: object) -> float:
     read = number(value)
     return -math.inf if read is None else read
-
-
-def _as_object(value: object) -> Object | None:
-    return cast("Object", value) if type(value) is dict else None

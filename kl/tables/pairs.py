@@ -166,9 +166,7 @@ def _pair(t: int, list_p: _List, list_q: _List, response: Response, score: Score
     named = frozenset(code for code, is_so in flags.items() if is_so)
     n_dropped = list_q.n_dropped + list_q.found.n_clipped
     is_stop = response.has_stop and t == len(response.positions) - 1
-    found_p = list_p.found
-    if response.positions[t].may_lack:
-        found_p = found_p._replace(largest_hidden=max(0.0, 1.0 - found_p.mass))
+    found_p = list_p.found.unlimited() if response.positions[t].may_lack else list_p.found
     return Pair(t, found_p, list_q.found, n_dropped, sampled, score.sampled, is_stop, named)
 
 
