@@ -70,8 +70,10 @@ class Aligned:
         Of the sampled token; NaN where not reported.
     sampled_clear : bool, shape (T,)
         Whether the sampled token has a key of its own: where Q does not list it, Q gives it at most ``log_limit_q``.
-    step_p, step_q : float
-        What the log-probabilities of a side are rounded to; 0 where they are not.
+    step_p, step_q : float64, shape (T,)
+        What the log-probabilities of a side are rounded to in the row's response; 0 where they are not.
+    response : int64, shape (T,)
+        The number of the response a row belongs to; never falls. Rows of one are measured in the light of each other.
     choice : KeyChoice
         What the tokens were matched by.
     keys_p, keys_q : frozenset
@@ -97,8 +99,9 @@ class Aligned:
     logp_sampled: FloatArray
     logq_sampled: FloatArray
     sampled_clear: BoolArray
-    step_p: float
-    step_q: float
+    step_p: FloatArray
+    step_q: FloatArray
+    response: IntArray
     choice: KeyChoice
     keys_p: frozenset[Key]
     keys_q: frozenset[Key]
@@ -394,8 +397,9 @@ def _stack(
         logp_sampled=np.array([row.sampled[0] for row in rows], dtype=np.float64),
         logq_sampled=np.array([row.sampled[1] for row in rows], dtype=np.float64),
         sampled_clear=np.array([row.sampled[2] for row in rows], dtype=np.bool_),
-        step_p=step_p,
-        step_q=step_q,
+        step_p=np.full(len(rows), step_p),
+        step_q=np.full(len(rows), step_q),
+        response=np.zeros(len(rows), dtype=np.int64),
         choice=choice,
         keys_p=frozenset(chain.from_iterable(row.p.keys for row in rows)),
         keys_q=frozenset(chain.from_iterable(row.q.keys for row in rows)),

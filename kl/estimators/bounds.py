@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import rel_entr
 
-from kl.estimators.align import Aligned, BoolArray, FloatArray
+from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray
 
 # A softmax in float32 makes lists of 20 exceed 1 by up to 1e-6, so a smaller rest mass is noise. The slack is added to
 # both rests; by the log-sum inequality equal additions never raise a divergence, so that the bounds stay valid.
@@ -111,8 +111,8 @@ def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
     """Split aligned positions into cells of probability.
 
     A list of mass above 1 is whole, as nothing can be left over: it is scaled to 1. How much it was above is how far
-    its values are known to be off, and up to `_COMMON_NOISE` those of all lists here, as is half the step to which they
-    are rounded. As much is added to both rests.
+    its values are known to be off, and up to `_COMMON_NOISE` those of all lists of its response, as is half the step to
+    which they are rounded. As much is added to both rests.
 
     Parameters
     ----------
@@ -145,15 +145,22 @@ def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
         open_q=aligned.open_q / scale_q,
         cap_x=_raised_caps(b, cap_p, np.exp(aligned.log_open_p) / scale_p[:, None]),
         cap_y=_raised_caps(a, cap_q, np.exp(aligned.log_open_q) / scale_q[:, None]),
-        slack=_slack(np.maximum(scale_p, scale_q) - 1.0, max(slack, aligned.step_p / 2, aligned.step_q / 2)),
+        slack=_slack(
+            np.maximum(scale_p, scale_q) - 1.0,
+            np.maximum(slack, np.maximum(aligned.step_p, aligned.step_q) / 2),
+            aligned.response,
+        ),
         mass_above_1_p=above_p,
         mass_above_1_q=above_q,
     )
 
 
-def _slack(excess: FloatArray, least: float) -> FloatArray:
-    common = min(float(excess.max(initial=0.0)), _COMMON_NOISE)
-    return np.maximum(excess, max(common, least))
+def _slack(excess: FloatArray, least: FloatArray, response: IntArray) -> FloatArray:
+    if not excess.any():
+        return least
+    starts = np.flatnonzero(np.diff(response, prepend=response[0] - 1))
+    common = np.minimum(np.maximum.reduceat(excess, starts), _COMMON_NOISE)
+    return np.maximum(np.maximum(excess, np.repeat(common, np.diff(starts, append=len(response)))), least)
 
 
 def _exp(logs: FloatArray) -> FloatArray:

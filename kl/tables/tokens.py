@@ -116,8 +116,8 @@ def _with_masses(pairs: list[Pair], aligned: Aligned, values: ListMeasures) -> l
     marks = {
         "mass-above-1-p": values.cell.mass_above_1_p,
         "mass-above-1-q": values.cell.mass_above_1_q,
-        "rounded-p": np.full(len(pairs), aligned.step_p > 0),
-        "rounded-q": np.full(len(pairs), aligned.step_q > 0),
+        "rounded-p": aligned.step_p > 0,
+        "rounded-q": aligned.step_q > 0,
     }
     return [
         pair._replace(flags=pair.flags.union(code for code, rows in marks.items() if rows[row]))

@@ -292,6 +292,19 @@ class TestMassesThatAreNoMasses:
         assert not (cell.mass_above_1_p | cell.mass_above_1_q).any()
 
 
+def test_responses_together_are_measured_as_each_by_itself():
+    whole = top_lists(gaussian_pair(3, 6, 20, 0.0)[0], 20)
+    above = [
+        tuple(c._replace(logprob=c.logprob + by) for c in top)
+        for top, by in zip(whole, [0, 2e-4, 0, 0, 1e-4, 3e-3], strict=True)
+    ]
+    lists = align(above, whole)
+    together = cells(replace(lists, response=np.array([0, 0, 1, 3, 3, 3]), step_q=np.array([0, 0, 0.01, 0, 0, 0])))
+    assert together.slack == pytest.approx([2e-4, 2e-4, 5e-3, 1e-3, 1e-3, 3e-3], rel=1e-2)
+    for rows in ([0, 1], [3, 4, 5]):
+        np.testing.assert_array_equal(together.slack[rows], cells(lists.only(rows)).slack)
+
+
 def test_caps_above_what_is_listed_give_the_bounds_of_longer_lists_or_less():
     logp, logq = gaussian_pair(9, 200, 12, 1.5, zipf=0.5)
     short = align(top_lists(logp, 4), top_lists(logq, 4))
