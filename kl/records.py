@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -124,7 +125,7 @@ class Response:
     prompt: Prompt
     model: str | None
     text: str
-    positions: tuple[Position, ...]
+    positions: Sequence[Position]
     finish_reason: str | None = None
     sampling: Sampling = Sampling()
     model_version: str | None = None

@@ -17,7 +17,7 @@ ROOMS = ("kl", "backends", "flows")
 # From the bottom up. A line is a folder and its modules, by floors between slashes: a module imports from lower floors
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
-kl                      pieces records
+kl                      pieces records / columns
 kl.input                hidden problems / logprobs prompts shapes texts writer / responses
 kl.estimators           token_bytes / token_keys / list_checks / align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison

@@ -1,0 +1,299 @@
+"""Top-k lists of many positions as flat arrays; what moves between the rooms as objects is a view of them.
+
+An *entry* is one token with its log-probability. The entries of N lists stand one after the other; ``offsets`` says
+where each list begins. Tokens are coded by their text (a Polars categorical: one table of distinct texts a process).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+from typing import Any, cast, overload
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from kl.records import Candidate, Defect, Position
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+NO_ID = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """E tokens with their log-probabilities.
+
+    Attributes
+    ----------
+    tokens : pl.Series of Categorical, length E
+        Their texts; null is no token at all (an entry that is None).
+    logprobs : float64, shape (E,)
+        Nats; NaN where not reported.
+    ids : int64, shape (E,)
+        Token ids, `NO_ID` where not stated.
+    stated : pl.Series of Binary, length E, or None
+        Their exact bytes where the source states them, else null; None if it states none.
+    """
+
+    tokens: pl.Series
+    logprobs: FloatArray
+    ids: IntArray
+    stated: pl.Series | None = None
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate | None]) -> Entries:
+        """Of candidates; None is no token."""
+        known = [_NOBODY if candidate is None else candidate for candidate in candidates]
+        return cls.from_lists(
+            [item[0] if other is not None else None for item, other in zip(known, candidates, strict=True)],
+            [item[1] for item in known],
+            [item[2] for item in known],
+            [item[3] for item in known],
+        )
+
+    @classmethod
+    def from_lists(
+        cls,
+        tokens: Sequence[str | None],
+        logprobs: Sequence[float | None],
+        ids: Sequence[int | None] | None = None,
+        stated: Sequence[bytes | None] | None = None,
+    ) -> Entries:
+        """Of plain lists of one length, None for what is not known.
+
+        Raises
+        ------
+        OverflowError
+            If an id has no place in 64 bits.
+        """
+        n = len(tokens)
+        numbers = (
+            np.full(n, NO_ID, dtype=np.int64)
+            if ids is None
+            else np.fromiter((NO_ID if item is None else item for item in ids), dtype=np.int64, count=n)
+        )
+        is_stated = stated is not None and any(item is not None for item in stated)
+        return cls(
+            pl.Series("token", tokens, dtype=pl.Categorical),
+            np.array(logprobs, dtype=np.float64),  # None becomes NaN
+            numbers,
+            pl.Series("stated", stated, dtype=pl.Binary) if is_stated else None,
+        )
+
+    @classmethod
+    def none(cls) -> Entries:
+        """No entry."""
+        return cls.from_lists([], [])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        """All entries of several, one after the other."""
+        if not parts:
+            return cls.none()
+        if len(parts) == 1:
+            return parts[0]
+        stated = None
+        if any(part.stated is not None for part in parts):
+            stated = pl.concat([part._bytes() for part in parts])
+        return cls(
+            pl.concat([part.tokens for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            stated,
+        )
+
+    def _bytes(self) -> pl.Series:
+        return pl.Series("stated", [None] * len(self), dtype=pl.Binary) if self.stated is None else self.stated
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def take(self, at: IntArray) -> Entries:
+        """Some of the entries, by number."""
+        return Entries(
+            _gathered(self.tokens, at),
+            self.logprobs[at],
+            self.ids[at],
+            None if self.stated is None else _gathered(self.stated, at),
+        )
+
+    def with_logprobs(self, logprobs: FloatArray) -> Entries:
+        """The same tokens with other values."""
+        return Entries(self.tokens, logprobs, self.ids, self.stated)
+
+    def codes(self) -> IntArray:
+        """The number of each token's text, -1 for no token; one numbering in a process."""
+        return self.tokens.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
+
+    def candidates(self) -> list[Candidate | None]:
+        """The entries as objects."""
+        stated: Iterable[bytes | None] = [None] * len(self) if self.stated is None else self.stated.to_list()
+        logprobs = [None if value != value else value for value in self.logprobs.tolist()]
+        ids = [None if number == NO_ID else number for number in self.ids.tolist()]
+        tokens = self.tokens.cast(pl.String).to_list()
+        return [
+            None if token is None else Candidate(token, *others)
+            for token, *others in zip(tokens, logprobs, ids, stated, strict=True)
+        ]
+
+
+_NOBODY = Candidate("", None)
+
+
+def _gathered(series: pl.Series, at: IntArray) -> pl.Series:
+    return series.gather(pl.Series(at, dtype=pl.UInt32)) if len(at) else series.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopLists(Sequence[tuple[Candidate, ...]]):
+    """N candidate lists; as a sequence, their objects.
+
+    Attributes
+    ----------
+    entries : Entries
+    offsets : int64, shape (N + 1,)
+        The entries of list i are ``offsets[i]`` to ``offsets[i + 1]``.
+    """
+
+    entries: Entries
+    offsets: IntArray
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[Candidate]]) -> TopLists:
+        """Of objects, unless they are columns already."""
+        if isinstance(lists, TopLists):
+            return lists
+        return cls(Entries.of(list(chain.from_iterable(lists))), _offsets([len(item) for item in lists]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[TopLists]) -> TopLists:
+        """All lists of several, one after the other."""
+        lengths = [part.lengths for part in parts]
+        return cls(Entries.joined([part.entries for part in parts]), _offsets(np.concatenate([_NONE, *lengths])))
+
+    @property
+    def lengths(self) -> IntArray:
+        """Entries of each list, shape (N,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> IntArray:
+        """The number of the list of each entry, shape (E,)."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[Candidate, ...]: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[tuple[Candidate, ...], ...]: ...
+    def __getitem__(self, at: int | slice) -> tuple[Candidate, ...] | tuple[tuple[Candidate, ...], ...]:
+        if isinstance(at, slice):
+            return tuple(self[index] for index in range(*at.indices(len(self))))
+        index = range(len(self))[at]
+        return _whole(
+            self.entries.take(np.arange(int(self.offsets[index]), int(self.offsets[index + 1]), dtype=np.int64))
+        )
+
+    def take(self, rows: IntArray) -> TopLists:
+        """Some of the lists, by number."""
+        lengths = self.lengths[rows]
+        offsets = _offsets(lengths)
+        at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        return TopLists(self.entries.take(at), offsets)
+
+    def kept(self, mask: BoolArray) -> TopLists:
+        """The same lists with some of their entries; shape of the mask (E,)."""
+        if mask.all():
+            return self
+        return TopLists(
+            self.entries.take(np.flatnonzero(mask)), _offsets(np.bincount(self.rows[mask], minlength=len(self)))
+        )
+
+    def last(self) -> FloatArray:
+        """The last log-probability of each list, shape (N,); NaN of an empty one."""
+        filled = self.lengths > 0
+        values = np.full(len(self), np.nan)
+        values[filled] = self.entries.logprobs[self.offsets[1:][filled] - 1]
+        return values
+
+    def padded(self, values: NDArray[Any], fill: float) -> NDArray[Any]:
+        """Values of the entries as rows, shape (N, K) with the largest length K, at least 1."""
+        lengths = self.lengths
+        table = np.full((len(self), max(int(lengths.max(initial=1)), 1)), fill, dtype=values.dtype)
+        table[np.arange(table.shape[1]) < lengths[:, None]] = values
+        return table
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _offsets(lengths: Sequence[int] | IntArray) -> IntArray:
+    if isinstance(lengths, np.ndarray):
+        return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    return np.array([0, *accumulate(lengths)], dtype=np.int64)
+
+
+def _whole(entries: Entries) -> tuple[Candidate, ...]:
+    return tuple(candidate for candidate in entries.candidates() if candidate is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Positions(Sequence[Position]):
+    """The positions of a response as columns; as a sequence, their objects.
+
+    Attributes
+    ----------
+    sampled : Entries, of T
+    tops : TopLists, of T
+    n_dropped : int64, shape (T,)
+    defects : mapping
+        Position → why it cannot be used.
+    may_lack : bool, shape (T,)
+    """
+
+    sampled: Entries
+    tops: TopLists
+    n_dropped: IntArray
+    may_lack: BoolArray
+    defects: Mapping[int, Defect] = field(default_factory=dict[int, Defect])
+
+    @classmethod
+    def of(cls, positions: Sequence[Position]) -> Positions:
+        """Of objects, unless they are columns already."""
+        if isinstance(positions, Positions):
+            return positions
+        return cls(
+            Entries.of([item.sampled for item in positions]),
+            TopLists.of([item.top for item in positions]),
+            np.array([item.n_dropped for item in positions], dtype=np.int64),
+            np.array([item.may_lack for item in positions], dtype=np.bool_),
+            {t: item.defect for t, item in enumerate(positions) if item.defect is not None},
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampled)
+
+    @overload
+    def __getitem__(self, at: int) -> Position: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Position, ...]: ...
+    def __getitem__(self, at: int | slice) -> Position | tuple[Position, ...]:
+        if isinstance(at, slice):
+            return tuple(self[t] for t in range(*at.indices(len(self))))
+        t = range(len(self))[at]
+        (sampled,) = _whole(self.sampled.take(np.array([t])))
+        return Position(sampled, self.tops[t], int(self.n_dropped[t]), self.defects.get(t), bool(self.may_lack[t]))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Positions | tuple | list):
+            return [*self] == [*cast("Sequence[Position]", other)]
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
