@@ -19,7 +19,7 @@ ROOMS = ("kl", "backends", "flows")
 FLOORS = """
 kl                      pieces records / columns
 kl.input                hidden problems / logprobs prompts shapes texts writer / responses
-kl.estimators           token_bytes / token_keys / list_checks / align
+kl.estimators           rows token_bytes / token_keys / list_checks / align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired

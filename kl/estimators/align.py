@@ -11,13 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_step
+from kl.estimators.rows import BoolArray, Entries, FloatArray, IntArray, row_counts, row_sums
 from kl.estimators.token_bytes import Candidates, byte_functions
 from kl.estimators.token_keys import (
     END_KEY,
@@ -36,14 +37,10 @@ from kl.estimators.token_keys import (
 from kl.pieces import is_special, is_whole
 from kl.records import Candidate
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Aligned:
-    """T positions of two matched top-k lists; natural logarithms.
+    """T positions of two matched top-k lists; natural logarithms. Arrays of two axes are held column by column.
 
     Attributes
     ----------
@@ -106,7 +103,11 @@ class Aligned:
     keys_p: frozenset[Key]
     keys_q: frozenset[Key]
 
-    def only(self, rows: Sequence[int]) -> Aligned:
+    def __post_init__(self) -> None:
+        for name in ("logp", "logq", "index_q", "index_p", "log_open_p", "log_open_q"):
+            object.__setattr__(self, name, np.asfortranarray(getattr(self, name)))
+
+    def only(self, rows: Sequence[int] | slice) -> Aligned:
         """Some of the positions, in their order."""
         arrays = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: value[rows] for name, value in arrays.items() if isinstance(value, np.ndarray)})
@@ -131,16 +132,41 @@ class Aligned:
         """The largest listed value of Q, with a key or open. Shape (T,)."""
         return np.maximum(self.logq.max(axis=1), self.log_open_q.max(axis=1))
 
-    @property
+    @cached_property
+    def shared(self) -> BoolArray:
+        """Whether Q lists P's token, too; shape (T, K_p)."""
+        return self.index_q >= 0
+
+    @cached_property
     def overlap(self) -> IntArray:
         """Tokens that both sides list, shape (T,)."""
-        return np.count_nonzero(self.index_q >= 0, axis=1)
+        return row_counts(self.shared)
 
-    @property
+    @cached_property
     def shared_logq(self) -> FloatArray:
-        """Q's log-probability of each token of P's row, shape (T, K_p); ``-inf`` where Q does not list it."""
-        found = np.take_along_axis(self.logq, np.maximum(self.index_q, 0), axis=1)
-        return np.where(self.index_q >= 0, found, -np.inf)
+        """Q's log-probability of each token of P's row, shape (T, K_p); 0 where Q does not list it."""
+        n = len(self.logq)
+        at = self.index_q * n + np.arange(n, dtype=np.int64)[:, None]
+        return np.asfortranarray(_finite(self.logq).T.ravel().take(at.T, mode="clip").T * self.shared)
+
+    @cached_property
+    def log_ratio(self) -> FloatArray:
+        """``log p/q`` of the tokens that both sides list, shape (T, K_p); 0 elsewhere."""
+        return (_finite(self.logp) - self.shared_logq) * self.shared
+
+    @cached_property
+    def alone_p(self) -> Entries:
+        """The tokens that P alone lists."""
+        return Entries.of((self.logp > -np.inf) & ~self.shared)
+
+    @cached_property
+    def alone_q(self) -> Entries:
+        """The tokens that Q alone lists."""
+        return Entries.of((self.logq > -np.inf) & (self.index_p < 0))
+
+
+def _finite(logs: FloatArray) -> FloatArray:
+    return np.maximum(logs, np.finfo(np.float64).min)
 
 
 class _KeyedList(NamedTuple):
@@ -386,8 +412,8 @@ def _stack(
         log_open_q=_pad([row.q.open_logs for row in rows], -np.inf),
         log_cap_p=caps_p,
         log_cap_q=caps_q,
-        coverage_p=np.exp(logp).sum(axis=1) + open_p,
-        coverage_q=np.exp(logq).sum(axis=1) + open_q,
+        coverage_p=row_sums(np.exp(logp)) + open_p,
+        coverage_q=row_sums(np.exp(logq)) + open_q,
         open_p=open_p,
         open_q=open_q,
         n_listed_p=np.array([row.p.n_listed for row in rows], dtype=np.int64),
