@@ -6,9 +6,11 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from flows.stages.measuring import Measured
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
+from kl.output.atomic import write_many_atomic
 from kl.output.files import result_paths, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
-from kl.output.kl_json import ResponseText, write_kl_json
+from kl.output.kl_json import ResponseText, ScoredResponse, scored_responses, write_kl_json
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
+from kl.tables.totals import token_batches
 
 _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
 
@@ -46,11 +50,14 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_tokens(measured.parts, made.tokens)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
-        write_responses(summarise_responses(tokens, measured.responses), made.responses)
+        rows = summarise_responses(tokens, measured.responses)
+        write_responses(rows, made.responses)
         summary = summarise_dataset(tokens, measured.responses, _facts(measured, config), measured.twice)
         write_summary(summary, made.summary)
-        publish_from(folder, place.path, (path.name for path in (made.tokens, made.responses, made.summary)))
-        publish_from(folder, place.path, _per_file(measured, folder, config))
+        scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
+        # What is published is here no more, and the token table is read until the last of the files is written.
+        tables = (path.name for path in (made.tokens, made.responses, made.summary))
+        publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
     report = _report(summary, measured, comparison, record)
     run = {"warnings": report.warnings} | _run_info(measured, config, record)
     return Results(report, summary.to_json(), run)
@@ -85,35 +92,46 @@ def _variance(prior: SpreadPrior | None) -> float | None:
     return None if prior is None else prior.variance
 
 
-def _per_file(measured: Measured, folder: Path, config: RunConfig) -> Iterator[str]:
+def _per_file(measured: Measured, scored: Iterator[ScoredResponse], folder: Path, config: RunConfig) -> Iterator[str]:
     """Write a result file per input file; gives the name of each, below the folder, when it is finished."""
     targets = result_paths(file.source_file for file in measured.files)
-    by_name = {part.name: part for part in measured.parts}
-    for index, file in enumerate(read_ahead(measured.files)):
-        part = by_name.get(f"{index:08d}.parquet")
-        tokens = (
-            pl.read_parquet(part, glob=False, hive_partitioning=False)
-            if part is not None
-            else pl.DataFrame(schema=TOKENS)
-        )
-        target = targets[file.source_file]
-        _write_file(file, tokens, config, folder / target)
-        yield target
+    files = _with_scored(read_ahead(measured.files), scored)
+    writers = (
+        (folder / targets[file.source_file], partial(_write_file, file, of_file, config)) for file, of_file in files
+    )
+    for target in write_many_atomic(writers):
+        yield target.relative_to(folder).as_posix()
 
 
-def _write_file(file: InputFile, tokens: pl.DataFrame, config: RunConfig, target: Path) -> None:
+def _with_scored(
+    files: Iterable[InputFile], scored: Iterator[ScoredResponse]
+) -> Iterator[tuple[InputFile, Iterable[ScoredResponse]]]:
+    """Each file with its responses that have tokens, which must be taken before the next file is."""
+    tables = groupby(scored, key=lambda response: response.source_file)
+    name, of_file = next(tables, (None, ()))
+    for file in files:
+        if file.source_file == name:
+            yield file, of_file
+            name, of_file = next(tables, (None, ()))
+        else:
+            yield file, ()
+    if name is not None:
+        raise ValueError(f"the token table has {name} out of the order of the input files.")
+
+
+def _write_file(file: InputFile, scored: Iterable[ScoredResponse], config: RunConfig, path: Path) -> None:
     parsed = read_input(file)
     texts = [ResponseText(response.response_idx, response.text) for response in parsed.responses]
     texts += [ResponseText(item.response_idx, item.text, item.kind, item.message) for item in parsed.unreadable]
     models = {response.model for response in parsed.responses if response.model is not None}
     defect = file_defect(parsed)
     write_kl_json(
-        target,
+        path,
         prompt=parsed.prompt,
         model_p=parsed.model or (models.pop() if len(models) == 1 else None),
         model_q=config.model2,
         responses=sorted(texts, key=lambda text: text.response_idx),
-        tokens=tokens,
+        scored=scored,
         error=defect.message if defect is not None else None,
     )
 

@@ -6,19 +6,21 @@ Every file appears whole or not at all. JSON is strict (no NaN, no infinity) and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import polars as pl
 
-from kl.output.atomic import write_atomic, write_json_atomic
+from kl.output.atomic import json_bytes, write_atomic, write_json_atomic
 from kl.statistics.summary import Summary
-from kl.tables.responses import RESPONSES
-from kl.tables.schemas import TOKENS
-from kl.tables.totals import check_rows
+from kl.tables.responses import RESPONSE_COLUMNS, RESPONSES
+from kl.tables.schemas import TOKEN_COLUMNS, TOKENS, Column
+from kl.tables.totals import BATCH_ROWS, check_rows
 
-# Fixed, because the default depends on how the rows arrive; the bytes of a file must depend on its rows alone.
-ROW_GROUP_ROWS = 65_536
+# Fixed, because the default depends on how the rows arrive; the bytes of a file must depend on its rows alone. As many
+# rows as are read at once, so that a group is decoded once.
+ROW_GROUP_ROWS = BATCH_ROWS
+METADATA_KEY = "tokenkl.columns"
 
 
 def result_paths(source_files: Iterable[str]) -> dict[str, str]:
@@ -50,7 +52,8 @@ def result_paths(source_files: Iterable[str]) -> dict[str, str]:
 def write_tokens(parts: Sequence[Path], target: Path) -> None:
     """Join token tables, in the order given, into one; the same parts give the same bytes.
 
-    Streams: memory does not grow with the parts. Without parts the table has the columns and no row.
+    Streams: memory does not grow with the parts. Without parts the table has the columns and no row. What each column
+    holds, in which unit, stands in the file's metadata under ``METADATA_KEY``, as JSON.
 
     Raises
     ------
@@ -65,13 +68,17 @@ def write_tokens(parts: Sequence[Path], target: Path) -> None:
     write_atomic(
         target,
         lambda path: tokens.select(TOKENS.names()).sink_parquet(
-            path, compression="zstd", row_group_size=ROW_GROUP_ROWS, maintain_order=True
+            path,
+            compression="zstd",
+            row_group_size=ROW_GROUP_ROWS,
+            maintain_order=True,
+            metadata=_metadata(TOKEN_COLUMNS),
         ),
     )
 
 
 def write_part(tokens: pl.DataFrame, target: Path) -> None:
-    """Write the token table of one input file.
+    """Write the token table of one input file, as quickly as it can be: it is read once, to be joined.
 
     Raises
     ------
@@ -82,13 +89,26 @@ def write_part(tokens: pl.DataFrame, target: Path) -> None:
     """
     fitted = tokens.select(pl.col(name).cast(kind) for name, kind in TOKENS.items())
     check_rows(fitted)
-    write_atomic(target, lambda path: fitted.write_parquet(path, row_group_size=ROW_GROUP_ROWS))
+    write_atomic(
+        target,
+        lambda path: fitted.write_parquet(path, compression="lz4", statistics=False, row_group_size=ROW_GROUP_ROWS),
+    )
 
 
 def write_responses(responses: pl.DataFrame, target: Path) -> None:
     """Write the response table (`kl.tables.responses.RESPONSES`)."""
     fitted = responses.select(pl.col(name).cast(kind) for name, kind in RESPONSES.items())
-    write_atomic(target, lambda path: fitted.write_parquet(path, row_group_size=ROW_GROUP_ROWS))
+    metadata = _metadata(RESPONSE_COLUMNS)
+    write_atomic(target, lambda path: fitted.write_parquet(path, row_group_size=ROW_GROUP_ROWS, metadata=metadata))
+
+
+def _metadata(columns: Mapping[str, Column]) -> dict[str, str]:
+    """What Parquet keeps beside the columns: the description and the unit of each, as JSON under one key."""
+    told = {
+        name: {"about": column.about} | ({} if column.unit is None else {"unit": column.unit})
+        for name, column in columns.items()
+    }
+    return {METADATA_KEY: json_bytes(told).decode()}
 
 
 def write_summary(summary: Summary, target: Path) -> None:

@@ -61,10 +61,10 @@ def weighted_quantiles(values: ArrayLike, probabilities: ArrayLike, weights: Arr
     -------
     float64, shape (m,)
     """
-    data, wanted = np.asarray(values, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
+    data, wanted = np.asarray(values, dtype=np.float64), np.atleast_1d(np.asarray(probabilities, dtype=np.float64))
     heavy = None if weights is None else np.asarray(weights, dtype=np.float64)
     if heavy is None or heavy.min() == heavy.max():
-        return np.atleast_1d(np.quantile(data, wanted))
+        return np.quantile(data, wanted)
     order = np.argsort(data, kind="stable")
     sizes = heavy[order]
     places = np.concatenate(([0.0], np.cumsum((sizes[:-1] + sizes[1:]) / 2)))

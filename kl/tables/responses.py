@@ -7,43 +7,47 @@ from typing import NamedTuple
 
 import polars as pl
 
+from kl.tables.schemas import Column, schema_of
 from kl.tables.totals import RESPONSE_KEYS, TokenTableError, denominator, response_totals
 
-RESPONSES = pl.Schema(
-    {
-        "source_file": pl.String,  # path below the input directory
-        "prompt_id": pl.String,
-        "response_idx": pl.Int32,  # null: the whole file could not be read
-        "model": pl.String,  # that wrote the response, as the file says
-        "finish_reason": pl.String,
-        "n_positions": pl.Int64,  # null: not known, the response could not be read
-        "n_selected": pl.Int64,  # asked; fewer than n_positions if positions were sampled
-        "n_measured": pl.Int64,
-        "n_missing": pl.Int64,  # asked and not measured
-        "n_estimated": pl.Int64,  # measured positions with a point estimate; too short a list has bounds only
-        "n_infinite": pl.Int64,  # positions with an infinite exact KL
-        "kl_sum": pl.Float64,  # Σ v/π over the estimated positions; null if n_infinite > 0
-        "kl_mean_per_token": pl.Float64,  # kl_sum / n_positions; if some lack an estimate, over those that have one
-        "kl_lower_sum": pl.Float64,
-        "kl_upper_plausible_sum": pl.Float64,  # null if n_unidentified > 0
-        "n_unidentified": pl.Int64,  # measured positions without a plausible upper limit
-        "kl_floor_sum": pl.Float64,
-        "kl_bucket_sum": pl.Float64,
-        "kl_exact_sum": pl.Float64,
-        "reverse_kl_sum": pl.Float64,
-        "js_sum": pl.Float64,
-        "k1_sum": pl.Float64,  # a lower bound if n_k1_censored > 0
-        "k3_sum": pl.Float64,
-        "n_k1_censored": pl.Int64,
-        "same_top_rate": pl.Float64,
-        "max_kl": pl.Float64,
-        "max_kl_position": pl.Int32,
-        "mean_rest_mass_p": pl.Float64,
-        "mean_rest_mass_q": pl.Float64,
-        "reason": pl.String,  # short code, where no position of the response has an estimate
-        "error": pl.String,  # the same in words
-    }
-)
+RESPONSE_COLUMNS = {
+    "source_file": Column(pl.String, "path below the input directory"),
+    "prompt_id": Column(pl.String, "content hash of the prompt: the cluster of the statistics"),
+    "response_idx": Column(pl.Int32, "which response of the file; null: the whole file could not be read"),
+    "model": Column(pl.String, "that wrote the response, as the file says"),
+    "finish_reason": Column(pl.String, "how the response ended, as the file says"),
+    "n_positions": Column(pl.Int64, "null: not known, the response could not be read", "tokens"),
+    "n_selected": Column(pl.Int64, "asked; fewer than n_positions if positions were sampled", "tokens"),
+    "n_measured": Column(pl.Int64, "asked and answered", "tokens"),
+    "n_missing": Column(pl.Int64, "asked and not measured", "tokens"),
+    "n_estimated": Column(
+        pl.Int64, "measured positions with a point estimate; too short a list has bounds only", "tokens"
+    ),
+    "n_infinite": Column(pl.Int64, "positions with an infinite exact KL", "tokens"),
+    "kl_sum": Column(pl.Float64, "Σ v/π over the estimated positions; null if n_infinite > 0", "nats"),
+    "kl_mean_per_token": Column(
+        pl.Float64, "kl_sum / n_positions; if some lack an estimate, over those that have one", "nats/token"
+    ),
+    "kl_lower_sum": Column(pl.Float64, "certified lower bound; Σ v/π", "nats"),
+    "kl_upper_plausible_sum": Column(pl.Float64, "Σ v/π; null if n_unidentified > 0", "nats"),
+    "n_unidentified": Column(pl.Int64, "measured positions without a plausible upper limit", "tokens"),
+    "kl_floor_sum": Column(pl.Float64, "Σ v/π", "nats"),
+    "kl_bucket_sum": Column(pl.Float64, "Σ v/π", "nats"),
+    "kl_exact_sum": Column(pl.Float64, "Σ v/π", "nats"),
+    "reverse_kl_sum": Column(pl.Float64, "KL(Q‖P); Σ v/π", "nats"),
+    "js_sum": Column(pl.Float64, "Jensen-Shannon divergence; Σ v/π", "nats"),
+    "k1_sum": Column(pl.Float64, "Σ v/π of log p/q of the sampled tokens; a lower bound if n_k1_censored > 0", "nats"),
+    "k3_sum": Column(pl.Float64, "Σ v/π of k3 of the sampled tokens", "nats"),
+    "n_k1_censored": Column(pl.Int64, "sampled tokens that Q does not list", "tokens"),
+    "same_top_rate": Column(pl.Float64, "share of positions where both have the same most probable token"),
+    "max_kl": Column(pl.Float64, "the largest estimate of a position", "nats"),
+    "max_kl_position": Column(pl.Int32, "where that is", "tokens"),
+    "mean_rest_mass_p": Column(pl.Float64, "mass outside P's lists", "probability"),
+    "mean_rest_mass_q": Column(pl.Float64, "mass outside Q's lists", "probability"),
+    "reason": Column(pl.String, "short code, where no position of the response has an estimate"),
+    "error": Column(pl.String, "the same in words"),
+}
+RESPONSES = schema_of(RESPONSE_COLUMNS)
 _SUMS = {"reverse_kl_sum": "reverse_kl_estimate", "js_sum": "js_estimate"}
 # Null unless known at every measured position.
 _WHOLE_SUMS = {

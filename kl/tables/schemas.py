@@ -1,65 +1,90 @@
 """Columns of the frames that are stored.
 
-null = not known, NaN = a bug. All divergences, entropies and log-probabilities are in nats.
+null = not known, NaN = a bug.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 # Columns that tables of earlier versions lack; read as null.
 ADDED = ("is_stop", "flags", "kl_set_aside")
 
-TOKENS = pl.Schema(
-    {
-        "source_file": pl.String,  # path below the input directory
-        "prompt_id": pl.String,  # content hash of the prompt: the cluster of the statistics
-        "response_idx": pl.Int32,
-        "position": pl.Int32,  # counts from 0
-        "token": pl.String,  # the sampled token's text
-        "token_id": pl.Int64,
-        "is_stop": pl.Boolean,  # the end of the turn: the token is no part of the response's text
-        "selected": pl.Boolean,  # false: left out by position sampling, nothing was asked
-        "pi": pl.Float64,  # inclusion probability of the position (1 without sampling)
-        "k_p": pl.Int32,  # listed tokens of each side, after merging
-        "k_q": pl.Int32,
-        "kl_estimate": pl.Float64,  # what the chosen estimator says
-        "kl_lower": pl.Float64,  # certified: no completion of the two lists has a smaller KL
-        "kl_upper_plausible": pl.Float64,  # model-based; null = not identified
-        "kl_floor": pl.Float64,
-        "kl_bucket": pl.Float64,
-        "kl_censored": pl.Float64,
-        "kl_exact": pl.Float64,  # full vocabulary only
-        "reverse_kl_estimate": pl.Float64,
-        "reverse_kl_lower": pl.Float64,
-        "js_estimate": pl.Float64,
-        "js_lower": pl.Float64,
-        "tv_lower": pl.Float64,
-        "logprob_p": pl.Float64,  # of the sampled token
-        "logprob_q": pl.Float64,  # null = outside Q's list
-        "coverage_p": pl.Float64,  # listed mass
-        "coverage_q": pl.Float64,
-        "rest_mass_p": pl.Float64,  # 1 - coverage, at least 0
-        "rest_mass_q": pl.Float64,
-        "p_mass_missing_in_q": pl.Float64,  # P's mass on its listed tokens that Q does not list
-        "q_mass_missing_in_p": pl.Float64,
-        "overlap": pl.Int32,  # listed tokens that both sides list
-        "same_top_token": pl.Boolean,
-        "logratio_k1": pl.Float64,  # log p/q of the sampled token; if censored, the lower bound log p - log cap
-        "k1_censored": pl.Boolean,
-        "k3": pl.Float64,
-        "delta_p": pl.Float64,  # q - p of the sampled token, null if either is unknown
-        "entropy_p": pl.Float64,  # of the listed tokens plus one rest cell
-        "entropy_q": pl.Float64,
-        "entropy_p_lower": pl.Float64,
-        "entropy_p_upper": pl.Float64,
-        "logratio_sd": pl.Float64,  # s of the censored model
-        "n_duplicate_keys": pl.Int32,
-        "ambiguous_mass_p": pl.Float64,
-        "ambiguous_mass_q": pl.Float64,
-        "n_dropped": pl.Int32,  # sentinels removed from Q's list
-        "align_key": pl.String,  # id | bytes | text
-        "flags": pl.String,  # sorted codes of what to know of the lists, joined by ","; null where there is none
-        "kl_set_aside": pl.Float64,  # what a position with the reason `outlier` would have counted; nothing counts it
-        "reason": pl.String,  # short code of what is missing
-        "error": pl.String,  # the same in words; null where measured
-    }
-)
+
+class Column(NamedTuple):
+    """What a column holds; ``unit`` is None where it has none."""
+
+    kind: DataTypeClass
+    about: str
+    unit: str | None = None
+
+
+def schema_of(columns: Mapping[str, Column]) -> pl.Schema:
+    """The types of columns."""
+    return pl.Schema({name: column.kind for name, column in columns.items()})
+
+
+TOKEN_COLUMNS = {
+    "source_file": Column(pl.String, "path below the input directory"),
+    "prompt_id": Column(pl.String, "content hash of the prompt: the cluster of the statistics"),
+    "response_idx": Column(pl.Int32, "which response of the file"),
+    "position": Column(pl.Int32, "which token of the response, from 0", "tokens"),
+    "token": Column(pl.String, "the sampled token's text"),
+    "token_id": Column(pl.Int64, "the sampled token's number in P's vocabulary"),
+    "is_stop": Column(pl.Boolean, "the end of the turn: the token is no part of the response's text"),
+    "selected": Column(pl.Boolean, "false: left out by position sampling, nothing was asked"),
+    "pi": Column(pl.Float64, "inclusion probability of the position (1 without sampling)", "probability"),
+    "k_p": Column(pl.Int32, "listed tokens of P, after merging", "tokens"),
+    "k_q": Column(pl.Int32, "listed tokens of Q, after merging", "tokens"),
+    "kl_estimate": Column(pl.Float64, "what the chosen estimator says", "nats"),
+    "kl_lower": Column(pl.Float64, "certified: no completion of the two lists has a smaller KL", "nats"),
+    "kl_upper_plausible": Column(pl.Float64, "model-based; null: not identified", "nats"),
+    "kl_floor": Column(pl.Float64, "over the tokens that both list; can be negative", "nats"),
+    "kl_bucket": Column(pl.Float64, "with all unlisted tokens as one", "nats"),
+    "kl_censored": Column(pl.Float64, "of the model that counts unlisted tokens as censored", "nats"),
+    "kl_exact": Column(pl.Float64, "full vocabulary only", "nats"),
+    "reverse_kl_estimate": Column(pl.Float64, "KL(Q‖P)", "nats"),
+    "reverse_kl_lower": Column(pl.Float64, "KL(Q‖P), certified", "nats"),
+    "js_estimate": Column(pl.Float64, "Jensen-Shannon divergence", "nats"),
+    "js_lower": Column(pl.Float64, "Jensen-Shannon divergence, certified", "nats"),
+    "tv_lower": Column(pl.Float64, "total variation distance, certified", "probability"),
+    "logprob_p": Column(pl.Float64, "of the sampled token", "nats"),
+    "logprob_q": Column(pl.Float64, "of the sampled token; null: outside Q's list", "nats"),
+    "coverage_p": Column(pl.Float64, "listed mass", "probability"),
+    "coverage_q": Column(pl.Float64, "listed mass", "probability"),
+    "rest_mass_p": Column(pl.Float64, "1 - coverage, at least 0", "probability"),
+    "rest_mass_q": Column(pl.Float64, "1 - coverage, at least 0", "probability"),
+    "p_mass_missing_in_q": Column(pl.Float64, "P's mass on its listed tokens that Q does not list", "probability"),
+    "q_mass_missing_in_p": Column(pl.Float64, "Q's mass on its listed tokens that P does not list", "probability"),
+    "overlap": Column(pl.Int32, "listed tokens that both sides list", "tokens"),
+    "same_top_token": Column(pl.Boolean, "both have the same most probable token"),
+    "logratio_k1": Column(
+        pl.Float64, "log p/q of the sampled token; if censored, the lower bound log p - log cap", "nats"
+    ),
+    "k1_censored": Column(pl.Boolean, "Q does not list the sampled token"),
+    "k3": Column(pl.Float64, "(q/p - 1) - log q/p of the sampled token", "nats"),
+    "delta_p": Column(pl.Float64, "q - p of the sampled token, null if either is unknown", "probability"),
+    "entropy_p": Column(pl.Float64, "of the listed tokens plus one rest cell", "nats"),
+    "entropy_q": Column(pl.Float64, "of the listed tokens plus one rest cell", "nats"),
+    "entropy_p_lower": Column(pl.Float64, "certified", "nats"),
+    "entropy_p_upper": Column(pl.Float64, "certified; null unless the size of the vocabulary is known", "nats"),
+    "logratio_sd": Column(pl.Float64, "s of the censored model: standard deviation of log p/q over tokens", "nats"),
+    "n_duplicate_keys": Column(pl.Int32, "listed entries that repeat a token", "tokens"),
+    "ambiguous_mass_p": Column(pl.Float64, "mass of entries whose token is not known for certain", "probability"),
+    "ambiguous_mass_q": Column(pl.Float64, "mass of entries whose token is not known for certain", "probability"),
+    "n_dropped": Column(pl.Int32, "sentinels removed from Q's list", "tokens"),
+    "align_key": Column(pl.String, "what tokens were matched by: id | bytes | text"),
+    "flags": Column(
+        pl.String, 'sorted codes of what to know of the lists, joined by ","; null where there is none'
+    ),
+    "kl_set_aside": Column(
+        pl.Float64, "what a position with the reason `outlier` would have counted; nothing counts it", "nats"
+    ),
+    "reason": Column(pl.String, "short code of what is missing"),
+    "error": Column(pl.String, "the same in words; null where measured"),
+}  # fmt: skip
+TOKENS = schema_of(TOKEN_COLUMNS)

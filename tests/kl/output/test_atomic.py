@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kl.output.atomic import write_json_atomic
+from kl.output.atomic import write_json_atomic, write_many_atomic
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -35,3 +36,24 @@ def test_files_have_the_usual_permissions(tmp_path: Path):
     plain = tmp_path / "plain"
     plain.touch()
     assert (tmp_path / "sub" / "run.json").stat().st_mode == plain.stat().st_mode
+
+
+def test_many_files_are_there_when_they_are_given_and_in_their_order(tmp_path: Path):
+    targets = [tmp_path / f"{number}.txt" for number in range(50)]
+    given = write_many_atomic((target, partial(Path.write_text, data=target.stem)) for target in targets)
+    for target, expected in zip(given, targets, strict=True):
+        assert (target, target.read_text()) == (expected, expected.stem)
+    assert sorted(os.listdir(tmp_path)) == sorted(target.name for target in targets)
+
+
+def test_files_before_a_failing_one_are_whole_and_nothing_else_is_left(tmp_path: Path):
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("full")
+
+    files = [(tmp_path / f"{number}.txt", partial(Path.write_text, data="whole")) for number in range(5)]
+    with pytest.raises(RuntimeError, match="full"):
+        list(write_many_atomic([*files, (tmp_path / "last.txt", fail)]))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"{number}.txt": "whole" for number in range(5)
+    }

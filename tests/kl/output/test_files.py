@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from kl.output.files import result_paths, write_part, write_responses, write_tokens
-from kl.tables.responses import summarise_responses
+from kl.output.files import METADATA_KEY, result_paths, write_part, write_responses, write_tokens
+from kl.tables.responses import RESPONSES, summarise_responses
 from kl.tables.schemas import TOKENS
 from kl.tables.totals import TokenTableError
 
@@ -108,3 +109,16 @@ def test_response_table_is_written(token_table: Build, tmp_path: Path):
     rows = summarise_responses(token_table([("a", "p", 0, [1.0])]).lazy())
     write_responses(rows, tmp_path / "responses.parquet")
     assert pl.read_parquet(tmp_path / "responses.parquet").equals(rows)
+
+
+def test_every_column_of_the_tables_is_described_in_the_file(token_table: Build, tmp_path: Path):
+    tokens = token_table([("a", "p", 0, [1.0])])
+    write_part(tokens, tmp_path / "part.parquet")
+    write_tokens([tmp_path / "part.parquet"], tmp_path / "tokens.parquet")
+    write_responses(summarise_responses(tokens.lazy()), tmp_path / "responses.parquet")
+    for name, schema in (("tokens.parquet", TOKENS), ("responses.parquet", RESPONSES)):
+        told = json.loads(pl.read_parquet_metadata(tmp_path / name)[METADATA_KEY])
+        assert list(told) == list(schema)
+        assert all(column["about"] for column in told.values())
+    assert told["kl_mean_per_token"]["unit"] == "nats/token"
+    assert "unit" not in told["model"]
