@@ -25,16 +25,18 @@ from kl.estimators.align import Aligned, BoolArray, FloatArray
 from kl.estimators.bounds import (
     REST_SLACK,
     SMALLEST,
+    Alone,
     Cells,
     Completion,
     Divergences,
     bucket,
     cells,
     js_terms,
-    listed_js,
     lower_bounds,
+    of_listed,
     upper_subgauss,
 )
+from kl.estimators.rows import row_sums
 
 ESTIMATORS = ("censored", "floor", "lower", "bucket")
 MIN_LISTED = 5  # shorter lists carry no information about the spread: bounds only
@@ -42,11 +44,12 @@ PLAUSIBLE_FACTOR = 4.0  # covers 99.8 % of positions at k = 20, 98.7 % at k = 10
 NEGLIGIBLE_MASS = REST_SLACK  # hidden on both sides: the shared tokens are the whole distribution, up to rounding
 _REST_SHARE = 0.75  # of a rest mass that imputed tokens may take; the others keep the remainder
 _LARGEST_LOG = 700.0  # exp of more overflows float64
+_SMALLEST_LOG = 10.0 - _LARGEST_LOG  # under the largest of a list, for a probability above 0
 PADDING_MASS = 1e-5  # of rows that pad a vocabulary and are no tokens, at most; left out they move the KL by no more
 _CHUNK_CELLS = 1 << 20  # float64 values of a full-vocabulary array that are held at once
 _LOOSE_NORMALISATION = 1e-2
-_NODES, _MASSES = np.polynomial.hermite_e.hermegauss(25)  # quadrature under a standard normal
-_WEIGHTS: FloatArray = _MASSES / _MASSES.sum()
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(25)  # quadrature under a standard normal
+_QUADRATURE = tuple(zip(_NODES.tolist(), (_WEIGHTS / _WEIGHTS.sum()).tolist(), strict=True))
 
 
 class PointEstimates(NamedTuple):
@@ -59,40 +62,59 @@ class PointEstimates(NamedTuple):
 
 def _completion(cell: Cells, model: tobit.LogRatioModel) -> Completion:
     """Expected values of the tokens that one side does not list; each side's others share what is left."""
-    y = _imputed(cell.a, -model.ratio_p, cell.cap_y, _REST_SHARE * (cell.rest_q + cell.slack) + cell.open_q)
-    x = _imputed(cell.b, model.ratio_q, cell.cap_x, _REST_SHARE * (cell.rest_p + cell.slack) + cell.open_p)
-    return Completion(x, y, cell.total_p - x.sum(axis=1), cell.total_q - y.sum(axis=1))
+    y = _imputed(cell.a, -model.ratio_p, _REST_SHARE * (cell.rest_q + cell.slack) + cell.open_q)
+    x = _imputed(cell.b, model.ratio_q, _REST_SHARE * (cell.rest_p + cell.slack) + cell.open_p)
+    return Completion(x, y, cell.total_p - cell.b.at.sums(x), cell.total_q - cell.a.at.sums(y))
 
 
-def _imputed(known: FloatArray, log_ratio: FloatArray, cap: FloatArray, allowed: FloatArray) -> FloatArray:
-    """``known * exp(log_ratio)``, at most the cap each and what is allowed together."""
-    values = np.minimum(known * np.exp(np.minimum(log_ratio, _LARGEST_LOG)), cap)
-    total = values.sum(axis=1)
-    scaled = values * np.where(total > allowed, allowed / np.maximum(total, SMALLEST), 1.0)[:, None]
-    return np.where(known > 0, np.maximum(scaled, SMALLEST), 0.0)
+def _imputed(known: Alone, log_ratio: FloatArray, allowed: FloatArray) -> FloatArray:
+    """``known * exp(log_ratio)``, at most the cap each and what is allowed together, shape (T,)."""
+    values = np.minimum(known.mass * np.exp(np.minimum(log_ratio, _LARGEST_LOG)), known.cap)
+    total = known.at.sums(values)
+    scale = np.where(total > allowed, allowed / np.maximum(total, SMALLEST), 1.0)
+    return np.maximum(values * scale[known.at.row], SMALLEST)
 
 
 def _model_estimate(cell: Cells, model: tobit.LogRatioModel) -> PointEstimates:
     completion = _completion(cell, model)
-    x, y, out_p, out_q = completion
+    listed, out_p, out_q = of_listed(cell, completion), completion.out_p, completion.out_q
     log_cap_p, log_cap_q = np.log(cell.cap_p), np.log(cell.cap_q)
     shape_p = tobit.tail_shape(model.variance, model.mean_p, log_cap_p, log_cap_q)
     shape_q = tobit.tail_shape(model.variance, -model.mean_q, log_cap_q, log_cap_p)
     tail_p, tail_q = np.maximum(out_p - cell.slack, 0.0) * shape_p, np.maximum(out_q - cell.slack, 0.0) * shape_q
-    kl = cell.head + rel_entr(cell.a, y).sum(axis=1) + rel_entr(x, cell.b).sum(axis=1) + rel_entr(out_p, out_q)
-    reverse = cell.reverse_head + rel_entr(y, cell.a).sum(axis=1) + rel_entr(cell.b, x).sum(axis=1)
-    js = listed_js(cell, completion) + _outside_js(out_p, out_q, 2.0 * shape_p, 2.0 * shape_q)
-    return PointEstimates(kl + tail_p, reverse + rel_entr(out_q, out_p) + tail_q, js)
+    return PointEstimates(
+        listed.kl + rel_entr(out_p, out_q) + tail_p,
+        listed.reverse_kl + rel_entr(out_q, out_p) + tail_q,
+        listed.js + _outside_js(out_p, out_q, 2.0 * shape_p, 2.0 * shape_q),
+    )
 
 
 def _outside_js(out_p: FloatArray, out_q: FloatArray, variance_p: FloatArray, variance_q: FloatArray) -> FloatArray:
     """Jensen-Shannon part of the outside, log p/q there normal around ``log X/Y``: +v/2 under P, -v/2 under Q."""
     centre = np.log(out_p) - np.log(out_q)
-    under_p = (centre + variance_p / 2)[:, None] + np.sqrt(variance_p)[:, None] * _NODES
-    under_q = (centre - variance_q / 2)[:, None] - np.sqrt(variance_q)[:, None] * _NODES
-    part_p = np.log(2.0) - np.logaddexp(0.0, -under_p) @ _WEIGHTS
-    part_q = np.log(2.0) - np.logaddexp(0.0, under_q) @ _WEIGHTS
+    part_p = np.log(2.0) - _mean_softplus(-centre - variance_p / 2, np.sqrt(variance_p))
+    part_q = np.log(2.0) - _mean_softplus(centre - variance_q / 2, np.sqrt(variance_q))
     return 0.5 * (out_p * part_p + out_q * part_q)
+
+
+def _mean_softplus(mean: FloatArray, scale: FloatArray) -> FloatArray:
+    """E[log(1 + exp(u))] of a normal u, shape (T,)."""
+    total = np.zeros(len(mean))
+    for node, weight in _QUADRATURE:
+        u = mean + scale * node
+        total += weight * (np.maximum(u, 0.0) + np.log1p(np.exp(-np.abs(u))))
+    return total
+
+
+class Masses(NamedTuple):
+    """Of the lists at each position, shape (T,): masses in probability, and whether one was above 1 (`Cells`)."""
+
+    rest_p: FloatArray
+    rest_q: FloatArray
+    missing_in_q: FloatArray
+    missing_in_p: FloatArray
+    above_1_p: BoolArray
+    above_1_q: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +131,7 @@ class ListMeasures:
     censored: PointEstimates
     upper_plausible: FloatArray
     logratio_sd: FloatArray
-    cell: Cells
+    masses: Masses
 
     def estimate(self, estimator: str) -> PointEstimates:
         """The estimates of one of `ESTIMATORS`, at least 0.
@@ -158,7 +180,7 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None) -> ListMeasures:
         censored=estimate,
         upper_plausible=np.where(complete, np.maximum(grouped.kl, low.kl), np.where(spread_known, limit, np.nan)),
         logratio_sd=np.where(has_model, np.sqrt(model.variance), np.nan),
-        cell=cell,
+        masses=Masses(cell.rest_p, cell.rest_q, cell.sum_a, cell.sum_b, cell.mass_above_1_p, cell.mass_above_1_q),
     )
 
 
@@ -176,32 +198,58 @@ def floor(aligned: Aligned) -> PointEstimates:
     The sums are not of distributions, so that KL can come out negative. Nats, shape (T,); NaN where a list has an open
     entry: it may be any of the missing tokens.
     """
-    p, q = _renormalised(aligned.logp), _renormalised(aligned.logq)
-    shared_p, shared_q = aligned.index_q >= 0, aligned.index_p >= 0
-    q_at_p = np.where(shared_p, np.take_along_axis(q, np.maximum(aligned.index_q, 0), axis=1), _smallest(q)[:, None])
-    q_at_p = np.where(p > 0, q_at_p, 0.0)
-    only_q = np.where(shared_q, 0.0, q)
-    p_floor = np.where(only_q > 0, _smallest(p)[:, None], 0.0)
+    p, q = _Renormalised.of(aligned.logp), _Renormalised.of(aligned.logq)
+    a, b, shared = aligned.alone_p, aligned.alone_q, aligned.shared
+    at_p = np.maximum(aligned.shared_logq - q.top[:, None], _SMALLEST_LOG)
+    ratio = (p.logs - at_p - (p.log_total - q.log_total)[:, None]) * shared
+    p_shared, q_shared = p.probs * shared, np.exp(at_p) * shared / q.total[:, None]
+    p_alone, q_alone = a.of_array(p.probs), b.of_array(q.probs)
+    q_least, p_least = q.smallest[a.row], p.smallest[b.row]
+    ratio_a = a.of_array(p.logs) - p.log_total[a.row] - q.log_smallest[a.row]
+    ratio_b = p.log_smallest[b.row] - b.of_array(q.logs) + q.log_total[b.row]
     known = (aligned.open_p == 0) & (aligned.open_q == 0)
     sums = (
-        rel_entr(p, q_at_p).sum(axis=1) + rel_entr(p_floor, only_q).sum(axis=1),
-        rel_entr(q_at_p, p).sum(axis=1) + rel_entr(only_q, p_floor).sum(axis=1),
-        js_terms(p, q_at_p).sum(axis=1) + js_terms(p_floor, only_q).sum(axis=1),
+        row_sums(p_shared * ratio) + a.sums(p_alone * ratio_a) + b.sums(p_least * ratio_b),
+        -row_sums(q_shared * ratio) - a.sums(q_least * ratio_a) - b.sums(q_alone * ratio_b),
+        row_sums(js_terms(p_shared, q_shared))
+        + a.sums(js_terms(p_alone, q_least))
+        + b.sums(js_terms(p_least, q_alone)),
     )
     return PointEstimates(*(np.where(known, value, np.nan) for value in sums))
 
 
-def _renormalised(logs: FloatArray) -> FloatArray:
-    """Probabilities that sum to 1, none of the listed at 0."""
-    top = np.maximum(logs.max(axis=1, keepdims=True), np.finfo(np.float64).min)
-    weights = np.where(np.isfinite(logs), np.exp(np.maximum(logs - top, -_LARGEST_LOG + 10.0)), 0.0)
-    return weights / np.maximum(weights.sum(axis=1, keepdims=True), SMALLEST)
+class _Renormalised(NamedTuple):
+    """Lists scaled to 1, none of the listed at 0.
 
+    ``logs``, shape (T, K), are those under the largest, ``top``, and ``probs`` what they are of all, 0 where there is
+    none. ``total`` is the sum of their exponentials; ``smallest`` is the smallest probability, shape (T,).
+    """
 
-def _smallest(probs: FloatArray) -> FloatArray:
-    """Smallest probability of each row, 0 in a row without any."""
-    smallest = np.where(probs > 0, probs, np.inf).min(axis=1)
-    return np.where(np.isfinite(smallest), smallest, 0.0)
+    logs: FloatArray
+    probs: FloatArray
+    top: FloatArray
+    total: FloatArray
+    log_total: FloatArray
+    smallest: FloatArray
+    log_smallest: FloatArray
+
+    @classmethod
+    def of(cls, listed: FloatArray) -> _Renormalised:
+        top = np.maximum(listed.max(axis=1), np.finfo(np.float64).min)
+        logs = np.maximum(listed - top[:, None], _SMALLEST_LOG)
+        is_listed = listed > -np.inf
+        weights = np.exp(logs) * is_listed
+        total = np.maximum(row_sums(weights), SMALLEST)
+        least = (logs * is_listed).min(axis=1)  # the largest is at 0
+        return cls(
+            logs,
+            weights / total[:, None],
+            top,
+            total,
+            np.log(total),
+            np.exp(least) / total,
+            least - np.log(total),
+        )
 
 
 class SampledTokenEstimates(NamedTuple):

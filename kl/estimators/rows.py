@@ -54,7 +54,7 @@ class Entries(NamedTuple):
         """Their values in an array of shape (T, K)."""
         return values.T.ravel().take(self.at)
 
-    def sums(self, values: FloatArray) -> FloatArray:
+    def sums(self, values: FloatArray | BoolArray) -> FloatArray:
         """The sum over each row; shape (N,) to (T,)."""
         return np.bincount(self.row, values, self.n_rows).astype(np.float64, copy=False)  # integers of no entry
 
@@ -62,6 +62,9 @@ class Entries(NamedTuple):
         """How many each row has, shape (T,)."""
         return np.bincount(self.row, minlength=self.n_rows)
 
-    def only(self, flags: BoolArray) -> Entries:
-        """Those for which ``flags``, shape (N,), is true."""
-        return Entries(self.at[flags], self.row[flags], self.n_rows)
+    def within(self, rows: BoolArray) -> Entries:
+        """Those of some rows, shape (T,), as they stand in an array of these rows alone."""
+        keep = rows[self.row]
+        row = (np.cumsum(rows) - 1)[self.row[keep]]
+        n_rows = int(np.count_nonzero(rows))
+        return Entries(self.at[keep] // self.n_rows * n_rows + row, row, n_rows)

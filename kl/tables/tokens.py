@@ -114,8 +114,8 @@ def measure_response(
 def _with_masses(pairs: list[Pair], aligned: Aligned, values: ListMeasures) -> list[Pair]:
     """Marks lists whose mass above 1 was scaled away, and sides whose values are rounded to a few decimals."""
     marks = {
-        "mass-above-1-p": values.cell.mass_above_1_p,
-        "mass-above-1-q": values.cell.mass_above_1_q,
+        "mass-above-1-p": values.masses.above_1_p,
+        "mass-above-1-q": values.masses.above_1_q,
         "rounded-p": aligned.step_p > 0,
         "rounded-q": aligned.step_q > 0,
     }
@@ -198,10 +198,10 @@ def _list_columns(
         "logprob_q": aligned.logq_sampled,
         "coverage_p": aligned.coverage_p,
         "coverage_q": aligned.coverage_q,
-        "rest_mass_p": values.cell.rest_p,
-        "rest_mass_q": values.cell.rest_q,
-        "p_mass_missing_in_q": values.cell.a.sum(axis=1),
-        "q_mass_missing_in_p": values.cell.b.sum(axis=1),
+        "rest_mass_p": values.masses.rest_p,
+        "rest_mass_q": values.masses.rest_q,
+        "p_mass_missing_in_q": values.masses.missing_in_q,
+        "q_mass_missing_in_p": values.masses.missing_in_p,
         "overlap": aligned.overlap,
         "same_top_token": _same_top(aligned),
         "logratio_k1": token.k1,

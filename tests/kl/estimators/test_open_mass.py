@@ -97,7 +97,7 @@ def test_the_completion_is_the_smallest_in_which_open_entries_are_shared_out(see
     lists_p, _ = hidden_lists(rng, logp, 4, 2)
     lists_q, _ = hidden_lists(rng, logq, 4 + seed % 2, 2)
     cell = cells(align(lists_p, lists_q), slack=1e-9)
-    a, b = cell.a[0][cell.a[0] > 0], cell.b[0][cell.b[0] > 0]
+    a, b = cell.a.mass, cell.b.mass
     sides = [(b, lists_p[0], cell.total_p[0]), (a, lists_q[0], cell.total_q[0])]
     n_x, n_y = len(b), len(a)
 
@@ -107,7 +107,7 @@ def test_the_completion_is_the_smallest_in_which_open_entries_are_shared_out(see
         low_x, high_x, out_p, _, low_y, high_y, out_q, _ = parts
         x, y = low_x + high_x, low_y + high_y
         hidden = (a * np.log(a / y)).sum() + (x * np.log(x / b)).sum() + (out_p * np.log(out_p / out_q)).sum()
-        return float(cell.head[0] + hidden)
+        return float(cell.shared.kl[0] + hidden)
 
     uppers, rows, totals, start = [], [], [], []
     for weights, top, total in sides:
