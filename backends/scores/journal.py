@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from backends.scores.chunk_log import ChunkLog
 from backends.scores.rows import row_of
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".jsonl"
 _SYNC_INTERVAL_S = 1.0
+_encode = msgspec.json.Encoder().encode
 
 _logs: dict[tuple[int, str], ChunkLog] = {}
 _logs_lock = threading.Lock()
@@ -54,8 +58,7 @@ class ScoreJournal:
                 return
         elif result.full_logprobs is not None:
             return
-        line = json.dumps({"prompt_id": prompt_id, **row_of(model, result)}, default=_plain) + "\n"
-        self._lines.append(line.encode("ascii"))
+        self._lines.append(_line({"prompt_id": prompt_id, **row_of(model, result)}))
 
     def clear(self) -> None:
         """Forget the lines: they stand in a part now."""
@@ -74,6 +77,7 @@ class _LocalLines:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
+            self._synced = time.monotonic()
         self._file.write(line)
         self._file.flush()
         if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
@@ -125,9 +129,16 @@ def _recorded(line: bytes) -> tuple[str, dict[str, Any]]:
     return row.pop("prompt_id"), row
 
 
-def _plain(value: object) -> Any:
-    if isinstance(value, bytes):
-        return list(value)
-    if isinstance(value, datetime):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no place in a journal")
+def _line(row: dict[str, Any]) -> bytes:
+    row["scored_at"] = row["scored_at"].isoformat()
+    if (items := row["token_bytes"]) and any(item is not None for item in items):
+        row["token_bytes"] = [item if item is None else list(item) for item in items]
+    return (_plain(row) or json.dumps(row).encode("ascii")) + b"\n"
+
+
+def _plain(row: dict[str, Any]) -> bytes | None:
+    """A row as JSON; None where it holds what JSON has no word for: an infinite number, half a surrogate pair."""
+    try:
+        return _encode(row) if math.isfinite(sum(row["logprobs"] or ())) else None
+    except (TypeError, ValueError):
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,29 +32,51 @@ SCORES = pl.Schema(
         "scored_at": pl.Datetime("us", "UTC"),
     }
 )
+_LISTS = ["tokens", "logprobs", "token_ids", "token_bytes"]  # of the candidates, equally long
+_EMPTY = dict.fromkeys(SCORES.names())
 
 
 def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
     """A score, or a failure, of ``model`` as a row of `SCORES`."""
-    row: dict[str, Any] = dict.fromkeys(SCORES.names())
-    row |= {"key": result.key, "model": model, "scored_at": datetime.now(UTC)}
+    row: dict[str, Any] = {**_EMPTY, "key": result.key, "model": model, "scored_at": datetime.now(UTC)}
     if isinstance(result, ScoreFailure):
-        return row | {"reason": result.reason, "error": result.message}
-    return row | {
-        "model_version": result.model_version,
-        "tokens": [candidate.token for candidate in result.top],
-        "logprobs": [candidate.logprob for candidate in result.top],
-        "token_ids": [candidate.token_id for candidate in result.top],
-        "token_bytes": [candidate.token_bytes for candidate in result.top],
-        "sampled_token": result.sampled.token if result.sampled else None,
-        "sampled_logprob": result.sampled.logprob if result.sampled else None,
-        "sampled_id": result.sampled.token_id if result.sampled else None,
-        "finish_reason": result.finish_reason,
-        "input_tokens": result.input_tokens,
-        "output_tokens": result.output_tokens,
-        "n_dropped": result.n_dropped,
-        "full_logprobs": result.full_logprobs,
-    }
+        row["reason"], row["error"] = result.reason, result.message
+        return row
+    lists = zip(*result.top, strict=True) if result.top else ((), (), (), ())
+    row["tokens"], row["logprobs"], row["token_ids"], row["token_bytes"] = map(list, lists)
+    if result.sampled:
+        row["sampled_token"], row["sampled_logprob"], row["sampled_id"], _ = result.sampled
+    row["model_version"], row["finish_reason"] = result.model_version, result.finish_reason
+    row["input_tokens"], row["output_tokens"] = result.input_tokens, result.output_tokens
+    row["n_dropped"], row["full_logprobs"] = result.n_dropped, result.full_logprobs
+    return row
+
+
+def frame_of(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """Rows as a table of the schema `SCORES`."""
+    lists = [row["tokens"] for row in rows]
+    if None in lists or any(row["full_logprobs"] is not None for row in rows):
+        return pl.DataFrame(rows, schema=SCORES, orient="row")
+    lengths = [len(tokens) for tokens in lists]
+    longest = max(lengths, default=0)
+    if not longest:
+        return pl.DataFrame(rows, schema=SCORES, orient="row")
+    frame = pl.DataFrame([_column(name, dtype, [row[name] for row in rows], longest) for name, dtype in SCORES.items()])
+    if min(lengths) < longest:
+        frame = frame.with_columns(pl.col(_LISTS).list.head(pl.lit(pl.Series(lengths))))
+    return frame
+
+
+def _column(name: str, dtype: Any, values: list[Any], longest: int) -> pl.Series:
+    """A column; lists are put together first, filled up to the longest one: polars takes each list by itself slowly."""
+    if name not in _LISTS:
+        return pl.Series(name, values, dtype=dtype)
+    flat = [item for value in values for item in (value if len(value) == longest else _filled(value, longest))]
+    return pl.Series(name, flat, dtype=dtype.inner).reshape((len(values), longest)).cast(dtype)
+
+
+def _filled(value: list[Any], longest: int) -> list[Any]:
+    return value + [None] * (longest - len(value))
 
 
 def result_of(row: dict[str, Any]) -> Score | ScoreFailure:

@@ -30,7 +30,7 @@ import polars as pl
 
 from backends.errors import ConfigError
 from backends.scores.journal import SUFFIX, ScoreJournal, recorded
-from backends.scores.rows import SCORES, result_of, row_of
+from backends.scores.rows import SCORES, frame_of, result_of, row_of
 from backends.storage import (
     COPIES,
     RemoteListing,
@@ -110,7 +110,7 @@ class ScoreStore:
     def write_rows(self, prompt_id: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows of the schema `SCORES` as one part."""
         if rows:
-            frame = pl.DataFrame(rows, schema=SCORES, orient="row")
+            frame = frame_of(rows)
             digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
             self._write(frame, self.root / prompt_id / f"{digest}.parquet")
 

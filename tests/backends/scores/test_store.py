@@ -1,10 +1,14 @@
 """Scores on disk: what goes in comes out, whole or not at all."""
 
+import math
+
 import numpy as np
 import polars as pl
 import pytest
 
 from backends.errors import ConfigError
+from backends.scores.journal import recorded
+from backends.scores.rows import SCORES, result_of
 from backends.scores.store import ScoreStore
 from kl.records import Candidate, Score, ScoreFailure
 
@@ -21,6 +25,29 @@ def test_scores_come_back_as_they_went_in(tmp_path) -> None:
     assert store.load("p", ["k1", "k2", "k3"]) == {"k1": score("k1"), "k2": Score("k2", TOP)}
     assert store.known_keys("p") == {"k1", "k2"}
     assert store.known_keys("other") == set()
+
+
+def test_lists_of_any_length_come_back_in_their_part(tmp_path) -> None:
+    store = ScoreStore(tmp_path / "scores")
+    several = [score("k1"), Score("k2", ()), Score("k3", TOP[:1]), Score("k4", (*TOP, Candidate("b", 0)))]
+    store.append("p", "m", several)
+    store.append("q", "m", [*several[1:2], ScoreFailure("k5", "blocked", "SAFETY", final=True), several[0]])
+    assert list(store.load("p", ["k1", "k2", "k3", "k4"]).values()) == several
+    assert list(store.load("q", ["k2", "k5", "k1"])) == ["k2", "k5", "k1"]
+    for name in ("p", "q"):
+        assert pl.read_parquet(tmp_path / "scores" / name / "*.parquet").schema == SCORES
+
+
+@pytest.mark.parametrize("token", ["a", "🙂\u2028", "\ud800", '"\n'])
+@pytest.mark.parametrize("logprob", [-0.5, 0, -math.inf, None])
+def test_a_journal_gives_back_what_was_put_in(token: str, logprob: float | None, tmp_path) -> None:
+    kept = Score("k1", (Candidate(token, logprob, 3, b"\xf0"), Candidate("b", -2.0)), model_version="v")
+    blocked = ScoreFailure("k2", "blocked", token, final=True)
+    journal = ScoreStore(tmp_path).journal("group")
+    for result in (kept, blocked, ScoreFailure("k3", "row-error", "503")):
+        journal.add("p", "m", result)
+    rows = recorded([tmp_path / "journals" / "group.jsonl"])["p"]
+    assert [result_of(row) for row in rows] == [kept, blocked]
 
 
 def test_a_final_failure_is_kept_and_one_that_may_pass_is_not(tmp_path) -> None:
