@@ -25,10 +25,12 @@ from backends.vertex.jobs.work import Stage
 from backends.vertex.merging import merged
 from backends.vertex.options import VertexBatchOptions
 from backends.vertex.prices import BATCH_SHARE
-from backends.vertex.service.client import check_location, make_client, require_project
+from backends.vertex.service.client import check_location, make_client, model_calls, require_project
 from kl.records import Score, ScoreFailure
 
 __all__ = ["VertexBatchBackend", "VertexBatchOptions"]
+
+_PROOFS_AT_ONCE = 4  # calls that prove that a model can be used
 
 
 class VertexBatchBackend(GeminiBackend):
@@ -56,6 +58,7 @@ class VertexBatchBackend(GeminiBackend):
     async def __aenter__(self) -> Self:
         options = self.options
         self._client = make_client(self._project, self._location, options.request_timeout_s)
+        self._models = model_calls(self._project, self._location, options.request_timeout_s, max_calls=_PROOFS_AT_ONCE)
         self._jobs = BatchJobs(
             self._client, self._project, self._location, options.retry_deadline_s, options.request_timeout_s
         )
@@ -68,6 +71,7 @@ class VertexBatchBackend(GeminiBackend):
 
     async def __aexit__(self, *exc: object) -> None:
         self._bucket.close()
+        await self._client.aclose()
         await super().__aexit__(*exc)
 
     def parallel_groups(self) -> int:

@@ -8,21 +8,21 @@ from typing import Any, ClassVar
 from backends.base import Backend, BackendOptions, ScoreRequest
 from backends.errors import ConfigError
 from backends.scores.raw_log import RawLog
-from backends.vertex import wire
+from backends.vertex import answers, wire
 from backends.vertex.options import GeminiOptions
 from backends.vertex.prices import price_of, token_cost
 from backends.vertex.service.calls import prove_usable
-from backends.vertex.service.client import ServiceClient
+from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError
 from kl.records import Score, ScoreFailure
 
 
 class GeminiBackend(Backend):
-    """A backend whose model is asked by ``generateContent`` requests; subclasses make the client and send them."""
+    """A backend whose model is asked by ``generateContent`` requests; subclasses say where and send them."""
 
     price_share: ClassVar[float] = 1.0  # of the list price
 
-    _client: ServiceClient
+    _models: ModelCalls  # while it is entered
 
     def __init__(self, options: GeminiOptions, state_dir: Path | None = None) -> None:
         super().__init__(options, state_dir)
@@ -34,7 +34,7 @@ class GeminiBackend(Backend):
         self._raw = RawLog(state_dir / "raw") if options.keep_raw and state_dir is not None else None
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aclose()
+        await self._models.aclose()
         if self._raw is not None:
             self._raw.close()
 
@@ -52,17 +52,17 @@ class GeminiBackend(Backend):
     @classmethod
     def request_bytes(cls, request: ScoreRequest) -> int:
         """The size of the requests as JSON lines."""
-        return sum(wire.BatchRows(request).sizes())
+        return sum(wire.RequestBodies(request).line_lengths())
 
     @classmethod
     def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
         """Read a row that was kept."""
-        return wire.read_row(key, row)
+        return answers.read_row(key, row)
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill."""
         try:
-            return await prove_usable(self._client, model, self._retry_deadline_s)
+            return await prove_usable(self._models, model, self._retry_deadline_s)
         except DailyQuotaError as error:
             self._quota_used[wire.model_id(model)] = str(error)
             raise

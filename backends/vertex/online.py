@@ -10,17 +10,15 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from google.genai import types
-
 from backends.base import BackendOptions, Capabilities, ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
-from backends.vertex import wire
+from backends.vertex import answers, wire
 from backends.vertex.gemini import GeminiBackend
 from backends.vertex.merging import merged
 from backends.vertex.options import VertexOnlineOptions
-from backends.vertex.service.calls import generate
-from backends.vertex.service.client import ServiceClient, async_transport, check_location, make_client, require_project
+from backends.vertex.service.client import check_location, developer_calls, model_calls, require_project
 from backends.vertex.service.limit import CallLimit
+from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
 from kl.records import Score, ScoreFailure
 
@@ -49,16 +47,14 @@ class VertexOnlineBackend(GeminiBackend):
 
     async def __aenter__(self) -> Self:
         self._limit = CallLimit(self.options.max_concurrent)
-        self._client = self._make_client()
+        self._models = self._model_calls()
         return self
 
-    def _make_client(self) -> ServiceClient:
-        most = self.options.max_concurrent
+    def _model_calls(self) -> ModelCalls:
+        timeout_s, most = self.options.request_timeout_s, self.options.max_concurrent
         if self.options.project_id or not self._api_key:
-            return make_client(self._project, self._location, self.options.request_timeout_s, most)
-        with translated("connect to the Gemini Developer API"):
-            http = types.HttpOptions(timeout=int(self.options.request_timeout_s * 1000))
-            return ServiceClient(async_transport(most), http, vertexai=False, api_key=self._api_key)
+            return model_calls(self._project, self._location, timeout_s, most)
+        return developer_calls(self._api_key, timeout_s, most)
 
     def parallel_groups(self) -> int:
         """Enough groups to keep every place among the calls in flight taken.
@@ -86,13 +82,13 @@ class VertexOnlineBackend(GeminiBackend):
             async for result in results:
                 yield result
 
-    async def _ask(self, model: str, key: str, body: dict[str, Any]) -> Score | ScoreFailure:
+    async def _ask(self, model: str, key: str, body: bytes) -> Score | ScoreFailure:
         base = wire.model_id(model)
         if base in self._quota_used:
             return ScoreFailure(key, "daily-quota", self._quota_used[base])
         try:
-            answer = await with_retries(
-                self._attempts(model, body),
+            return await with_retries(
+                self._attempts(model, key, body),
                 what=f"ask {base}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
@@ -108,29 +104,26 @@ class VertexOnlineBackend(GeminiBackend):
             return ScoreFailure(key, "refused", str(error))
         except BackendError as error:
             return ScoreFailure(key, "unexpected-shape", str(error))
-        row = {"response": answer}
-        if self._raw is not None:
-            self._raw.add(key, row)
-        return wire.read_row(key, row)
 
-    def _attempts(self, model: str, body: dict[str, Any]) -> Callable[[], Awaitable[dict[str, Any]]]:
+    def _attempts(self, model: str, key: str, body: bytes) -> Callable[[], Awaitable[Score | ScoreFailure]]:
         """Each call starts an attempt; all but the first go before what waits."""
         again = False
 
-        async def attempt() -> dict[str, Any]:
+        async def attempt() -> Score | ScoreFailure:
             nonlocal again
             before, again = again, True
-            return await self._call(model, body, again=before)
+            return await self._call(model, key, body, again=before)
 
         return attempt
 
-    async def _call(self, model: str, body: dict[str, Any], *, again: bool) -> dict[str, Any]:
+    async def _call(self, model: str, key: str, body: bytes, *, again: bool) -> Score | ScoreFailure:
         async with self._limit.slot(first=again):
             if (used := self._quota_used.get(wire.model_id(model))) is not None:
                 raise DailyQuotaError(used)
             try:
                 with translated("call"):
-                    answer = await generate(self._client, model, body)
+                    content = await self._models.generate(model, body)
+                    result = answers.read_answer(key, content)
             except RetryableBackendError as error:
                 self._calls["throttled" if error.status == 429 else "fault"] += 1
                 self._limit.note(throttled=error.status == 429)
@@ -140,15 +133,16 @@ class VertexOnlineBackend(GeminiBackend):
                 raise
         self._calls["answered"] += 1
         self._limit.note(throttled=False)
-        return answer
+        if self._raw is not None:
+            self._raw.add(key, {"response": answers.as_object(content)})
+        return result
 
 
-def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[tuple[str, str, bytes]]:
     """(model, key, body) of each distinct context; bodies are built when they are due."""
     seen: set[str] = set()
     for request in requests:
-        config = wire.generation_config(request.model, request.top_logprobs)
-        for _, key, prefix in request.contexts():
+        for key, body in wire.RequestBodies(request):
             if key not in seen:
                 seen.add(key)
-                yield request.model, key, wire.request_body(request.prompt, prefix, config)
+                yield request.model, key, body

@@ -1,4 +1,4 @@
-"""The Gemini wire: request body out, log-probabilities in. Shared by the Vertex backends.
+"""The Gemini wire: request bodies, shared by the Vertex backends; `answers` reads what comes back.
 
 The service facts behind the choices: temperature 1 and topP 1 are pinned because whether they reshape the reported
 values is not documented; a tool, a topK or a response schema could mask tokens, so none is sent; thinking tokens would
@@ -8,26 +8,20 @@ count against the one token that is asked for.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
-from backends.vertex.status import error_in_text, read_error
-from kl.records import Candidate, Prompt, Score, ScoreFailure
+from kl.records import Prompt
 
 MAX_TOP_LOGPROBS = 20
-# Masked tokens are reported as float32 -2**100; a real log-probability is never near this.
-_SENTINEL_BELOW = -1e20
 # What reading a JSON value of an unforeseen shape raises.
 SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError)
 _DECISIVE_FIELDS = frozenset({"contents", "systemInstruction", "generationConfig"})
-# Answers that end for one of these reasons were refused, and would be again.
-_BLOCKING_REASONS = frozenset(
-    {"SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"}
-)
 
 
 def model_id(model: str) -> str:
@@ -82,48 +76,85 @@ def request_body(prompt: Prompt, prefix: str, config: dict[str, Any]) -> dict[st
     return body
 
 
-class BatchRows:
-    """The batch input lines of one response: ``{"key": …, "request": …}`` and a new line, one per position asked.
+class RequestBodies:
+    """The bodies of a response's contexts as JSON, in ASCII: that of `request_body`, one per position asked.
 
-    The text is escaped once and cut for each row, so that a row costs a copy and not a new encoding.
+    The text is escaped once and cut for each body, and what stands around it is made once for all responses to a
+    prompt, so that a body costs a copy and not a new encoding.
     """
 
     def __init__(self, request: ScoreRequest) -> None:
         self._request = request
-        body = request_body(request.prompt, "", generation_config(request.model, request.top_logprobs))
-        self._bare = _dumps(body)
-        # The model turn is cut in before the bracket that closes the contents, which come first.
-        split = len('{"contents":') + len(_dumps(body["contents"])) - 1
-        self._head = self._bare[:split] + ',{"role":"model","parts":[{"text":"'
-        self._tail = '"}]}' + self._bare[split:]
-        self._escaped, self._ends = _escape_once(request)
+        self._frame = _frame(request.prompt, request.model, request.top_logprobs)
+        self._escaped, self._ends = _escape_once(request.text, request.prefix_ends)
 
-    def __iter__(self) -> Iterator[bytes]:
-        for position, key in zip(self._request.positions, self._request.keys, strict=True):
-            prefix = self._escaped[: self._ends[position]]
-            body = f"{self._head}{prefix}{self._tail}" if prefix else self._bare
-            yield f'{{"key":"{key}","request":{body}}}\n'.encode("ascii")
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """(key, body) of each position asked."""
+        for key, end in self._asked():
+            yield key, self._body(end)
 
-    def sizes(self) -> Iterator[int]:
+    def lines(self) -> Iterator[bytes]:
+        """The input lines of a batch job: ``{"key": …, "request": …}`` and a new line."""
+        before, escaped = b'","request":' + self._frame.head, self._escaped
+        after, bare = self._frame.tail + b"}\n", b'","request":' + self._frame.bare + b"}\n"
+        for key, end in self._asked():
+            name = key.encode("ascii")
+            yield b"".join((b'{"key":"', name, before, escaped[:end], after) if end else (b'{"key":"', name, bare))
+
+    def line_lengths(self) -> Iterator[int]:
         """The length of each line in bytes, without making it."""
         frame = len('{"key":"","request":}\n')
+        bare, around = len(self._frame.bare), len(self._frame.head) + len(self._frame.tail)
+        for key, end in self._asked():
+            yield frame + len(key) + (around + end if end else bare)
+
+    def _asked(self) -> Iterator[tuple[str, int]]:
+        """(key, end of the escaped prefix) of each position asked."""
+        ends = self._ends
         for position, key in zip(self._request.positions, self._request.keys, strict=True):
-            end = self._ends[position]
-            body = len(self._head) + end + len(self._tail) if end else len(self._bare)
-            yield frame + len(key) + body
+            yield key, ends[position]
+
+    def _body(self, end: int) -> bytes:
+        return b"".join((self._frame.head, self._escaped[:end], self._frame.tail)) if end else self._frame.bare
 
 
-def _escape_once(request: ScoreRequest) -> tuple[str, list[int]]:
-    pieces: list[str] = []
+class _Frame(NamedTuple):
+    """A body without a prefix, and what stands before and after the prefix in one that has it."""
+
+    bare: bytes
+    head: bytes
+    tail: bytes
+
+
+@lru_cache(maxsize=256)
+def _frame(prompt: Prompt, model: str, top_logprobs: int) -> _Frame:
+    body = request_body(prompt, "", generation_config(model, top_logprobs))
+    bare = _dumps(body)
+    # The model turn is cut in before the bracket that closes the contents, which come first.
+    split = len('{"contents":') + len(_dumps(body["contents"])) - 1
+    head = bare[:split] + ',{"role":"model","parts":[{"text":"'
+    tail = '"}]}' + bare[split:]
+    return _Frame(bare.encode("ascii"), head.encode("ascii"), tail.encode("ascii"))
+
+
+def _escape_once(text: str, prefix_ends: Sequence[int]) -> tuple[memoryview, Sequence[int]]:
+    """A text as it stands in JSON, and where each prefix ends in it."""
+    whole = encode_basestring_ascii(text)
+    escaped = memoryview(whole.encode("ascii"))[1:-1]
+    if len(escaped) == len(text):
+        return escaped, prefix_ends
     ends: list[int] = []
     length = start = 0
-    for end in request.prefix_ends:
-        piece = _dumps(request.text[start:end])[1:-1]
-        pieces.append(piece)
-        length += len(piece)
+    for end in prefix_ends:
+        length += len(encode_basestring_ascii(text[start:end])) - 2
         ends.append(length)
         start = end
-    return "".join(pieces), ends
+    return escaped, ends
+
+
+def as_json(body: dict[str, Any]) -> bytes:
+    """A body as it is sent."""
+    return _dumps(body).encode("ascii")
 
 
 def _dumps(value: Any) -> str:
@@ -161,81 +192,3 @@ def _canonical(value: Any) -> Any:
 def _camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.capitalize() for word in rest)
-
-
-def parse_response(key: str, response: dict[str, Any] | None) -> Score | ScoreFailure:
-    """Read one ``GenerateContentResponse`` as plain JSON.
-
-    Absent ``token`` is the empty token (proto JSON drops empty strings); a candidate without ``logProbability`` or with
-    the sentinel of a masked token is dropped and counted; ``content`` without ``parts`` is no error by itself.
-    """
-    if not response:
-        return ScoreFailure(key, "empty-answer", "the service answered this request with nothing; it is asked again.")
-    blocked = (response.get("promptFeedback") or {}).get("blockReason")
-    if blocked:
-        return ScoreFailure(key, "blocked", f"the service blocked the prompt: {blocked}.", final=True)
-    candidates = response.get("candidates") or []
-    if not candidates:
-        return ScoreFailure(key, "empty-answer", "the answer has no candidates and gives no reason.")
-    return _parse_candidate(key, response, candidates[0])
-
-
-def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, Any]) -> Score | ScoreFailure:
-    finish = candidate.get("finishReason")
-    logprobs = candidate.get("logprobsResult") or {}
-    steps = [step.get("candidates") or [] for step in logprobs.get("topCandidates") or []]
-    if not steps or not steps[0]:
-        if finish in _BLOCKING_REASONS:
-            return ScoreFailure(key, "blocked", f"the service blocked the answer: {finish}.", final=True)
-        return ScoreFailure(key, "no-logprobs", f"the answer has no log-probabilities (finishReason {finish}).")
-    if len(steps) > 1:
-        return ScoreFailure(
-            key, "unexpected-shape", f"the answer has {len(steps)} steps of log-probabilities where one was asked."
-        )
-    top = [parsed for item in steps[0] if (parsed := _parse_token(item)) is not None]
-    if not top:
-        return ScoreFailure(key, "no-logprobs", f"none of the {len(steps[0])} candidates has a log-probability.")
-    usage = response.get("usageMetadata") or {}
-    chosen = (logprobs.get("chosenCandidates") or [None])[0]
-    return Score(
-        key=key,
-        top=tuple(sorted(top, key=lambda item: -(item.logprob or 0.0))),
-        sampled=_parse_token(chosen) if chosen else None,
-        model_version=response.get("modelVersion"),
-        finish_reason=finish,
-        input_tokens=usage.get("promptTokenCount"),
-        output_tokens=usage.get("candidatesTokenCount"),
-        n_dropped=len(steps[0]) - len(top),
-    )
-
-
-def _parse_token(item: dict[str, Any]) -> Candidate | None:
-    """A token as it stands: an absent or empty text, or an absent id, says nothing of which token it is."""
-    logprob = item.get("logProbability")
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-        return None
-    if not math.isfinite(logprob) or logprob < _SENTINEL_BELOW:
-        return None
-    text = item.get("token")
-    return Candidate(text if isinstance(text, str) else "", float(logprob), _token_id(item.get("tokenId")))
-
-
-def _token_id(value: Any) -> int | None:
-    # Some writers of JSON know floats only.
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 0:
-        return None
-    return int(value)
-
-
-def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
-    """One output row: the service's error if it has one, else its answer."""
-    status = row.get("status")
-    if status:
-        said = read_error(error_in_text(status) if isinstance(status, str) else status)
-        text = status if isinstance(status, str) else json.dumps(status)
-        reason = "daily-quota" if said.daily_quota else "row-error"
-        return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
-    try:
-        return parse_response(key, row.get("response"))
-    except SHAPE_ERRORS as error:
-        return ScoreFailure(key, "unexpected-shape", f"the answer to this row has another shape than known: {error}")

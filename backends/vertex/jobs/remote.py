@@ -13,7 +13,8 @@ from google import genai
 from google.genai import types
 
 from backends.errors import BackendError, RetryableBackendError
-from backends.vertex.service.client import SCOPE, api_version, base_url
+from backends.vertex.service.access_token import SCOPE
+from backends.vertex.service.client import api_version, base_url
 from backends.vertex.service.retry import StatusError, with_retries
 
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})

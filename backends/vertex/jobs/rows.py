@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from backends.base import ScoreRequest
 from backends.scores.raw_log import RawLog
-from backends.vertex import wire
+from backends.vertex import answers, wire
 from backends.vertex.jobs.bucket import lines_of
 from kl.records import Score, ScoreFailure
 
@@ -45,7 +45,7 @@ class RowSet:
 
     def __iter__(self) -> Iterator[bytes]:
         for request in self.requests:
-            yield from wire.BatchRows(request)
+            yield from wire.RequestBodies(request).lines()
 
     def only(self, keys: Collection[str]) -> RowSet:
         """The rows of these keys."""
@@ -96,7 +96,7 @@ def _split(requests: Iterable[ScoreRequest], max_rows: int, max_bytes: int) -> I
     n = size = 0
     for request in requests:
         start = 0
-        for index, length in enumerate(wire.BatchRows(request).sizes()):
+        for index, length in enumerate(wire.RequestBodies(request).line_lengths()):
             if n and (n == max_rows or size + length > max_bytes):
                 yield RowSet([*part, _between(request, start, index)], distinct=True)
                 part, start, n, size = [], index, 0, 0
@@ -134,23 +134,33 @@ class OutputReader:
     def read(self, path: Path) -> Iterator[Score | ScoreFailure]:
         """The results in one output file; the first success for a key counts."""
         for line in lines_of(path):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                self._unreadable += 1
-                continue
-            key = self._key(row) if isinstance(row, dict) else None
-            if key is None:
-                self._foreign += 1
-                continue
-            if self._raw is not None:
-                self._raw.add(key, row)
-            result = wire.read_row(key, row)
-            if isinstance(result, Score) or result.final:
-                self._wanted.discard(key)
-            yield result
+            score = answers.usual_row(line) if self._raw is None else None
+            if score is not None and score.key in self._known:
+                if score.key in self._wanted:
+                    self._wanted.discard(score.key)
+                    yield score
+                else:
+                    self._foreign += 1
+            elif line.strip():
+                yield from self._read_any(line)
+
+    def _read_any(self, line: bytes) -> Iterator[Score | ScoreFailure]:
+        """The result in a row of any shape, if it has one that is wanted."""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            self._unreadable += 1
+            return
+        key = self._key(row) if isinstance(row, dict) else None
+        if key is None:
+            self._foreign += 1
+            return
+        if self._raw is not None:
+            self._raw.add(key, row)
+        result = answers.read_row(key, row)
+        if isinstance(result, Score) or result.final:
+            self._wanted.discard(key)
+        yield result
 
     def _key(self, row: dict[str, Any]) -> str | None:
         """Our key, wherever the row carries it; else that of the request which it echoes."""

@@ -1,16 +1,12 @@
-"""One ``generateContent`` call as plain JSON, and the proof that a model can be used."""
+"""The proof that a model can be used."""
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import Any
-
-from google import genai
-from google.genai import types
 
 from backends.errors import BackendError, ModelNotUsableError
-from backends.vertex import wire
+from backends.vertex import answers, wire
+from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import StatusError, with_retries
 from kl.records import Prompt, Score, ScoreFailure, Turn
 
@@ -24,30 +20,7 @@ _PROBE_PREFIX, _WHITE_SPACE = "one, two", " "
 _PROBES = 3
 
 
-async def generate(client: genai.Client, model: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Send one request body; the answer is the JSON as the service wrote it.
-
-    The SDK's own reading is left out: its models refuse fields that the service does send. What it raises for the call
-    itself is left to the caller.
-    """
-    settings = dict(body["generationConfig"])
-    config = types.GenerateContentConfig.model_validate(
-        settings
-        | {
-            "systemInstruction": body.get("systemInstruction"),
-            "automaticContinuation": False,
-            "shouldReturnHttpResponse": True,
-        }
-    )
-    answer = await client.aio.models.generate_content(model=model, contents=body["contents"], config=config)
-    raw = answer.sdk_http_response
-    parsed = json.loads((raw.body if raw else None) or "{}")
-    if not isinstance(parsed, dict):
-        raise BackendError(f"the service answered with {type(parsed).__name__} instead of an object.", model=model)
-    return parsed
-
-
-async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> str | None:
+async def prove_usable(calls: ModelCalls, model: str, deadline_s: float) -> str | None:
     """Two tiny requests with a prefill: the model exists, gives log-probabilities and continues a model turn.
 
     The second one ends in white space. A service that trims it can be used all the same, for only positions after white
@@ -59,7 +32,7 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
     ModelNotUsableError
         With what the model cannot do and which models can.
     """
-    proof = _Proof(client, model, deadline_s)
+    proof = _Proof(calls, model, deadline_s)
     for attempt in range(_PROBES):
         try:
             result = await proof.ask(_PROBE_PREFIX)
@@ -77,22 +50,21 @@ async def prove_usable(client: genai.Client, model: str, deadline_s: float) -> s
 class _Proof:
     """The tiny requests that prove what a model can do, by what it answers and not by how it refuses."""
 
-    def __init__(self, client: genai.Client, model: str, deadline_s: float) -> None:
+    def __init__(self, calls: ModelCalls, model: str, deadline_s: float) -> None:
         self.name = wire.model_id(model)
-        self._client, self._model, self._deadline_s = client, model, deadline_s
+        self._calls, self._model, self._deadline_s = calls, model, deadline_s
 
     async def ask(self, prefix: str, *, logprobs: bool = True) -> Score | ScoreFailure:
         """The answer to one request, with or without a prefill and log-probabilities."""
         config = wire.generation_config(self._model, wire.MAX_TOP_LOGPROBS)
         if not logprobs:
             config = {name: value for name, value in config.items() if name not in ("responseLogprobs", "logprobs")}
-        body = wire.request_body(_PROBE, prefix, config)
-        answer = await with_retries(
-            lambda: generate(self._client, self._model, body),
-            what=f"preflight of {self.name}",
-            deadline_s=self._deadline_s,
-        )
-        return wire.parse_response("preflight", answer)
+        body = wire.as_json(wire.request_body(_PROBE, prefix, config))
+
+        async def attempt() -> Score | ScoreFailure:
+            return answers.read_answer("preflight", await self._calls.generate(self._model, body))
+
+        return await with_retries(attempt, what=f"preflight of {self.name}", deadline_s=self._deadline_s)
 
     async def check_white_space(self, n_before: int | None) -> None:
         """Warn if a prefill that ends in white space is refused, or counts no more than without it."""

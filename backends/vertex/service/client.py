@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import google.auth
-import google.auth.transport.requests
 import httpx2
 from google import genai
 from google.genai import types
 
 from backends.errors import ConfigError
+from backends.vertex.service.access_token import AccessToken
+from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import translated
 
-_API_VERSION = "v1beta1"
-SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+_API_VERSION, _DEVELOPER_API_VERSION = "v1beta1", "v1beta"
 
 
 def require_project(project_id: str | None) -> str:
@@ -65,14 +63,14 @@ def make_client(project_id: str, location: str, timeout_s: float, max_calls: int
         If there are no credentials.
     """
     with translated("connect to Vertex AI"):
-        credentials, _ = google.auth.default(scopes=[SCOPE])
+        token = AccessToken()
         return ServiceClient(
-            async_transport(max_calls, _RenewedToken(credentials)),
+            async_transport(max_calls, _RenewedToken(token)),
             types.HttpOptions(timeout=int(timeout_s * 1000), api_version=api_version()),
             vertexai=True,
             project=project_id,
             location=location,
-            credentials=credentials,
+            credentials=token.credentials,
         )
 
 
@@ -89,20 +87,37 @@ def async_transport(max_calls: int, auth: httpx2.Auth | None = None) -> httpx2.A
 class _RenewedToken(httpx2.Auth):
     """A token that the service refuses before it has expired by this machine's clock is renewed, once a call."""
 
-    def __init__(self, credentials: Any) -> None:
-        self._credentials = credentials
-        self._renewal = asyncio.Lock()
+    def __init__(self, token: AccessToken) -> None:
+        self._token = token
 
     async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
         answer = yield request
         if answer.status_code != 401:
             return
-        async with self._renewal:
-            if request.headers.get("Authorization") == f"Bearer {self._credentials.token}":
-                renew = google.auth.transport.requests.Request()
-                await asyncio.to_thread(self._credentials.refresh, renew)
-        request.headers["Authorization"] = f"Bearer {self._credentials.token}"
+        used = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        request.headers["Authorization"] = f"Bearer {await self._token.renewed(used)}"
         yield request
+
+
+def model_calls(project_id: str, location: str, timeout_s: float, max_calls: int) -> ModelCalls:
+    """The calls to the models of a project; must be made in an event loop.
+
+    Raises
+    ------
+    ConfigError
+        If there are no credentials.
+    """
+    with translated("connect to Vertex AI"):
+        token = AccessToken()
+    owner = f"projects/{project_id}/locations/{location}"
+    return ModelCalls(f"{base_url(location)}/{api_version()}", owner, timeout_s, max_calls, token=token)
+
+
+def developer_calls(api_key: str, timeout_s: float, max_calls: int) -> ModelCalls:
+    """The calls to the models of the Gemini Developer API; must be made in an event loop."""
+    base = os.environ.get("GOOGLE_GEMINI_BASE_URL") or "https://generativelanguage.googleapis.com"
+    version = os.environ.get("GOOGLE_GENAI_API_VERSION") or _DEVELOPER_API_VERSION
+    return ModelCalls(f"{base.rstrip('/')}/{version}", "", timeout_s, max_calls, api_key=api_key)
 
 
 def api_version() -> str:

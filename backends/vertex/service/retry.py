@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import aiohttp
 import google.api_core.exceptions
 import google.auth.exceptions
 import httpx2
@@ -33,6 +34,7 @@ _RETRYABLE_STATUS = frozenset({408, _THROTTLED, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
 _TRANSPORT_ERRORS = (
     DataCorruption,
+    aiohttp.ClientError,
     httpx2.RequestError,
     requests.exceptions.RequestException,
     ConnectionError,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from backends.vertex import wire
+from backends.vertex import answers
 from backends.vertex.status import error_in_text, read_error
 from kl.records import ScoreFailure
 from tests.vertex_world.wire import quota_details
@@ -70,7 +70,7 @@ DAILY: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("body", [body for _, body in DAILY], ids=[name for name, _ in DAILY])
 def test_a_daily_limit_is_known_by_its_fields(body: Any) -> None:
     assert read_error(body).daily_quota
-    row = wire.read_row("k", {"status": f"Too Many Requests: {json.dumps(body)}"})
+    row = answers.read_row("k", {"status": f"Too Many Requests: {json.dumps(body)}"})
     assert isinstance(row, ScoreFailure)
     if isinstance(body, dict):
         assert row.reason == "daily-quota"
@@ -119,7 +119,7 @@ def test_a_name_is_no_daily_limit(case: int, name: str) -> None:
     body = quoting(name)[case][1]
     assert not read_error(body).daily_quota
     for status in (body, f"429 {json.dumps(body)}", f"projects/{name} {{daily}}: {json.dumps(body)}"):
-        result = wire.read_row("k", {"status": status, "response": None})
+        result = answers.read_row("k", {"status": status, "response": None})
         assert isinstance(result, ScoreFailure)
         assert result.reason == ("row-error" if status else "empty-answer")
 

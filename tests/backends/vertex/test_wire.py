@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
-from backends.vertex import wire
+from backends.vertex import answers, wire
 from kl.records import Candidate, Prompt, Score, ScoreFailure, Turn
 
 PROMPT = Prompt((Turn("user", "Hi"), Turn("model", "Hello"), Turn("user", 'Say "x"\n')), system="Be brief")
@@ -64,18 +64,16 @@ def test_a_model_that_always_thinks_is_refused(model: str) -> None:
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=4), min_size=1, max_size=12))
 def test_lines_are_the_bodies_of_their_prefixes(tokens: list[str]) -> None:
     asked = request(tokens, Prompt((Turn("user", 'tricky "],"generationConfig":'),), '"],"generationConfig":{}'))
-    rows = wire.BatchRows(asked)
-    lines = list(rows)
-    assert [len(line) for line in lines] == list(rows.sizes())
+    rows = wire.RequestBodies(asked)
+    lines = list(rows.lines())
+    assert [len(line) for line in lines] == list(rows.line_lengths())
     config = wire.generation_config("gemini-2.5-flash", 20)
+    bodies = dict(rows)
     for position, line in enumerate(lines):
-        assert line.endswith(b"\n")
-        assert line.count(b"\n") == 1
-        row = json.loads(line)
-        assert row == {
-            "key": str(position),
-            "request": wire.request_body(asked.prompt, "".join(tokens[:position]), config),
-        }
+        body = wire.request_body(asked.prompt, "".join(tokens[:position]), config)
+        whole = json.dumps({"key": str(position), "request": body}, separators=(",", ":"))
+        assert line == whole.encode("ascii") + b"\n"  # to the byte: an upload of an earlier version is recognised by it
+        assert bodies[str(position)] == wire.as_json(body)
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def token(text: str | None, logprob: Any, token_id: int | None = 5) -> dict[str,
 
 
 def test_a_plain_answer_is_read_whole() -> None:
-    result = wire.parse_response("k", answer([token("a", -0.1, 3), token("b", -2.5, 4)]))
+    result = answers.parse_response("k", answer([token("a", -0.1, 3), token("b", -2.5, 4)]))
     assert result == Score(
         "k", (Candidate("a", -0.1, 3), Candidate("b", -2.5, 4)), Candidate("a", -0.1, 3), "gemini-2.5-flash-001",
         "MAX_TOKENS", 7, 1, 0,
@@ -157,7 +155,7 @@ def test_a_plain_answer_is_read_whole() -> None:
 
 
 def test_an_integer_zero_is_a_certain_token_and_an_absent_text_the_empty_one() -> None:
-    result = wire.parse_response("k", answer([token(None, 0, 9)]))
+    result = answers.parse_response("k", answer([token(None, 0, 9)]))
     assert isinstance(result, Score)
     assert result.top == (Candidate("", 0.0, 9),)  # which token it is, the id alone says
     assert isinstance(result.top[0].logprob, float)
@@ -167,21 +165,21 @@ def test_an_integer_zero_is_a_certain_token_and_an_absent_text_the_empty_one() -
     ("stated", "expected"), [(9, 9), (9.0, 9), (9.5, None), (True, None), (-1, None), ("9", None), (math.inf, None)]
 )
 def test_an_id_is_a_whole_number(stated: Any, expected: int | None) -> None:
-    result = wire.parse_response("k", answer([{"logProbability": -0.1, "tokenId": stated}]))
+    result = answers.parse_response("k", answer([{"logProbability": -0.1, "tokenId": stated}]))
     assert isinstance(result, Score)
     assert result.top == (Candidate("", -0.1, expected),)
 
 
 def test_masked_and_unreported_candidates_are_dropped_and_counted() -> None:
     top = [token("a", -0.5), token("b", -1.2676506e30), token("c", None), token("d", True), token("e", -99.0)]
-    result = wire.parse_response("k", answer(top))
+    result = answers.parse_response("k", answer(top))
     assert isinstance(result, Score)
     assert [item.token for item in result.top] == ["a", "e"]
     assert result.n_dropped == 3
 
 
 def test_lists_are_sorted() -> None:
-    result = wire.parse_response("k", answer([token("b", -2.0), token("a", -0.1), token("c", 0)]))
+    result = answers.parse_response("k", answer([token("b", -2.0), token("a", -0.1), token("c", 0)]))
     assert isinstance(result, Score)
     assert [item.token for item in result.top] == ["c", "a", "b"]
 
@@ -206,13 +204,13 @@ FAILURES: list[tuple[str, Any, str, bool]] = [
 
 @pytest.mark.parametrize(("response", "reason", "final"), [case[1:] for case in FAILURES], ids=[c[0] for c in FAILURES])
 def test_an_answer_without_a_list_is_a_failure_with_its_reason(response: Any, reason: str, final: bool) -> None:
-    result = wire.parse_response("k", response)
+    result = answers.parse_response("k", response)
     assert isinstance(result, ScoreFailure)
     assert (result.reason, result.final) == (reason, final)
 
 
 def test_an_answer_that_stops_at_once_still_has_its_list() -> None:
-    result = wire.parse_response("k", answer([token(None, -0.2, 1), token("a", -1.9, 2)], finishReason="STOP"))
+    result = answers.parse_response("k", answer([token(None, -0.2, 1), token("a", -1.9, 2)], finishReason="STOP"))
     assert isinstance(result, Score)
     assert result.finish_reason == "STOP"
 
@@ -230,7 +228,7 @@ SHAPES: list[Any] = [
 @pytest.mark.parametrize("status", ["", None])
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, status: Any) -> None:
-    result = wire.read_row("key", {"status": status, "response": shape})
+    result = answers.read_row("key", {"status": status, "response": shape})
     assert isinstance(result, ScoreFailure)
     assert not result.final
 
@@ -244,6 +242,6 @@ def test_an_answer_of_any_shape_is_a_failure_that_is_asked_again(shape: Any, sta
     ],
 )
 def test_a_row_error_says_what_the_service_said(status: Any, reason: str) -> None:
-    result = wire.read_row("key", {"status": status, "response": None})
+    result = answers.read_row("key", {"status": status, "response": None})
     assert isinstance(result, ScoreFailure)
     assert (result.reason, result.final) == (reason, False)

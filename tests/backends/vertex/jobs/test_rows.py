@@ -122,5 +122,5 @@ def test_lengths_are_known_without_making_the_lines() -> None:
     asked = replace(
         request(), positions=(0, 3, 9), keys=request().keys[:1] + request().keys[3:4] + request().keys[9:10]
     )
-    rows = wire.BatchRows(asked)
-    assert [len(line) for line in rows] == list(rows.sizes())
+    rows = wire.RequestBodies(asked)
+    assert [len(line) for line in rows.lines()] == list(rows.line_lengths())
