@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import signal
 import sys
@@ -47,6 +48,9 @@ def main() -> None:
         sys.stdout.write("# running; stop with Ctrl-C\n")
         sys.stdout.flush()
         stopped.wait()
+        if arguments.calls:
+            times = [(call.arrived_s, call.answered_s) for call in world.online_calls]
+            arguments.calls.write_text(json.dumps(times), encoding="utf-8")
         states = {job.display_name: job.state for job in world.jobs}
         sys.stderr.write(f"# online calls: {len(world.online_calls)}, at most {world.max_online_in_flight} at once\n")
         sys.stderr.write(f"# jobs: {states}\n# rejected: {world.rejected}\n")
@@ -59,6 +63,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--location", default="us-central1")
     parser.add_argument("--job-seconds", type=float, default=2.0, help="how long a batch job takes")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds, of every online call")
+    parser.add_argument("--calls", type=Path, help="write when each online call came and was answered to this file")
     parser.add_argument(
         "--http",
         action="append",

@@ -25,12 +25,14 @@ class Refusal(NamedTuple):
 
 
 class OnlineCall(NamedTuple):
-    """One generateContent call that passed validation."""
+    """One generateContent call that passed validation; its times are those of a clock that only goes on, in seconds."""
 
     model: str
     request_hash: str
     request: dict[str, Any]
     status: int
+    arrived_s: float
+    answered_s: float
 
 
 class Ledger:

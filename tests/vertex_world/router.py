@@ -146,8 +146,8 @@ class Router:
             raise
         status = 500
         request_hash = canonical_request_hash(model, request)
+        arrived = time.monotonic()
         with self.ledger.online_in_flight():
-            time.sleep(self.service.faults.latency_s)
             try:
                 response = self.service.answer(spec, model, request, channel).response
                 status = 200
@@ -155,7 +155,8 @@ class Router:
                 status = error.code
                 raise
             finally:
-                self.ledger.note_online(OnlineCall(model, request_hash, request, status))
+                time.sleep(max(0.0, arrived + self.service.faults.latency_s - time.monotonic()))
+                self.ledger.note_online(OnlineCall(model, request_hash, request, status, arrived, time.monotonic()))
         bought = Counter([request_hash])
         return json_reply(response)._replace(delivered=lambda: self.ledger.note_bought(bought))
 
