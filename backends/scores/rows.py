@@ -54,13 +54,21 @@ def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
 
 def frame_of(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
     """Rows as a table of the schema `SCORES`."""
+    try:
+        frame = _frame_by_columns(rows)
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        frame = None
+    # Row by row it takes several times as long, and whatever polars can make fit the schema: a number for a text.
+    return pl.DataFrame(rows, schema=SCORES, orient="row") if frame is None else frame
+
+
+def _frame_by_columns(rows: Sequence[dict[str, Any]]) -> pl.DataFrame | None:
+    """The same for scores without full vocabularies, one of which has candidates."""
     lists = [row["tokens"] for row in rows]
-    if None in lists or any(row["full_logprobs"] is not None for row in rows):
-        return pl.DataFrame(rows, schema=SCORES, orient="row")
+    if None in lists or not any(lists) or any(row["full_logprobs"] is not None for row in rows):
+        return None
     lengths = [len(tokens) for tokens in lists]
-    longest = max(lengths, default=0)
-    if not longest:
-        return pl.DataFrame(rows, schema=SCORES, orient="row")
+    longest = max(lengths)
     frame = pl.DataFrame([_column(name, dtype, [row[name] for row in rows], longest) for name, dtype in SCORES.items()])
     if min(lengths) < longest:
         frame = frame.with_columns(pl.col(_LISTS).list.head(pl.lit(pl.Series(lengths))))

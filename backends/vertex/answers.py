@@ -31,10 +31,13 @@ class _Message(msgspec.Struct, rename="camel", gc=False, frozen=True):
     """Messages of the wire, with the fields that are read; others are passed over."""
 
 
-class _Token(_Message, gc=False, frozen=True):
-    log_probability: float
+class _Token(_Message, gc=False, frozen=True, kw_only=True):
+    """As a `Candidate`, in its order."""
+
     token: str = ""
+    log_probability: float
     token_id: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    token_bytes: None = None  # of no field that the service has
 
 
 class _Step(_Message, gc=False, frozen=True):
@@ -113,9 +116,9 @@ def _usual_score(key: str, response: _Response) -> Score | None:
     candidate = response.candidates[0]
     chosen = candidate.logprobs_result.chosen_candidates
     items = candidate.logprobs_result.top_candidates[0].candidates
-    top = [_new(Candidate, (item.token, item.log_probability, item.token_id, None)) for item in items]
+    top = [_new(Candidate, values) for values in map(msgspec.structs.astuple, items)]
     top.sort(key=_logprob, reverse=True)
-    sampled = Candidate(chosen[0].token, chosen[0].log_probability, chosen[0].token_id) if chosen else None
+    sampled = Candidate(*msgspec.structs.astuple(chosen[0])) if chosen else None
     if _logprob(top[-1]) < _SENTINEL_BELOW or (sampled is not None and _logprob(sampled) < _SENTINEL_BELOW):
         return None
     usage = response.usage_metadata

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _PRECONDITION_FAILED = 412
 _UPLOAD_CHUNK = 8 * 1024 * 1024
+_READ_BYTES = 1024 * 1024
 # Uploads hold a chunk each, downloads a file on disk; the storage client keeps ten connections.
 _PARALLEL_TRANSFERS = 4
 _PARALLEL_CALLS = 4
@@ -224,5 +225,5 @@ def _base64(checksum: Any) -> str:
 
 def lines_of(path: Path) -> Iterator[bytes]:
     """The lines of a downloaded file, one in memory at a time."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=_READ_BYTES) as file:
         yield from file
