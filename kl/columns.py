@@ -6,9 +6,9 @@ where each list begins. Tokens are coded by their text (a Polars categorical: on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast, overload
 
 import numpy as np
@@ -122,6 +122,13 @@ class Entries:
             None if self.stated is None else _gathered(self.stated, at),
         )
 
+    def part(self, start: int, stop: int) -> Entries:
+        """The entries from one number to another."""
+        span = slice(start, stop)
+        return Entries(
+            self.tokens[span], self.logprobs[span], self.ids[span], None if self.stated is None else self.stated[span]
+        )
+
     def with_logprobs(self, logprobs: FloatArray) -> Entries:
         """The same tokens with other values."""
         return Entries(self.tokens, logprobs, self.ids, self.stated)
@@ -201,12 +208,21 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
             self.entries.take(np.arange(int(self.offsets[index]), int(self.offsets[index + 1]), dtype=np.int64))
         )
 
+    def __iter__(self) -> Iterator[tuple[Candidate, ...]]:
+        candidates = [candidate for candidate in self.entries.candidates() if candidate is not None]
+        return (tuple(candidates[start:stop]) for start, stop in pairwise(self.offsets.tolist()))
+
     def take(self, rows: IntArray) -> TopLists:
         """Some of the lists, by number."""
         lengths = self.lengths[rows]
         offsets = _offsets(lengths)
         at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
         return TopLists(self.entries.take(at), offsets)
+
+    def part(self, start: int, stop: int) -> TopLists:
+        """The lists from one number to another."""
+        offsets = self.offsets[start : stop + 1]
+        return TopLists(self.entries.part(int(offsets[0]), int(offsets[-1])), offsets - offsets[0])
 
     def kept(self, mask: BoolArray) -> TopLists:
         """The same lists with some of their entries; shape of the mask (E,)."""
@@ -290,6 +306,27 @@ class Positions(Sequence[Position]):
         t = range(len(self))[at]
         (sampled,) = _whole(self.sampled.take(np.array([t])))
         return Position(sampled, self.tops[t], int(self.n_dropped[t]), self.defects.get(t), bool(self.may_lack[t]))
+
+    def __iter__(self) -> Iterator[Position]:
+        numbers, may_lack = self.n_dropped.tolist(), self.may_lack.tolist()
+        columns = zip(self.sampled.candidates(), self.tops, numbers, may_lack, strict=True)
+        for t, (sampled, top, n_dropped, lacks) in enumerate(columns):
+            assert sampled is not None, "a position has a sampled token"
+            yield Position(sampled, top, n_dropped, self.defects.get(t), lacks)
+
+    def text_lengths(self) -> IntArray:
+        """Characters of each sampled token, shape (T,)."""
+        return self.sampled.tokens.cast(pl.String).str.len_chars().cast(pl.Int64).to_numpy()
+
+    def part(self, start: int, stop: int) -> Positions:
+        """The positions from one number to another."""
+        return Positions(
+            self.sampled.part(start, stop),
+            self.tops.part(start, stop),
+            self.n_dropped[start:stop],
+            self.may_lack[start:stop],
+            {t - start: defect for t, defect in self.defects.items() if start <= t < stop},
+        )
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Positions | tuple | list):

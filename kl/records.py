@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +109,15 @@ class Sampling:
     logit_bias: bool | None = None
 
 
+@runtime_checkable
+class Columnar(Protocol):
+    """Positions that are columns, of which some things can be said without objects."""
+
+    def text_lengths(self) -> NDArray[np.int64]:
+        """Characters of each sampled token, shape (T,)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """One response of P with its log-probabilities.
@@ -139,8 +148,11 @@ class Response:
 
     def prefix_ends(self) -> NDArray[np.int64]:
         """Where the prefix of each position ends in ``text``, in characters: shape (T,), first 0."""
-        lengths = [len(position.sampled.token) for position in self.positions]
-        return np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64))).astype(np.int64)[: len(lengths)]
+        if isinstance(self.positions, Columnar):
+            lengths = self.positions.text_lengths()
+        else:
+            lengths = np.array([len(position.sampled.token) for position in self.positions], dtype=np.int64)
+        return np.concatenate(([0], np.cumsum(lengths[:-1]))).astype(np.int64)[: len(lengths)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ ROOMS = ("kl", "backends", "flows")
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
 kl                      pieces records / columns
-kl.input                hidden problems / logprobs prompts shapes texts writer / responses
+kl.input                hidden problems / logprobs prompts shapes texts writer / contents / documents / responses
 kl.estimators           rows token_bytes / token_keys / list_checks / align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -27,6 +27,31 @@ _ID_END = 2**63
 _FEW_POSITIONS, _FEW_SHARE = 3, 0.1
 _LARGEST_SHARE = 0.125  # of a response's positions that may be unusable for whatever reason
 _MIXED_UP = frozenset({"sampled-disagrees", "sampled-above-list"})
+
+
+UNSORTED = "`top_logprobs` does not fall; sorted"
+
+
+def unknown_sampled(value: object) -> str:
+    """What is said of a sampled token whose log-probability is not known."""
+    return f"the sampled token's logprob is {show(value)}, not reported; taken from its list, or as not known"
+
+
+def null_entry(rank: int) -> str:
+    """What is said of an entry without log-probability at the end of a list."""
+    what = f"the `logprob` of entry {rank} of top_logprobs, which ends the list, is null"
+    return f"{what}; taken as minus infinity and out of the list"
+
+
+def masked(token: str, logprob: float) -> str:
+    """What is said of an entry whose log-probability is a mark."""
+    return f"{show(token)} is listed with logprob {logprob!r}, a mark for a masked token; taken out of the list"
+
+
+def added(token: str) -> str:
+    """What is said of a sampled token that is not one of the most probable ones of its list."""
+    what = f"the sampled token {show(token)} ends the list, seemingly added to the most probable ones"
+    return f"{what}; taken out of the list"
 
 
 def read_positions(content: list[object], notes: Notes) -> list[Position] | None:
@@ -116,11 +141,10 @@ def _read_sampled(entry: dict[str, object], position: int, notes: Notes) -> Cand
     logprob = None if is_null else _read_logprob(entry, name, position, notes)
     if position in notes.unusable or (logprob is not None and logprob > UNKNOWN_LOGPROB):
         return sampled._replace(logprob=logprob)
-    shown = f"the sampled token's logprob is {show(entry['logprob'])}"
     if logprob is not None and math.isinf(logprob):
-        notes.defect_at(position, "infinite-logprob", shown)
+        notes.defect_at(position, "infinite-logprob", f"the sampled token's logprob is {show(entry['logprob'])}")
     else:
-        notes.repair("unknown-logprob", f"{shown}, not reported; taken from its list, or as not known", position)
+        notes.repair("unknown-logprob", unknown_sampled(entry["logprob"]), position)
     return sampled
 
 
@@ -216,8 +240,7 @@ def _without_null_tail(items: list[object], position: int, notes: Notes) -> list
     while n and _is_null(items[n - 1]):
         n -= 1
     for rank in range(n, len(items)):
-        what = f"the `logprob` of entry {rank} of top_logprobs, which ends the list, is null"
-        notes.repair("null-logprob", f"{what}; taken as minus infinity and out of the list", position)
+        notes.repair("null-logprob", null_entry(rank), position)
     return items[:n]
 
 
@@ -246,8 +269,7 @@ def _without_masked(listed: list[Candidate], position: int, notes: Notes) -> lis
     kept: list[Candidate] = []
     for candidate in listed:
         if _value(candidate) <= UNKNOWN_LOGPROB:
-            shown = f"{show(candidate.token)} is listed with logprob {candidate.logprob!r}"
-            notes.repair("masked-candidate", f"{shown}, a mark for a masked token; taken out of the list", position)
+            notes.repair("masked-candidate", masked(candidate.token, _value(candidate)), position)
             continue
         if not is_encodable(candidate.token):
             shown = f"the listed token {show(candidate.token)} holds half a character"
@@ -260,7 +282,7 @@ def _without_masked(listed: list[Candidate], position: int, notes: Notes) -> lis
 def _sorted(top: list[Candidate], position: int, notes: Notes) -> tuple[list[Candidate], bool]:
     if all(_value(left) >= _value(right) for left, right in pairwise(top)):
         return top, True
-    notes.repair("unsorted-list", "`top_logprobs` does not fall; sorted", position)
+    notes.repair("unsorted-list", UNSORTED, position)
     return sorted(top, key=_value, reverse=True), False
 
 
@@ -313,17 +335,21 @@ def _without_appended(positions: list[Position], notes: Notes) -> list[Position]
     the k best, and every bound on what is not listed would be too tight.
     """
     ends_sampled = [bool(position.top) and _ends_with_sampled(position) for position in positions]
-    others = (p for p, last in zip(positions, ends_sampled, strict=True) if p.top and not last)
-    usual = Counter(len(position.top) for position in others).most_common(1)
-    if not usual:
+    k = usual_length([len(position.top) for position in positions], ends_sampled)
+    if k is None:
         return positions
-    k = usual[0][0]
     return [
         replace(position, top=tuple(_drop_last(list(position.top), index, notes)))
         if last and len(position.top) == k + 1
         else position
         for index, (position, last) in enumerate(zip(positions, ends_sampled, strict=True))
     ]
+
+
+def usual_length(lengths: Sequence[int], ends_sampled: Sequence[bool]) -> int | None:
+    """How long most lists are that do not end with the sampled token; None if all do."""
+    others = Counter(n for n, last in zip(lengths, ends_sampled, strict=True) if n and not last)
+    return others.most_common(1)[0][0] if others else None
 
 
 def _ends_with_sampled(position: Position) -> bool:
@@ -333,9 +359,7 @@ def _ends_with_sampled(position: Position) -> bool:
 
 
 def _drop_last(top: list[Candidate], position: int, notes: Notes) -> list[Candidate]:
-    token = show(top[-1].token)
-    what = f"the sampled token {token} ends the list, seemingly added to the most probable ones; taken out of the list"
-    notes.repair("sampled-appended", what, position)
+    notes.repair("sampled-appended", added(top[-1].token), position)
     return top[:-1]
 
 

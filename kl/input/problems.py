@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 KEPT_PER_KIND = 5  # problems of one kind that are told one by one; the last of them stands for all further ones
 _SHOWN = 40  # characters of a quoted value
@@ -75,6 +76,14 @@ class InputProblem:
     count: int = 1
 
 
+class Repair(NamedTuple):
+    """What was put right at a position: a short code, and what in words."""
+
+    kind: str
+    what: str
+    position: int
+
+
 class RepeatedKeys(dict[str, object]):
     """A JSON object in which a key stands twice; ``repeated`` names the first such key."""
 
@@ -116,6 +125,15 @@ class Notes:
     def repair(self, kind: str, what: str, position: int | None = None) -> None:
         """Note what was put right with certainty."""
         self._add(kind, f"{what}.", position, repaired=True)
+
+    def repair_many(self, first: Iterable[Repair], counts: Mapping[str, int]) -> None:
+        """Note repairs of which only the ones that are told one by one are in words; ``counts`` is of all."""
+        told: Counter[str] = Counter()
+        for repair in first:
+            self.repair(*repair)
+            told[repair.kind] += 1
+        for kind, count in counts.items():
+            self._counts[kind, True] += count - told[kind]
 
     def _add(self, kind: str, text: str, position: int | None, *, repaired: bool) -> InputProblem:
         where = self.source_file

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from kl.columns import Entries, Positions
+from kl.input.contents import Columns
+from kl.input.documents import load_documents
 from kl.input.logprobs import read_positions
-from kl.input.problems import InputProblem, Notes, RepeatedKeys, as_list, as_plain, encodable, is_encodable, show
+from kl.input.problems import InputProblem, Notes, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
 from kl.input.shapes import as_document, as_response, json_lines, lacks_prompt
 from kl.input.texts import Settled, settle_text
-from kl.records import Position, Prompt, Response, Sampling
+from kl.records import Candidate, Prompt, Response, Sampling
 
 __all__ = [
     "InputProblem",
@@ -29,8 +34,6 @@ __all__ = [
     "parse_responses",
     "read_responses",
 ]
-
-_LONG_INT = 400  # digits; beyond the range of a float, and int() refuses 4,300
 
 
 class UnreadableResponse(NamedTuple):
@@ -131,12 +134,16 @@ def read_responses(path: Path, source_file: str | None = None) -> ResponseFile:
     return parse_responses(data, source_file)
 
 
-def parse_responses(data: bytes, source_file: str) -> ResponseFile:
-    """As `read_responses`, from the bytes of a file (for one that is not on a local disk)."""
+def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -> ResponseFile:
+    """As `read_responses`, from the bytes of a file (for one that is not on a local disk).
+
+    What is read is the same whether lists of positions may be read ``in_columns``, or are read entry by entry.
+    """
     notes = Notes(source_file)
-    parsed = json_lines(data, _load_line, notes)
+    load = partial(load_documents, in_columns=in_columns)
+    parsed = json_lines(data, load, notes)
     if parsed is None and notes.first_defect is None:
-        parsed = _load_json(data, notes)
+        parsed = _load_json(data, load, notes)
     document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
     if document is None:
         return _nothing(notes)
@@ -182,16 +189,12 @@ def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
     return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
 
 
-def _load_line(line: bytes) -> object:
-    return json.loads(line.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_int)
-
-
-def _load_json(data: bytes, notes: Notes) -> object:
+def _load_json(data: bytes, load: Callable[[Sequence[bytes]], Sequence[object]], notes: Notes) -> object:
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
         return notes.defect("not-utf8", f"the file is written in {encoding.upper()}")
     try:
-        return json.loads(data.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_int)
+        return load([data])[0]
     except UnicodeDecodeError as error:
         return notes.defect("not-utf8", f"byte {error.start} of the file (0x{data[error.start]:02x}) is not UTF-8")
     except json.JSONDecodeError as error:
@@ -201,20 +204,6 @@ def _load_json(data: bytes, notes: Notes) -> object:
         )
     except RecursionError:
         return notes.defect("nested-too-deeply", "lists or objects of the file are nested too deeply to be read")
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    plain = dict(pairs)
-    if len(plain) == len(pairs):
-        return plain
-    marked = RepeatedKeys(plain)
-    seen: set[str] = set()
-    marked.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-    return marked
-
-
-def _int(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _LONG_INT else float(digits)
 
 
 def _read_list(document: dict[str, object], notes: Notes) -> list[object]:
@@ -247,12 +236,12 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     sampling = read_sampling(raw, facts.sampling, notes)
     text = _read_text(raw, notes)
     content = None if text is None else _read_content(raw, text, notes)
-    positions = None if content is None else read_positions(content, notes)
-    if text is None or positions is None or notes.first_defect:
+    read = None if content is None else _read_positions(content, notes)
+    if text is None or read is None or notes.first_defect:
         return None
-    settled = settle_text(text, [position.sampled for position in positions], finish_reason, notes)
-    kept = None if settled is None else _kept(positions, settled, notes)
-    if settled is None or not kept:
+    settled = settle_text(text, read.sampled, finish_reason, notes)
+    kept = None if settled is None else _kept(read, settled, notes)
+    if settled is None or kept is None:
         return None
     index = notes.response_idx
     assert index is not None, "the notes of a response carry its index"
@@ -262,29 +251,48 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     return Response(*place, facts.prompt, model, settled.text, kept, finish_reason, sampling, version, has_stop, gaps)
 
 
-def _kept(positions: list[Position], settled: Settled, notes: Notes) -> tuple[Position, ...] | None:
+class _Read(NamedTuple):
+    """Positions with their sampled tokens as these stand in the file."""
+
+    sampled: list[Candidate]
+    positions: Positions
+
+
+def _read_positions(content: list[object] | Columns, notes: Notes) -> _Read | None:
+    if isinstance(content, Columns):
+        notes.repair_many(content.repairs, content.counts)
+        return _Read(content.sampled, content.positions)
+    positions = read_positions(content, notes)
+    if positions is None:
+        return None
+    sampled = [position.sampled for position in positions]
+    whole = [replace(p, sampled=p.sampled._replace(token=encodable(p.sampled.token))) for p in positions]
+    return _Read(sampled, Positions.of(whole))
+
+
+def _kept(read: _Read, settled: Settled, notes: Notes) -> Positions | None:
     """The positions of the response with the tokens' texts; without its stop where that has no list."""
-    last = len(settled.tokens) - 1
-    kept = [
-        _with_token(position, token, settled.pieces[t] if settled.pieces and t < len(settled.pieces) else None)
-        for t, (position, token) in enumerate(zip(positions[: last + 1], settled.tokens, strict=True))
-    ]
-    if not kept[last].top and (settled.has_stop or kept[last].defect is None):
+    n = len(settled.tokens)
+    kept = read.positions.part(0, n)
+    if settled.pieces or settled.tokens != [candidate.token for candidate in read.sampled[:n]]:
+        kept = replace(kept, sampled=Entries.of(_with_texts(read.sampled[:n], settled)))
+    last = n - 1
+    if not kept.tops.lengths[last] and (settled.has_stop or last not in kept.defects):
         if not settled.has_stop:
             return notes.defect("no-top-logprobs", "no `top_logprobs`", last)
         if last == 0:
             return notes.defect("empty-response", "the response has no token but the one that ends the turn")
         notes.repair("end-token", "the token ends the turn and has no list; position dropped", last)
-        kept.pop()
-    return tuple(kept)
+        kept = kept.part(0, last)
+    return kept
 
 
-def _with_token(position: Position, token: str, piece: bytes | None) -> Position:
-    sampled = position.sampled
-    if sampled.token == token and piece is None:
-        return position
-    token_bytes = sampled.token_bytes if piece is None else piece
-    return replace(position, sampled=sampled._replace(token=token, token_bytes=token_bytes))
+def _with_texts(sampled: list[Candidate], settled: Settled) -> list[Candidate]:
+    pieces = settled.pieces or []
+    return [
+        candidate._replace(token=encodable(token), token_bytes=pieces[t] if t < len(pieces) else candidate.token_bytes)
+        for t, (candidate, token) in enumerate(zip(sampled, settled.tokens, strict=True))
+    ]
 
 
 def _read_text(raw: dict[str, object], notes: Notes) -> str | None:
@@ -299,7 +307,7 @@ def _read_text(raw: dict[str, object], notes: Notes) -> str | None:
     return text
 
 
-def _read_content(raw: dict[str, object], text: str, notes: Notes) -> list[object] | None:
+def _read_content(raw: dict[str, object], text: str, notes: Notes) -> list[object] | Columns | None:
     logprobs = raw.get("logprobs")
     if logprobs is None:
         return notes.defect("no-logprobs", f"`logprobs` is {'null' if 'logprobs' in raw else 'missing'}")
@@ -307,6 +315,8 @@ def _read_content(raw: dict[str, object], text: str, notes: Notes) -> list[objec
     if holder is None:
         return None
     content = holder.get("content")
+    if isinstance(content, Columns):
+        return content
     items = as_list(content)
     if content is not None and items is None:
         return notes.defect("bad-logprobs", f"`logprobs.content` is {show(content)}")

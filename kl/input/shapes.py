@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from kl.input.problems import Notes, Overwritten, as_list, as_plain, number
@@ -15,20 +16,25 @@ from kl.pieces import is_whole
 Object = dict[str, object]
 _SETTINGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "presence_penalty",
              "frequency_penalty", "repetition_penalty")  # fmt: skip
+_SECOND_OBJECT = re.compile(rb"\s*\{")
 _ABOUT = ("model", "model_version", *_SETTINGS)
 
 
-def json_lines(data: bytes, load: Callable[[bytes], object], notes: Notes) -> object:
+def json_lines(data: bytes, load: Callable[[Sequence[bytes]], Sequence[object]], notes: Notes) -> object:
     """The document of a file with one JSON object a line (JSONL); None if it is none, or a defect was noted.
 
     Its responses are those of all lines, which must answer one prompt, as a file does. What else a line states is of
     its own responses alone.
     """
+    body = data.strip()
+    breaks = [at for end in (b"\n", b"\r") if (at := body.find(end)) >= 0]
+    if not breaks or not _SECOND_OBJECT.match(body, min(breaks)):
+        return None  # most files, at no cost
     lines = [line for line in data.splitlines() if line.strip()]
     if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines):
         return None
     try:
-        documents = [as_plain(load(line)) for line in lines]
+        documents = [as_plain(value) for value in load(lines)]
     except (ValueError, RecursionError):
         return None
     whole = [as_document(document) for document in documents if document is not None]

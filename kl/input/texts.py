@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kl.input.hidden import cut, prefix_gaps
 from kl.input.problems import Notes, is_encodable, show
-from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, is_special, own_bytes, sentence_piece
+from kl.pieces import ESCAPES, REPLACEMENT, byte_level, escaped_bytes, is_special, own_bytes, sentence_piece
 from kl.records import END_TOKENS, Candidate
 
 _CONTEXT = 20  # characters shown of each side where two texts part
@@ -64,10 +64,11 @@ def settle_text(text: str, sampled: Sequence[Candidate], finish_reason: str | No
     space stripped from ``text``, or a stop sequence cut from it.
     """
     readings = list(_readings(sampled, finish_reason))
+    plain = _is_plain(sampled)
     found = next(
         (
             (fit, n)
-            for way in (_as_written, _as_pieces, _as_hidden)
+            for way in (_as_plain if plain else _as_written, _as_pieces, _as_hidden)
             for n in readings
             if (fit := way(text, sampled[:n])) is not None
         ),
@@ -86,10 +87,20 @@ def settle_text(text: str, sampled: Sequence[Candidate], finish_reason: str | No
         tokens.append(sampled[n].token)
     for position in range(n + 1, len(sampled)):
         notes.repair("end-token", "the token comes after the end of the turn; position dropped", position)
+    if plain and fit.pieces is fit.cuts is None and "" not in tokens[:-1]:
+        return Settled(joined, tokens, has_stop, ())  # every prefix is its tokens' texts
     said = sampled[:-1] if has_stop else sampled[:n]
     empty = {t for t, c in enumerate(said) if c.token == "" and own_bytes(c.token, c.token_bytes) is None}
     gaps = prefix_gaps(tokens, _known_bytes(fit, said), fit.shown, fit.doubtful, empty)
     return Settled(joined, tokens, has_stop, gaps, fit.pieces)
+
+
+def _is_plain(sampled: Sequence[Candidate]) -> bool:
+    """Whether no token has or hides other bytes than those of its text."""
+    joined = "".join([candidate.token for candidate in sampled])
+    if REPLACEMENT in joined or any(mark in joined for mark in ESCAPES) or not is_encodable(joined):
+        return False
+    return all(c.token_bytes is None or c.token_bytes == c.token.encode() for c in sampled)
 
 
 def _known_bytes(fit: _Fit, said: Sequence[Candidate]) -> Sequence[bytes | None]:
@@ -131,6 +142,10 @@ def _ends_itself(sampled: Sequence[Candidate], tokens: Sequence[str], finish_rea
     last = sampled[-1]
     nameless = tokens[-1] == last.token == "" and own_bytes(last.token, last.token_bytes) is None
     return _reason(finish_reason) in _STOPPED and (nameless or last.token in END_TOKENS)
+
+
+def _as_plain(text: str, sampled: Sequence[Candidate]) -> _Fit | None:
+    return _fit(text, [candidate.token for candidate in sampled])
 
 
 def _as_written(text: str, sampled: Sequence[Candidate]) -> _Fit | None:

@@ -245,7 +245,8 @@ def test_numbers_that_cannot_be_right_leave_out_their_position_alone(case: Defec
     assert spoilt.defect == (case.kind, problem.message)
     assert (spoilt.top, spoilt.sampled.logprob) == ((), None)
     assert spoilt.sampled.token == whole.positions[case.position].sampled.token
-    others = [(a, b) for a, b in zip(response.positions, whole.positions, strict=True) if a is not spoilt]
+    others = [(a, b) for a, b in zip(response.positions, whole.positions, strict=True) if a.defect is None]
+    assert len(others) == len(whole.positions) - 1
     assert all(a == b for a, b in others)
     assert len(others) == LONG - 1
 
