@@ -107,7 +107,7 @@ class Aligned:
         for name in ("logp", "logq", "index_q", "index_p", "log_open_p", "log_open_q"):
             object.__setattr__(self, name, np.asfortranarray(getattr(self, name)))
 
-    def only(self, rows: Sequence[int] | slice) -> Aligned:
+    def only(self, rows: Sequence[int] | IntArray | slice) -> Aligned:
         """Some of the positions, in their order."""
         arrays = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: value[rows] for name, value in arrays.items() if isinstance(value, np.ndarray)})

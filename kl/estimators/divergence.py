@@ -200,7 +200,7 @@ def floor(aligned: Aligned) -> PointEstimates:
     """
     p, q = _Renormalised.of(aligned.logp), _Renormalised.of(aligned.logq)
     a, b, shared = aligned.alone_p, aligned.alone_q, aligned.shared
-    at_p = np.maximum(aligned.shared_logq - q.top[:, None], _SMALLEST_LOG)
+    at_p = np.maximum((aligned.shared_logq - q.top[:, None]) * shared, _SMALLEST_LOG)
     ratio = (p.logs - at_p - (p.log_total - q.log_total)[:, None]) * shared
     p_shared, q_shared = p.probs * shared, np.exp(at_p) * shared / q.total[:, None]
     p_alone, q_alone = a.of_array(p.probs), b.of_array(q.probs)

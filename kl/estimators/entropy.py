@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import entr
 
-from kl.estimators.align import FloatArray
+from kl.estimators.rows import FloatArray, row_counts, row_sums
 
 _LOG_TINY = -690.0  # exp of it is near the smallest normal float64
 
@@ -38,8 +38,10 @@ def entropies(logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocab
     vocabulary : int, optional
         Number of tokens; without it there is no upper limit.
     """
-    head = entr(np.exp(logs)).sum(axis=1)
-    rest = np.maximum(1.0 - np.exp(logs).sum(axis=1), 0.0)
+    listed, known = logs > -np.inf, np.maximum(logs, _LOG_TINY)
+    probs = np.exp(known) * listed
+    head = -row_sums(probs * known)
+    rest = np.maximum(1.0 - row_sums(probs), 0.0)
     cap = np.exp(np.maximum(log_cap, _LOG_TINY))
     # Least entropy: the unlisted mass on as few tokens as the cap allows, the unmatched listed mass on one.
     unlisted = np.maximum(1.0 - coverage, 0.0)
@@ -47,7 +49,7 @@ def entropies(logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocab
     part = np.maximum(unlisted - n_full * cap, 0.0)
     lower = head + n_full * entr(cap) + entr(part) + entr(np.minimum(rest - unlisted, 1.0))
     # Most entropy: the rest spread evenly over every token that is not listed by itself.
-    n_left = np.nan if vocabulary is None else np.maximum(vocabulary - np.isfinite(logs).sum(axis=1), 1)
+    n_left = np.nan if vocabulary is None else np.maximum(vocabulary - row_counts(listed), 1)
     upper = head + entr(rest) + rest * np.log(n_left)
     lower = np.maximum(lower, 0.0)  # a probability of 1 plus rounding has a negative term
     return Entropies(np.maximum(head + entr(rest), 0.0), lower, np.maximum(upper, lower))

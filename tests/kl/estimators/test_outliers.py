@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from kl.estimators.align import align
+from kl.estimators.censored import SpreadPrior
 from kl.estimators.comparison import compare
 from kl.estimators.divergence import exact_kl
 from kl.estimators.outliers import find_outliers
+from tests.kl.estimators import slow_outliers
 from tests.kl.pairs import gaussian_pair, log_softmax, top_lists
 from tests.kl.wrong_values import with_wrong
 
@@ -215,3 +218,31 @@ def test_a_list_that_names_no_token_is_no_outlier_and_no_fault_of_arithmetic(qui
         found = compare(hidden, lists[1])
     assert certain(found) == []
     assert found.kl_lower[5] <= exact_kl(*quiet)[5]
+
+
+@pytest.mark.parametrize("prior", [None, SpreadPrior(0.3)], ids=["no prior", "prior"])
+@pytest.mark.parametrize("noise", [0.05, 0.6, 2.5])
+@pytest.mark.parametrize("k", [6, K, 45])
+def test_rows_together_are_judged_as_row_by_row(noise, k, prior):
+    """Wrong values of every size on either side, entries without a name, values of two decimals."""
+    rng = np.random.default_rng(k)
+    pair = gaussian_pair(7, 200, 400, noise, zipf=1.4, spread=1.2)
+    lists = [top_lists(logs, k) for logs in pair]
+    for row in range(200):
+        for _ in range(row % 3):
+            side, by = rng.integers(2), rng.choice([-95.0, -20.0, -6.0, -3.0, 1.0, 3.0])
+            changed = with_wrong(lists[side], row, rng.integers(k), by)
+            lists[side] = changed if np.exp([c.logprob for c in changed[row]]).sum() <= 1 else lists[side]
+    for row in range(0, 200, 5):
+        side, at = rng.integers(2), rng.integers(k)
+        lists[side][row] = tuple(c._replace(token="") if i == at else c for i, c in enumerate(lists[side][row]))
+    named = [[tuple(c._replace(token_id=None) for c in top) for top in side] for side in lists]
+    rounded = [[tuple(c._replace(logprob=round(c.logprob, 2)) for c in top) for top in side] for side in named]
+    n_certain = 0
+    for one, other in (named, rounded):
+        aligned = align(one, other)
+        found, slow = find_outliers(aligned, prior), slow_outliers.find_outliers(aligned, prior)
+        assert [item[:3] for item in found] == [item[:3] for item in slow]
+        np.testing.assert_allclose([item[3:] for item in found], [item[3:] for item in slow], rtol=1e-12)
+        n_certain += sum(item.certain for item in found)
+    assert n_certain > 20
