@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, pairwise
-from typing import NamedTuple, cast
+from itertools import chain, pairwise, repeat
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ import polars as pl
 from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
-from kl.columns import NO_ID, BoolArray, Entries, IntArray, Positions, TopLists
+from kl.columns import NO_ID, BoolArray, Entries, FloatArray, IntArray, Positions, TopLists
 from kl.input.logprobs import (
     SAMPLED_TOLERANCE,
     UNSORTED,
@@ -54,12 +54,27 @@ class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     top_logprobs: list[_Entry] | UnsetType | None = UNSET
 
 
+class _BareEntry(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    token: str
+    logprob: float | None
+    token_id: int
+
+
+class _BareRow(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    token: str
+    logprob: int | float | None
+    token_id: int
+    top_logprobs: list[_BareEntry] | UnsetType | None = UNSET
+
+
 _ROWS = msgspec.json.Decoder(list[_Row])
+_BARE_ROWS = msgspec.json.Decoder(list[_BareRow])  # the most common objects, in half the time
 
 
 class Columns(NamedTuple):
     """A list of positions that can be used, and the repairs that made it so.
 
+    ``sampled`` are the texts and bytes of the sampled tokens, without their numbers.
     ``repairs`` are the first ones of each kind, in order; ``counts`` is how many there are of each kind.
     """
 
@@ -70,29 +85,42 @@ class Columns(NamedTuple):
 
 
 class _Fields(NamedTuple):
-    """What objects hold, each as a list."""
+    """What objects hold, each as a list; ``stated`` are bytes, None where no object states any."""
 
     texts: list[str]
     values: Sequence[float | None]
     ids: list[int | UnsetType | None]
-    stated: list[list[int] | UnsetType | None]
+    stated: list[list[int] | UnsetType | None] | None
 
     @classmethod
     def of(cls, items: Sequence[_Row] | Sequence[_Entry]) -> _Fields:
+        stated = [item.bytes for item in items]
         return cls(
             [item.token for item in items],
             [item.logprob for item in items],
             [item.token_id for item in items],
-            [item.bytes for item in items],
+            None if stated.count(UNSET) == len(stated) else stated,
         )
 
     @classmethod
+    def of_bare(cls, items: Sequence[_BareRow] | Sequence[_BareEntry]) -> _Fields:
+        ids: list[int | UnsetType | None] = [item.token_id for item in items]
+        return cls([item.token for item in items], [item.logprob for item in items], ids, None)
+
+    @classmethod
     def joined(cls, parts: Sequence[_Fields]) -> _Fields:
-        return cls(*(list(chain.from_iterable(column)) for column in zip(*parts, strict=True)))
+        texts, values, ids = (list(chain.from_iterable(column)) for column in list(zip(*parts, strict=True))[:3])
+        if all(part.stated is None for part in parts):
+            return cls(texts, values, ids, None)
+        lists = ([UNSET] * len(part.texts) if part.stated is None else part.stated for part in parts)
+        return cls(texts, values, ids, list(chain.from_iterable(lists)))
 
     def n_keys(self) -> int:
         """How many keys the objects have, if none of them is repeated: of two the last one would stand."""
-        return 4 * len(self.texts) - sum(len([0 for value in column if value is UNSET]) for column in self[2:])
+        n, unset = 2 * len(self.texts), UNSET
+        for column in (self.ids, self.stated or ()):
+            n += len(column) - len([0 for value in column if value is unset])
+        return n
 
 
 class _Content(NamedTuple):
@@ -141,17 +169,24 @@ def _groups(contents: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 def _parse(raw: memoryview) -> _Content | None:
     """The objects of a list in the documented form without repeated keys."""
     try:
-        rows = _ROWS.decode(raw)
+        return _flat(raw, _BARE_ROWS.decode(raw), _Fields.of_bare)
+    except msgspec.ValidationError:
+        pass
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    entries: list[_Entry] = []
-    for row in rows:
-        entries.extend(row.top_logprobs or ())
-    said, listed = _Fields.of(rows), _Fields.of(entries)
-    n_keys = said.n_keys() + listed.n_keys() + sum(row.top_logprobs is not UNSET for row in rows)
+    try:
+        return _flat(raw, _ROWS.decode(raw), _Fields.of)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _flat(raw: memoryview, rows: list[Any], fields: Callable[[Sequence[Any]], _Fields]) -> _Content | None:
+    tops = [row.top_logprobs or () for row in rows]
+    said, listed = fields(rows), fields(list(chain.from_iterable(tops)))
+    n_keys = said.n_keys() + listed.n_keys() + sum([row.top_logprobs is not UNSET for row in rows])
     if not rows or n_keys != _n_keys(raw, "".join(listed.texts) + "".join(said.texts)):
         return None
-    return _Content(said, listed, [len(row.top_logprobs or ()) for row in rows])
+    return _Content(said, listed, [len(top) for top in tops])
 
 
 def _n_keys(raw: memoryview, tokens: str) -> int | None:
@@ -199,7 +234,7 @@ class _Batch:
         self.unfit = np.zeros(len(contents), dtype=np.bool_)
         self.noted: list[tuple[tuple[bool, int, int, int], int, Repair]] = []
         self.counts: list[tuple[str, IntArray]] = []
-        self.said = _tokens(said._replace(values=[number(value) for value in said.values]))
+        self.said = _tokens(said)
         self.listed = _tokens(_Fields.joined([content.listed for content in contents]))
         self.sampled = self.said.entries
         lengths = chain.from_iterable(content.lengths for content in contents)
@@ -324,7 +359,8 @@ class _Batch:
 
     def columns(self) -> list[Columns | None]:
         """What became of each of the R contents."""
-        sampled = cast("list[Candidate]", self.sampled.candidates())
+        stated = repeat(None) if self.sampled.stated is None else self.sampled.stated.to_list()
+        sampled = list(map(Candidate, self.said.texts, repeat(None), repeat(None), stated))
         positions = Positions(self.sampled, self.tops, self.n_dropped, np.zeros(len(self.tops), dtype=np.bool_))
         repairs: list[list[Repair]] = [[] for _ in self.unfit]
         for _, content, repair in sorted(self.noted, key=lambda noted: noted[0]):
@@ -406,19 +442,27 @@ def _tokens(fields: _Fields) -> _Tokens:
     if (text == "").any() or REPLACEMENT in "".join(fields.texts):
         whole = ~((text == "") | text.str.contains(REPLACEMENT, literal=True)).to_numpy()
     ids, bad = _ids(fields.ids)
-    stated, no_bytes = _stated(fields.stated)
-    odd = None
-    if stated is not None:
+    odd = stated = None
+    if fields.stated is not None:
+        stated, no_bytes = _stated(fields.stated)
         bad = bad | no_bytes
         differs = text.cast(pl.Binary).ne_missing(stated) | text.str.contains_any([*ESCAPES])
         odd = (differs & (stated.bin.size() > 0).fill_null(False)).to_numpy()
-    values = pl.Series(fields.values, dtype=pl.Float64).to_numpy()  # null becomes NaN
-    return _Tokens(fields.texts, Entries(text.cast(pl.Categorical), values, ids, stated), whole, bad, odd)
+    entries = Entries(text.cast(pl.Categorical), _floats(fields.values), ids, stated)
+    return _Tokens(fields.texts, entries, whole, bad, odd)
+
+
+def _floats(values: Sequence[float | None]) -> FloatArray:
+    try:
+        series = pl.Series(values, dtype=pl.Float64)
+    except (TypeError, ValueError, OverflowError):  # a whole number beyond all range
+        series = pl.Series([number(value) for value in values], dtype=pl.Float64)
+    return series.to_numpy()  # null becomes NaN
 
 
 def _ids(values: Sequence[int | UnsetType | None]) -> tuple[IntArray, BoolArray]:
     """Token ids, and which of them are none."""
-    if values.count(UNSET) == len(values):
+    if values and values[0] is UNSET and values.count(UNSET) == len(values):
         return np.full(len(values), NO_ID), np.zeros(len(values), dtype=np.bool_)
     try:
         series = pl.Series(values, dtype=pl.Int64)
@@ -433,11 +477,9 @@ def _ids(values: Sequence[int | UnsetType | None]) -> tuple[IntArray, BoolArray]
     return series.fill_null(NO_ID).to_numpy(), (series < 0).fill_null(False).to_numpy()
 
 
-def _stated(values: Sequence[list[int] | UnsetType | None]) -> tuple[pl.Series | None, BoolArray]:
-    """Stated bytes, None if there are none, and which of them are none."""
+def _stated(values: Sequence[list[int] | UnsetType | None]) -> tuple[pl.Series, BoolArray]:
+    """Stated bytes, and which of them are none."""
     bad = np.zeros(len(values), dtype=np.bool_)
-    if values.count(UNSET) == len(values):
-        return None, bad
     found: list[bytes | None] = []
     for index, value in enumerate(values):
         try:

@@ -252,7 +252,7 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
 
 
 class _Read(NamedTuple):
-    """Positions with their sampled tokens as these stand in the file."""
+    """Positions, and the texts and bytes of their sampled tokens as these stand in the file."""
 
     sampled: list[Candidate]
     positions: Positions
@@ -273,9 +273,9 @@ def _read_positions(content: list[object] | Columns, notes: Notes) -> _Read | No
 def _kept(read: _Read, settled: Settled, notes: Notes) -> Positions | None:
     """The positions of the response with the tokens' texts; without its stop where that has no list."""
     n = len(settled.tokens)
-    kept = read.positions.part(0, n)
+    kept = read.positions.part(0, n) if n < len(read.positions) else read.positions
     if settled.pieces or settled.tokens != [candidate.token for candidate in read.sampled[:n]]:
-        kept = replace(kept, sampled=Entries.of(_with_texts(read.sampled[:n], settled)))
+        kept = replace(kept, sampled=_with_texts(kept.sampled, read.sampled[:n], settled))
     last = n - 1
     if not kept.tops.lengths[last] and (settled.has_stop or last not in kept.defects):
         if not settled.has_stop:
@@ -287,12 +287,13 @@ def _kept(read: _Read, settled: Settled, notes: Notes) -> Positions | None:
     return kept
 
 
-def _with_texts(sampled: list[Candidate], settled: Settled) -> list[Candidate]:
+def _with_texts(numbers: Entries, sampled: list[Candidate], settled: Settled) -> Entries:
     pieces = settled.pieces or []
-    return [
-        candidate._replace(token=encodable(token), token_bytes=pieces[t] if t < len(pieces) else candidate.token_bytes)
-        for t, (candidate, token) in enumerate(zip(sampled, settled.tokens, strict=True))
-    ]
+    stated = [*pieces, *(candidate.token_bytes for candidate in sampled[len(pieces) :])]
+    written = Entries.from_lists(
+        [encodable(token) for token in settled.tokens], numbers.logprobs.tolist(), None, stated
+    )
+    return replace(numbers, tokens=written.tokens, stated=written.stated)
 
 
 def _read_text(raw: dict[str, object], notes: Notes) -> str | None:
