@@ -181,7 +181,7 @@ def _identity(response: Response, drawn: BoolArray, inclusion: FloatArray) -> di
     }
 
 
-Column = FloatArray | IntArray | BoolArray | list[bool | None] | list[str] | list[int]
+Column = FloatArray | IntArray | BoolArray | pl.Series | list[str] | list[int]
 
 
 def _list_columns(
@@ -205,7 +205,7 @@ def _list_columns(
         "overlap": aligned.overlap,
         "same_top_token": _same_top(aligned),
         "logratio_k1": token.k1,
-        "k1_censored": [bool(c) if k else None for c, k in zip(token.censored, known, strict=True)],
+        "k1_censored": _where(known, token.censored),
         "k3": token.k3,
         "delta_p": token.delta_p,
         "entropy_p": entropy_p.rest_cell,
@@ -243,13 +243,17 @@ def _estimate_columns(values: ListMeasures, estimator: str, exact: FloatArray) -
     }
 
 
-def _same_top(aligned: Aligned) -> list[bool | None]:
-    """Whether a most probable token of P is one of Q's; ``None`` where one without a key may be."""
+def _same_top(aligned: Aligned) -> pl.Series:
+    """Whether a most probable token of P is one of Q's; null where one without a key may be."""
     best_p = aligned.logp == aligned.log_top_p[:, None]
     best_q = aligned.shared_logq == aligned.log_top_q[:, None]
-    same = (best_p & best_q & (aligned.index_q >= 0)).any(axis=1)
-    unknown = aligned.top_open & ~same
-    return [None if open_top else bool(value) for value, open_top in zip(same, unknown, strict=True)]
+    same = (best_p & best_q & aligned.shared).any(axis=1)
+    return _where(same | ~aligned.top_open, same)
+
+
+def _where(known: BoolArray, values: BoolArray) -> pl.Series:
+    """The values, null where they are not known."""
+    return pl.Series(values).set(pl.Series(~known), None)
 
 
 def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:

@@ -1,0 +1,25 @@
+"""The benchmark of token rows runs and prints its table; its figures are for people to read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from tests import ROOT
+
+
+def test_every_stage_has_a_figure_for_either_kind() -> None:
+    command = [sys.executable, "benchmarks/token_rows.py", "--positions", "100", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    head, rule, *lines = done.stdout.splitlines()
+    assert head == "| positions a second, of 100 | flat | peaked |"
+    assert rule == "|---|---|---|"
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "copy of the arrays",
+        "floor and lower bounds",
+        "spread of log p/q",
+        "everything of a token row",
+    ]
+    for line in lines:
+        assert len(re.findall(r"[\d,]+ \(\d+\)", line)) == 2
