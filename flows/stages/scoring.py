@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from backends.base import WAITING, ScoreRequest
 from backends.errors import BackendError, ModelNotUsableError
 from backends.scores.store import ScoreJournal
-from backends.storage import is_remote
 from flows.folder.layout import Stores
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
-# For remote storage; each group of responses waits for its own.
+# Each group of responses waits for its own.
 _writers = ThreadPoolExecutor(16, thread_name_prefix="score-writer")
 
 # How many answers wait in a journal before they become a part of the table, and how many bytes of full vocabularies.
@@ -141,10 +140,10 @@ async def store_answers(
 
 
 async def _write(incoming: _Incoming) -> None:
-    """Write a part to its end, whatever is cancelled meanwhile; the loop does not wait for remote storage."""
-    if not is_remote(incoming.stores.scores.root):
-        incoming.write()  # quicker than a thread
-        return
+    """Write a part to its end, whatever is cancelled meanwhile.
+
+    Not in the loop: a local part takes milliseconds, most of them in the system, in which calls would wait.
+    """
     work = _writers.submit(incoming.write)
     try:
         await asyncio.shield(asyncio.wrap_future(work))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # The first look at a job, and how the pauses grow with the time waited, up to ``poll_interval_s``.
 _FIRST_POLL_S = 1.0
-_POLL_SHARE = 0.25
+_POLL_SHARE = 0.125
 _OUTPUT_POLL_S = 2.0
 _UPLOAD_NAMES = 5
 # What passes by itself: a later look may find an answer.
