@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from backends.errors import ConfigError
+from backends.settings import SampleSettings
 from kl.records import Prompt, Response, Score, ScoreFailure
 
 # A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
@@ -100,18 +101,6 @@ class ScoreRequest:
             if key in wanted:
                 first.setdefault(key, position)
         return replace(self, positions=tuple(first.values()), keys=tuple(first))
-
-
-class SampleSettings(BaseModel):
-    """How responses are sampled."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: float = Field(default=1.0, ge=0, le=2, description="Softmax temperature; 0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus mass.")
-    max_tokens: int = Field(default=256, ge=1, description="Longest response, tokens.")
-    top_logprobs: int = Field(default=20, ge=1, description="Candidates recorded per position.")
-    seed: int = Field(default=0, ge=0, description="Seed of the first response; response i uses seed + i.")
 
 
 class Capabilities(NamedTuple):

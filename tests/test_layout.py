@@ -26,7 +26,7 @@ kl.statistics           intervals / drift / clusters position_sampling / breakdo
 kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 
-backends                errors hookspecs / base builtin keys / registry session
+backends                errors hookspecs settings / base builtin keys / registry session
 backends.storage        parallel / locations / remote / files / copies lease listing / __init__
 backends.scores         rows / chunk_log / journal raw_log / store
 backends.contract       subject / setup / answers / calls / __init__
@@ -39,7 +39,7 @@ backends.vertex.jobs    rows / work / rounds
 backends.vertex         online / batch
 backends.vertex.cleaning inventory / lifecycle / cleaner
 
-flows.runtime           environment logs terminal
+flows.runtime           environment logs server terminal
 flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers

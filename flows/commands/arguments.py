@@ -122,6 +122,12 @@ def parse_config(parser: argparse.ArgumentParser, model: type[ModelT], arguments
     return build_config(model, config_file, values, sets)
 
 
+def show_life() -> None:
+    """On a terminal, say that the program has begun; the next line, which may be all there is, takes its place."""
+    if sys.stderr.isatty():
+        print("starting …", end="\r", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def exit_code_of(program: Callable[[], int]) -> int:
     """Run a program; the user's mistakes (exit code 2) and failing disks or buckets (1) end it with one line."""
     try:

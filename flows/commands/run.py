@@ -6,19 +6,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of
-from flows.config.comparison import Comparison
-from flows.config.folders import pinning_flags
+# What says the help, and that a run has begun, loads no more than this: arrays, tables and Prefect take seconds.
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, show_life
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, names_the_run
-from flows.folder.layout import OutputFolder
 from flows.runtime.environment import prepare_environment, start_own_server
-from flows.runtime.interrupts import InterruptedRunError
-from flows.runtime.terminal import console, print_lines, print_pairs
-from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
-from flows.stages.inputs import find_inputs
+from flows.runtime.server import OwnServer, begin_server, load_with_server
 from flows.watch.report import (
     EXIT_COMPLETE,
     EXIT_DRIFT,
@@ -30,6 +25,9 @@ from flows.watch.report import (
     RunReport,
     last_written,
 )
+
+if TYPE_CHECKING:
+    from flows.folder.layout import OutputFolder
 
 _DESCRIPTION = (
     "KL(P‖Q) per token, response and data set. Model P wrote the responses in --input-dir, with its top "
@@ -58,24 +56,49 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
     parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "noise_floor", "alert"))
     config = parse_config(parser, RunConfig, arguments)
+    if config.dry_run:
+        return _dry_run(config)
+    show_life()
+    return _run_flow(config, load_flow, begin_server(), arguments)
+
+
+def _dry_run(config: RunConfig) -> int:
+    from flows.config.comparison import Comparison
+    from flows.runtime.terminal import console, print_pairs
+    from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+
+    comparison = Comparison.of(config, RunValues.of_a_dry_run())
+    plan = plan_without_calls(comparison)
+    print_pairs(console(), plan_rows(plan, comparison))
+    check_cost(plan, config.max_cost_usd)
+    return EXIT_COMPLETE
+
+
+def _run_flow(
+    config: RunConfig, load_flow: Callable[[], Any], server: OwnServer | None, arguments: Sequence[str]
+) -> int:
+    # While the server starts.
+    from flows.config.comparison import Comparison
+    from flows.config.folders import pinning_flags
+    from flows.folder.layout import OutputFolder
+    from flows.stages.inputs import find_inputs
+
     comparison = Comparison.of(config, RunValues.of_a_dry_run())
     if not names_the_run(str(config.input_dir)):
         find_inputs(comparison.config)
-    if config.dry_run:
-        plan = plan_without_calls(comparison)
-        print_pairs(console(), plan_rows(plan, comparison))
-        check_cost(plan, config.max_cost_usd)
-        return EXIT_COMPLETE
+    kl_divergence = load_with_server(load_flow, server)
+
     from httpx import HTTPError
 
-    kl_divergence = load_flow()
+    from flows.runtime.interrupts import InterruptedRunError
+
     try:
-        start_own_server()
+        start_own_server()  # if there is none yet
         state = kl_divergence(config, return_state=True)
     except (HTTPError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
             raise
-        _leave_without_server(error, comparison.folder)
+        _leave_without_server(error, comparison.folder, server)
     stopped = state.result(raise_on_failure=False)
     if isinstance(stopped, InterruptedRunError):
         command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
@@ -94,11 +117,11 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
 
 
-def _leave_without_server(error: Exception, folder: OutputFolder) -> NoReturn:
+def _leave_without_server(error: Exception, folder: OutputFolder, server: OwnServer | None) -> NoReturn:
     """The Prefect server answers no more: say what is on disk all the same, and end."""
     from prefect.settings import PREFECT_API_URL
 
-    url = PREFECT_API_URL.value() or "of this run"
+    url = "of this run" if server is not None else PREFECT_API_URL.value() or "of this run"
     gone = f"the Prefect server {url} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
     report = last_written()
     if report is None:
@@ -118,6 +141,9 @@ def _leave_without_server(error: Exception, folder: OutputFolder) -> NoReturn:
 
 def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str]) -> int:
     """Say what is waited for, and what comes next."""
+    from flows.config.folders import pinning_flags
+    from flows.runtime.terminal import console, print_lines
+
     lines = report.lines
     if report.name == "Submitted":
         assert report.config is not None, "a run that submitted has one"
@@ -144,6 +170,8 @@ def without_flag(arguments: Sequence[str], flag: str) -> list[str]:
 
 def show(report: RunReport) -> None:
     """Print what must be read first, the summary table, what is missing, and where the results are."""
+    from flows.runtime.terminal import console, print_lines, print_pairs
+
     out = console()
     print_lines(out, [f"warning: {alarm}" for alarm in report.alarms])
     print_pairs(out, report.headline)

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of
-from flows.config.backend import resolve_backend
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, show_life
 from flows.config.models import SampleConfig
 from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.server import begin_server, load_with_server
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
 _DESCRIPTION = (
@@ -31,9 +31,14 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
         "python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"), epilog=_EXIT_CODES
     )
     config = parse_config(parser, SampleConfig, arguments)
+    show_life()
+    server = begin_server()
+    # While it starts.
+    from flows.config.backend import resolve_backend
+
     resolve_backend(config)
-    sample_responses = load_flow()
-    start_own_server()
+    sample_responses = load_with_server(load_flow, server)
+    start_own_server()  # if there is none yet
     result = result_of(sample_responses(config, return_state=True))
     if not isinstance(result, list):
         return EXIT_ERROR

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from backends.base import SampleSettings
+from backends.settings import SampleSettings
 from backends.storage import Location, resolved
 from flows.config.alert import AlertConfig
 from flows.config.runner import TaskRunnerConfig
 from flows.config.templates import check_history_template, check_template
-from kl.statistics.position_sampling import PositionSample
+
+if TYPE_CHECKING:
+    from kl.statistics.position_sampling import PositionSample
 
 Estimator = Literal["censored", "floor", "lower", "bucket"]
 Stage = Literal["run", "submit", "collect"]
@@ -107,6 +109,8 @@ class PositionsConfig(BaseModel):
     @property
     def sample(self) -> PositionSample:
         """The rule as `kl.statistics.position_sampling` takes it."""
+        from kl.statistics.position_sampling import PositionSample  # late: it loads SciPy, a command's help needs none
+
         return PositionSample(self.fraction, self.per_response, self.seed)
 
 

@@ -47,6 +47,8 @@ def prepare_environment() -> None:
 def start_own_server() -> None:
     """Start the temporary server that Prefect starts where it is told of none, out of reach of Ctrl-C.
 
+    A program has begun one before (`flows.runtime.server`), unless Prefect was loaded already or that one failed.
+
     A terminal sends that to the whole process group. Without its server the run could not end: it would ask it again
     for minutes. A blocked signal stays blocked in a new process; the run ends its server itself.
     """

@@ -28,6 +28,7 @@ from prefect.settings import get_current_settings
 
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
+from flows.runtime.server import is_temporary
 from flows.runtime.terminal import ProgressReporter
 from flows.watch.markdown import escaped, one_line
 from flows.watch.report import RunReport
@@ -104,7 +105,8 @@ def show_plan(rows: Sequence[tuple[str, str]], config: RunConfig) -> None:
 
 
 def _has_server() -> bool:
-    return get_current_settings().api.url is not None
+    url = get_current_settings().api.url
+    return url is not None and not is_temporary(url)
 
 
 def _tried(what: str, make: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kl.output.kl_json import DETAIL_NAMES, ResponseText, scored_responses, write_kl_json
@@ -233,6 +233,7 @@ def plain_statistics(tokens: pl.DataFrame, row: dict) -> dict:
     } | counts
 
 
+@settings(deadline=None)
 @given(tables())
 def test_written_values_are_those_of_the_table_to_the_last_bit(tokens: pl.DataFrame):
     rows = {row["response_idx"]: row for row in summarise_responses(tokens.lazy()).iter_rows(named=True)}
