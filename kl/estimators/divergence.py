@@ -171,7 +171,7 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None) -> ListMeasures:
     long_enough = np.minimum(aligned.n_listed_p, aligned.n_listed_q) >= MIN_LISTED
     spread_known = long_enough & (aligned.overlap >= tobit.MIN_SHARED)
     has_model = spread_known if prior is None else long_enough
-    estimate = _at_least(low, _model_estimate(cell, model), complete, has_model)
+    estimate = _at_least(low, _where_needed(cell, model, has_model & ~complete), complete, has_model)
     limit = np.maximum(upper_subgauss(cell, model.variance, PLAUSIBLE_FACTOR), estimate.kl)
     return ListMeasures(
         lower=low,
@@ -182,6 +182,23 @@ def measure(aligned: Aligned, prior: tobit.SpreadPrior | None) -> ListMeasures:
         logratio_sd=np.where(has_model, np.sqrt(model.variance), np.nan),
         masses=Masses(cell.rest_p, cell.rest_q, cell.sum_a, cell.sum_b, cell.mass_above_1_p, cell.mass_above_1_q),
     )
+
+
+def _where_needed(cell: Cells, model: tobit.LogRatioModel, rows: BoolArray) -> PointEstimates:
+    """The model's estimates at some of the positions, NaN at the others; all of shape (T,)."""
+    if rows.all():
+        return _model_estimate(cell, model)
+    part = tobit.LogRatioModel(
+        model.mean_p[rows],
+        model.mean_q[rows],
+        model.variance[rows],
+        model.ratio_p[rows[cell.a.at.row]],
+        model.ratio_q[rows[cell.b.at.row]],
+    )
+    whole = PointEstimates(*(np.full(len(rows), np.nan) for _ in PointEstimates._fields))
+    for values, found in zip(whole, _model_estimate(cell.only(rows), part), strict=True):
+        values[rows] = found
+    return whole
 
 
 def _at_least(low: Divergences, model: PointEstimates, complete: BoolArray, has_model: BoolArray) -> PointEstimates:
