@@ -201,6 +201,7 @@ class Tokenizer:
             )
         self._words: _Vocabulary = (_ByteLevel if kind == "gpt2" else _SentencePiece)(file, tokens, types)
         self._tokens = tokens
+        self._shown: dict[int, tuple[str, bytes]] = {}
         self._special = {
             token: at
             for at, (token, of) in enumerate(zip(tokens, types, strict=True))
@@ -226,6 +227,13 @@ class Tokenizer:
     def token_bytes(self, index: int) -> bytes:
         """The exact bytes that a token stands for; a control token stands for its name."""
         return self._tokens[index].encode() if self._tokens[index] in self._special else self._words.decode(index)
+
+    def token(self, index: int) -> tuple[str, bytes]:
+        """How a list shows a token, and its exact bytes."""
+        if index not in self._shown:
+            exact = self.token_bytes(index)
+            self._shown[index] = exact.decode("utf-8", "replace"), exact
+        return self._shown[index]
 
     def is_token(self, text: str) -> bool:
         """Whether a text is a token of the vocabulary that somebody's text can be encoded to."""
