@@ -75,6 +75,10 @@ class ScoreRequest:
     gaps : tuple of (int, str)
         (position, reason) of positions whose prefix no text says, asked where token ids are given: a backend that must
         fall back to the text gives them a failure of that reason.
+    counterparts : tuple of str
+        Given only with the capability ``exact_pairs``: for each position asked, the key under which the other model is
+        asked about the same context, in the same call where it is asked now; empty where nobody is. The score of each
+        of two such keys then has `Score.exact`, and no ``full_logprobs``, which are not kept.
     """
 
     name: str
@@ -88,6 +92,7 @@ class ScoreRequest:
     top_logprobs: int
     full_vocabulary: bool = False
     gaps: tuple[tuple[int, str], ...] = ()
+    counterparts: tuple[str, ...] = ()
 
     def contexts(self) -> Iterator[tuple[int, str, str]]:
         """(position, key, prefix text) of each position asked."""
@@ -97,10 +102,16 @@ class ScoreRequest:
     def only(self, wanted: Container[str]) -> ScoreRequest:
         """The same request for those of its contexts whose key is wanted; positions of one key are asked once."""
         first: dict[str, int] = {}
-        for position, key in zip(self.positions, self.keys, strict=True):
+        for index, key in enumerate(self.keys):
             if key in wanted:
-                first.setdefault(key, position)
-        return replace(self, positions=tuple(first.values()), keys=tuple(first))
+                first.setdefault(key, index)
+        chosen = first.values()
+        return replace(
+            self,
+            positions=tuple(self.positions[index] for index in chosen),
+            keys=tuple(first),
+            counterparts=tuple(self.counterparts[index] for index in chosen) if self.counterparts else (),
+        )
 
 
 class Capabilities(NamedTuple):
@@ -109,7 +120,8 @@ class Capabilities(NamedTuple):
     ``max_top_logprobs`` is the longest list it reports; ``full_vocabulary`` that it can report every token;
     ``samples`` that it can write responses; ``token_ids`` that it feeds P's token ids, where they are its own, instead
     of the text (the ids then belong to the key of a score); ``remote`` that it sends texts to a service, which may cost
-    money; ``deferred`` that its answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`).
+    money; ``deferred`` that its answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`);
+    ``exact_pairs`` that it compares the whole vocabularies of two of its models itself (`ScoreRequest.counterparts`).
     """
 
     max_top_logprobs: int
@@ -118,6 +130,7 @@ class Capabilities(NamedTuple):
     token_ids: bool = False
     remote: bool = True
     deferred: bool = False
+    exact_pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,3 +308,8 @@ class Backend(ABC):
 def own_name(backend: type[Backend]) -> str | None:
     """The `name` that a class gives itself; None if it has none or another one's."""
     return vars(backend).get("name")
+
+
+def compares_pairs(backend: type[Backend]) -> bool:
+    """Whether a class says of itself that it has ``exact_pairs``: what a subclass reports may be another vocabulary."""
+    return "capabilities" in vars(backend) and backend.capabilities.exact_pairs

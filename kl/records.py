@@ -155,13 +155,37 @@ class Response:
         return np.concatenate(([0], np.cumsum(lengths[:-1]))).astype(np.int64)[: len(lengths)]
 
 
+class ExactPair(NamedTuple):
+    """What two models' whole vocabularies say at one context: of the model of this score from another, in nats.
+
+    ``versus`` is the key of the other's score: the figures hold for that pair alone. They are NaN where the two
+    vocabularies, of ``vocabulary`` and ``vocabulary_versus`` tokens, are not the same, and ``inf`` where one excludes a
+    token that the other allows. ``tv`` is without unit.
+    """
+
+    versus: str
+    kl: float
+    reverse_kl: float
+    js: float
+    tv: float
+    vocabulary: int
+    vocabulary_versus: int
+
+    def turned(self, key: str) -> ExactPair:
+        """The same pair for the other score; ``key`` is this one's."""
+        return ExactPair(
+            key, self.reverse_kl, self.kl, self.js, self.tv, self.vocabulary_versus, self.vocabulary
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """What Q says at one context: its top-k list, and with a full vocabulary every log-probability.
 
     ``key`` is the content hash of the context. ``full_logprobs`` has shape (V,), float32, indexed by token id.
     ``n_dropped`` counts candidates that were not probabilities (masked tokens reported as -2**100).
-    Token counts are those of the service: for the bill, and to tell a prefix that it tokenised otherwise.
+    Token counts are those of the service: for the bill, and to tell a prefix that it tokenised otherwise. ``exact`` is
+    what a backend found that compares whole vocabularies itself.
     """
 
     key: str
@@ -173,6 +197,7 @@ class Score:
     output_tokens: int | None = None
     n_dropped: int = 0
     full_logprobs: NDArray[np.float32] | None = None
+    exact: ExactPair | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A real small language model in this process: nothing to sign up for, and exact full-vocabulary log-probabilities.
 
-One forward pass gives every position of a response. All work runs on one thread of its own, chunk by chunk, so that the
-event loop stays free and the requests of several tasks take turns.
+One forward pass gives every position of a response. All work is given out by one thread of its own, step by step, so
+that the event loop stays free; the requests of several tasks go through the model together.
 
 The context of a score is the ids of the prompt, written by the model's chat template, followed by P's tokens: as ids
 where they are this model's own (`own_token_ids`), else the tokenised text of the prefix.
@@ -15,18 +15,17 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest
 from backends.errors import TokenKLError
-from backends.local.candidates import top_candidates
 from backends.local.engine import ENGINE
-from backends.local.gguf import BACKEND, FloatArray
+from backends.local.gguf import BACKEND
 from backends.local.models import LocalModel, check_model, find_model, load_model
 from backends.local.sampling import sample_steps
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
+from backends.local.work import Asked, Prepared, steps, units_of
 from kl.records import Prompt, Response, Score, ScoreFailure
 from kl.tables.context_counts import RETOKENISED
 
@@ -40,12 +39,12 @@ _OTHERWISE = (
 
 
 class LocalBackend(Backend):
-    """Runs llama-architecture GGUF files with numpy, float32, on one core."""
+    """Runs llama-architecture GGUF files with numpy, float32, on as many cores as BLAS is allowed."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     name = BACKEND
     capabilities: ClassVar[Capabilities] = Capabilities(
-        max_top_logprobs=1000, full_vocabulary=True, samples=True, token_ids=True, remote=False
+        max_top_logprobs=1000, full_vocabulary=True, samples=True, token_ids=True, remote=False, exact_pairs=True
     )
 
     @classmethod
@@ -82,12 +81,16 @@ class LocalBackend(Backend):
 
         return await _in_worker(check)
 
+    def parallel_groups(self) -> int:
+        """More than one, so that short responses, too, fill the matrices that go through the model."""
+        return 8
+
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Yield one result for each key asked; results of a response come as its chunks are done."""
-        for request in requests:
-            steps = _score_steps(request)
-            while (results := await _in_worker(functools.partial(next, steps, None))) is not None:
-                for result in results:
+        for together in _together(requests):
+            results = _score_steps(together)
+            while (some := await _in_worker(functools.partial(next, results, None))) is not None:
+                for result in some:
                     yield result
 
     async def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
@@ -119,66 +122,69 @@ async def _in_worker(work: Callable[[], T]) -> T:
 # Scoring: from a request to sequences of ids, from these to scores.
 
 
-class _Context(NamedTuple):
-    """What one position asks: the token after the first ``length`` of ``ids``. Positions may share one list."""
-
-    key: str
-    ids: list[int]
-    length: int
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One pass: ``ids`` from the start of the context, and the keys asked after each row."""
-
-    ids: list[int]
-    asked: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+def _together(requests: Sequence[ScoreRequest]) -> Iterator[list[ScoreRequest]]:
+    """Each request with those that have the other halves of its pairs."""
+    home = {key: number for number, request in enumerate(requests) for key in request.keys}
+    left = dict(enumerate(requests))
+    for number in range(len(requests)):
+        if number in left:
+            others = {home[key] for key in requests[number].counterparts if key in home} & left.keys()
+            yield [left.pop(each) for each in sorted({number, *others})]
 
 
-def _score_steps(request: ScoreRequest) -> Iterator[list[Score | ScoreFailure]]:
-    """Results chunk by chunk; whatever goes wrong becomes a failure of the positions that are left."""
-    left = dict.fromkeys(request.keys)
+def _score_steps(requests: Sequence[ScoreRequest]) -> Iterator[list[Score | ScoreFailure]]:
+    """Results step by step."""
+    prepared: list[Prepared] = []
+    for request in requests:
+        yield from _caught(request.name, request.keys, _prepare(request, prepared))
+    keys = [asked.key for each in prepared for asked in each.asked]
+    yield from _caught(requests[0].name, keys, steps(units_of(prepared)))
+
+
+def _caught(
+    name: str, keys: Sequence[str], results: Iterator[Sequence[Score | ScoreFailure]]
+) -> Iterator[list[Score | ScoreFailure]]:
+    """The same results; whatever goes wrong becomes a failure of the keys that are left."""
+    left = dict.fromkeys(keys)
     try:
-        for results in _results(request):
-            for result in results:
+        for some in results:
+            for result in some:
                 left.pop(result.key, None)
-            yield results
+            yield list(some)
     except PromptRefusedError as error:
         yield [ScoreFailure(key, "prompt-refused", str(error), final=True) for key in left]
     except TokenKLError as error:
         yield [ScoreFailure(key, "model-not-usable", str(error)) for key in left]
     except Exception as error:
-        logger.exception("%s: the local engine failed", request.name)
+        logger.exception("%s: the local engine failed", name)
         message = (
             f"the local engine failed: {type(error).__name__}: {error}. The program or the model file is at fault."
         )
         yield [ScoreFailure(key, "engine-error", message) for key in left]
 
 
-def _results(request: ScoreRequest) -> Iterator[list[Score | ScoreFailure]]:
+def _prepare(request: ScoreRequest, prepared: list[Prepared]) -> Iterator[list[ScoreFailure]]:
+    """Find what is computed; gives the positions that cannot be."""
     model = load_model(find_model(request.model))
     limit = model.engine.config.context_length
     contexts, refused = _contexts(request, model)
-    too_long = [_too_long(context, limit) for context in contexts if context.length > limit]
-    yield [*refused, *too_long]
-    for sequence in _sequences([context for context in contexts if context.length <= limit]):
-        for rows in model.engine.logprobs(sequence.ids, sorted(sequence.asked)):
-            yield [
-                _score(request, model, key, row + 1, logprobs) for row, logprobs in rows for key in sequence.asked[row]
-            ]
+    yield [*refused, *(_too_long(context, limit) for context in contexts if context.length > limit)]
+    prepared.append(
+        Prepared(request, model, _by_sequence([context for context in contexts if context.length <= limit]))
+    )
 
 
-def _too_long(context: _Context, limit: int) -> ScoreFailure:
+def _too_long(context: Asked, limit: int) -> ScoreFailure:
     message = f"the context has {context.length} tokens, the model takes {limit}; use a model with a longer context."
     return ScoreFailure(context.key, "context-too-long", message, final=True)
 
 
-def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context], list[ScoreFailure]]:
+def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[Asked], list[ScoreFailure]]:
     """What each position asks, and the positions that have no context in this model's tokens."""
     prompt_ids = model.template.encode(request.prompt)
     own = own_token_ids(request, model.tokenizer)
     whole = [*prompt_ids, *(own or ())]
-    contexts: list[_Context] = []
+    contexts: list[Asked] = []
     refused: list[ScoreFailure] = []
     gaps = dict(request.gaps) if own is None else {}
     comparable = own is None and _has_tokens_of(request, model.tokenizer)
@@ -196,7 +202,7 @@ def _contexts(request: ScoreRequest, model: LocalModel) -> tuple[list[_Context],
             refused.append(ScoreFailure(key, RETOKENISED, _OTHERWISE.format(position, len(prefix_ids))))
             continue
         ids = prompt_ids + prefix_ids if own is None else whole
-        context = _Context(key, ids, len(ids) if own is None else len(prompt_ids) + position)
+        context = Asked(key, ids, len(ids) if own is None else len(prompt_ids) + position)
         if context.length:
             contexts.append(context)
         else:
@@ -236,29 +242,18 @@ def own_token_ids(request: ScoreRequest, tokenizer: Tokenizer) -> tuple[int, ...
     return ids if at == len(request.text) else None
 
 
-def _sequences(contexts: list[_Context]) -> list[_Sequence]:
-    """As few passes as serve all contexts, longest first.
+def _by_sequence(contexts: list[Asked]) -> list[Asked]:
+    """The same contexts, shortest first, as beginnings of as few lists of ids as serve all.
 
     The ids of a shorter text are mostly the beginning of those of a longer one. Where they are not (the longer text
-    goes on within a word) the context gets a pass of its own, which the engine resumes at its last chunks.
+    goes on within a word) the context has a list of its own, whose last chunks are computed for it alone.
     """
-    sequences: list[_Sequence] = []
+    lists: list[Sequence[int]] = []
+    found: list[Asked] = []
     for key, ids, length in sorted(contexts, key=lambda context: context.length, reverse=True):
-        tried = (*sequences[:1], *sequences[-1:])
-        home = next((known for known in tried if known.ids is ids or known.ids[:length] == ids[:length]), None)
+        tried = (*lists[:1], *lists[-1:])
+        home = next((known for known in tried if known is ids or known[:length] == ids[:length]), None)
         if home is None:
-            home = _Sequence(ids)
-            sequences.append(home)
-        home.asked.setdefault(length - 1, []).append(key)
-    return sequences
-
-
-def _score(request: ScoreRequest, model: LocalModel, key: str, n_context: int, logprobs: FloatArray) -> Score:
-    return Score(
-        key=key,
-        top=top_candidates(logprobs, request.top_logprobs, model.tokenizer),
-        model_version=model.source.version,
-        input_tokens=n_context,
-        output_tokens=1,
-        full_logprobs=logprobs if request.full_vocabulary else None,
-    )
+            lists.append(home := ids)
+        found.append(Asked(key, home, length))
+    return found[::-1]

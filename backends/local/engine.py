@@ -5,9 +5,9 @@ which other contexts are computed with it, or on how many threads there are. BLA
 shapes and numbers of threads. Therefore a context is worked through in chunks of `CHUNK` rows, counted from its start
 and filled up with zeros. The chunks of a batch go through each matrix together, as blocks of rows of one product, whose
 every block has the bits of a product of its own (`_keeps_blocks` proves it for the BLAS at hand, or they go one by
-one); attention is computed chunk by chunk. Each product runs on one BLAS thread; the threads are those of `Llama.hidden`,
-which divide the chunks. So every figure follows from its context alone, and equal contexts give equal bits. Bits may
-still differ between kinds of processors, for which BLAS has different code.
+one); attention is computed chunk by chunk. Each product runs on one BLAS thread; the engine's own threads divide the
+chunks. So every figure follows from its context alone, and equal contexts give equal bits. Bits may still differ
+between kinds of processors, for which BLAS has different code.
 
 Keys and values are kept by chunk under the ids that lead there: contexts that begin alike share them.
 
@@ -184,7 +184,7 @@ class Llama:
                 yield before.key, before
 
     def _forget(self, used: Sequence[Chunk]) -> None:
-        """Let go of what is over the limit, oldest first, and of chunks that are not full: nothing goes on from them."""
+        """Let go of chunks that are not full, as nothing goes on from them, and of the oldest over the limit."""
         for chunk in used:
             if chunk.end < chunk.start + CHUNK:
                 self._kept.pop(chunk.key, None)
@@ -274,7 +274,7 @@ class Llama:
         return rms_norm(hidden, self.output_norm, self.config.norm_eps) @ self.output.T
 
     def _mixed(self, q: FloatArray, keys: FloatArray, values: FloatArray) -> FloatArray:
-        """Causal attention of the last rows: q of shape (n, heads, head_dim), keys and values (kv heads, m, head_dim)."""
+        """Causal attention of the last n rows: q (n, heads, head_dim) to keys and values (kv heads, m, head_dim)."""
         config, n = self.config, len(q)
         start = keys.shape[1] - n
         # Query heads that share a key head stand together: one product for each key head.

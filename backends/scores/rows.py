@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
-from kl.records import Candidate, Score, ScoreFailure
+from kl.records import Candidate, ExactPair, Score, ScoreFailure
 
 SCORES = pl.Schema(
     {
@@ -30,10 +31,20 @@ SCORES = pl.Schema(
         "reason": pl.String,  # a final failure: asking again cannot help
         "error": pl.String,
         "scored_at": pl.Datetime("us", "UTC"),
+        # Of whole vocabularies that were compared and not kept: this model from that of the score `exact_versus`.
+        "exact_versus": pl.String,
+        "exact_kl": pl.Float64,  # nats; null: not the same vocabulary
+        "exact_reverse_kl": pl.Float64,
+        "exact_js": pl.Float64,
+        "exact_tv": pl.Float64,
+        "vocabulary": pl.Int32,  # tokens of this model and of the other
+        "vocabulary_versus": pl.Int32,
     }
 )
 _LISTS = ["tokens", "logprobs", "token_ids", "token_bytes"]  # of the candidates, equally long
 _EMPTY = dict.fromkeys(SCORES.names())
+
+EXACT = tuple(SCORES.names()[SCORES.names().index("exact_versus") :])  # parts of earlier versions lack them
 
 
 def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
@@ -49,6 +60,8 @@ def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
     row["model_version"], row["finish_reason"] = result.model_version, result.finish_reason
     row["input_tokens"], row["output_tokens"] = result.input_tokens, result.output_tokens
     row["n_dropped"], row["full_logprobs"] = result.n_dropped, result.full_logprobs
+    if result.exact is not None:
+        row |= _exact_values(result.exact)
     return row
 
 
@@ -69,7 +82,9 @@ def _frame_by_columns(rows: Sequence[dict[str, Any]]) -> pl.DataFrame | None:
         return None
     lengths = [len(tokens) for tokens in lists]
     longest = max(lengths)
-    frame = pl.DataFrame([_column(name, dtype, [row[name] for row in rows], longest) for name, dtype in SCORES.items()])
+    frame = pl.DataFrame(
+        [_column(name, dtype, [row.get(name) for row in rows], longest) for name, dtype in SCORES.items()]
+    )
     if min(lengths) < longest:
         frame = frame.with_columns(pl.col(_LISTS).list.head(pl.lit(pl.Series(lengths))))
     return frame
@@ -85,6 +100,21 @@ def _column(name: str, dtype: Any, values: list[Any], longest: int) -> pl.Series
 
 def _filled(value: list[Any], longest: int) -> list[Any]:
     return value + [None] * (longest - len(value))
+
+
+def _exact_values(exact: ExactPair) -> dict[str, Any]:
+    # No figure is NaN but where it is not defined.
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in zip(EXACT, exact, strict=True)
+    }
+
+
+def exact_of(row: dict[str, Any]) -> ExactPair:
+    """The exact figures of a row that has them (columns `EXACT`)."""
+    versus, *figures, vocabulary, other = (row[name] for name in EXACT)
+    kl, reverse_kl, js, tv = (math.nan if value is None else value for value in figures)
+    return ExactPair(versus, kl, reverse_kl, js, tv, vocabulary, other)
 
 
 def result_of(row: dict[str, Any]) -> Score | ScoreFailure:

@@ -23,14 +23,14 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from backends.errors import ConfigError
 from backends.scores.journal import SUFFIX, ScoreJournal, recorded
-from backends.scores.rows import SCORES, frame_of, result_of, row_of
+from backends.scores.rows import EXACT, SCORES, exact_of, frame_of, result_of, row_of
 from backends.storage import (
     COPIES,
     RemoteListing,
@@ -41,14 +41,27 @@ from backends.storage import (
     remove,
     write_bytes_atomic,
 )
-from kl.records import Score, ScoreFailure
+from kl.records import ExactPair, Score, ScoreFailure
 
 __all__ = ["SCORES", "ScoreJournal", "ScoreStore"]
 
 _JOURNALS = "journals"
 _PARTS_WORTH_MERGING = 4
 _JOURNALS_AT_ONCE = 500  # objects of a second each
-_LIGHT = [name for name in SCORES.names() if name != "full_logprobs"]
+_LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in EXACT]
+
+
+class Compared(NamedTuple):
+    """What is on disk of whole vocabularies: pairs of keys with figures, keys with a vocabulary, keys that failed."""
+
+    pairs: frozenset[frozenset[str]]
+    whole: frozenset[str]
+    failed: frozenset[str]
+
+    def has(self, key: str, other: str) -> bool:
+        """Whether no more can be found out about a pair of keys."""
+        pair = frozenset((key, other))
+        return pair in self.pairs or pair <= self.whole or not pair.isdisjoint(self.failed)
 
 
 class ScoreStore:
@@ -100,6 +113,28 @@ class ScoreStore:
                     found[key] = values.to_numpy()
         return found
 
+    def load_exact(self, prompt_id: str, keys: Iterable[str]) -> dict[tuple[str, str], ExactPair]:
+        """What was found of whole vocabularies, by the key of the score and that of the other model's."""
+        wanted = list(keys)
+        rows = (row for part in self._parts(prompt_id) for row in self._exact_rows(part, wanted).iter_rows(named=True))
+        return {(row["key"], row["exact_versus"]): exact_of(row) for row in rows}
+
+    def _exact_rows(self, part: StoredFile, keys: list[str] | None) -> pl.DataFrame:
+        return self._read(part, ["key", *EXACT], keys).filter(pl.col("exact_versus").is_not_null())
+
+    def compared(self, prompt_id: str) -> Compared:
+        """What is on disk of whole vocabularies; a part has either pairs or vocabularies."""
+        pairs: set[frozenset[str]] = set()
+        whole: set[str] = set()
+        failed: set[str] = set()
+        for part in self._parts(prompt_id):
+            rows = self._exact_rows(part, None)
+            pairs.update(map(frozenset, zip(rows["key"], rows["exact_versus"], strict=True)))
+            failed.update(self._read(part, ["key", "reason"]).drop_nulls("reason")["key"])
+            if rows.is_empty():
+                whole |= self._whole_keys(part)
+        return Compared(frozenset(pairs), frozenset(whole), frozenset(failed))
+
     def append(self, prompt_id: str, model: str, results: Sequence[Score | ScoreFailure]) -> None:
         """Write scores and final failures as one part."""
         self.write_rows(prompt_id, [row_of(model, result) for result in results if self._keeps(result)])
@@ -111,8 +146,7 @@ class ScoreStore:
         """Write rows of the schema `SCORES` as one part."""
         if rows:
             frame = frame_of(rows)
-            digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
-            self._write(frame, self.root / prompt_id / f"{digest}.parquet")
+            self._write(frame, self.root / prompt_id / _part_name(frame))
 
     def journal(self, name: str) -> ScoreJournal:
         """A journal for the answers of one group; ``name`` must be free among those open."""
@@ -145,11 +179,11 @@ class ScoreStore:
     def compact(self, prompt_id: str) -> None:
         """Merge the many small parts of a prompt into one, sorted by key."""
         parts = self._parts(prompt_id)
-        if len(parts) < _PARTS_WORTH_MERGING or any(self._has_full(part) for part in parts):
+        if len(parts) < _PARTS_WORTH_MERGING or any(self._whole_keys(part) for part in parts):
             return
-        frame = pl.concat(self._read(part, SCORES.names()) for part in parts).unique("key", keep="first").sort("key")
-        digest = hashlib.sha256("".join(frame["key"]).encode("ascii")).hexdigest()[:16]
-        target = self.root / prompt_id / f"{digest}.parquet"
+        frame = pl.concat(self._read(part, SCORES.names()).select(SCORES.names()) for part in parts)
+        frame = frame.unique(["key", "exact_versus"], keep="first").sort("key", "exact_versus")
+        target = self.root / prompt_id / _part_name(frame)
         self._write(frame, target)
         in_parallel(remove, [part.path for part in parts if part.path != target])
         self._note_change(prompt_id)
@@ -159,24 +193,25 @@ class ScoreStore:
             return self._listing.files_of(prompt_id)
         return [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
 
-    def _has_full(self, part: StoredFile) -> bool:
+    def _whole_keys(self, part: StoredFile) -> set[str]:
+        """The keys that have a vocabulary in a part."""
         with COPIES.open(part) as path:
-            return bool(
-                pl.scan_parquet(path, glob=False, hive_partitioning=False)
-                .select(pl.col("full_logprobs").is_not_null().any())
-                .collect()
-                .item()
-            )
+            frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+            return set(frame.filter(pl.col("full_logprobs").is_not_null()).select("key").collect()["key"])
 
     def _read(self, part: StoredFile, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
         with COPIES.open(part) as path:
             try:
-                frame = pl.read_parquet(path, columns=columns, glob=False, hive_partitioning=False)
+                added = set(EXACT).intersection(columns)  # parts of earlier versions lack them
+                absent = added - set(pl.read_parquet_schema(path)) if added else added
+                held = [name for name in columns if name not in absent]
+                frame = pl.read_parquet(path, columns=held, glob=False, hive_partitioning=False)
             except (pl.exceptions.PolarsError, OSError) as error:
                 raise ConfigError(
                     f"the stored scores in {part.path} cannot be read ({error}). Restore the file, or move it away: "
                     "its scores are then asked for, and paid for, again."
                 ) from error
+        frame = frame.with_columns(pl.lit(None, SCORES[name]).alias(name) for name in columns if name in absent)
         return frame if keys is None else frame.filter(pl.col("key").is_in(keys))
 
     def _write(self, frame: pl.DataFrame, target: Path) -> None:
@@ -189,3 +224,9 @@ class ScoreStore:
     def _note_change(self, prompt_id: str) -> None:
         if self._listing is not None:
             self._listing.note_change(prompt_id)
+
+
+def _part_name(frame: pl.DataFrame) -> str:
+    """The same for the same keys and pairs."""
+    content = "".join(frame["key"]) + "".join(frame["exact_versus"].drop_nulls())
+    return f"{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.parquet"

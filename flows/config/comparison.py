@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.base import Backend, BackendOptions, ScoreRequest
+from backends.base import Backend, BackendOptions, ScoreRequest, compares_pairs
 from backends.errors import ModelNotUsableError
 from backends.keys import context_keys
 from backends.storage import is_remote
@@ -118,11 +118,24 @@ class Comparison:
         bought = refusal.kept and self._request(response, named, self.drawn_again(response), _AGAIN).keys
         return "p" if bought and refusal.kept.issuperset(bought) else "q"
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the backend compares the whole vocabularies of P and Q itself, and they are not kept."""
+        return self.config.full_vocabulary and not self.config.keep_vocabularies and compares_pairs(self.backend)
+
     def request(self, response: Response, side: Side) -> ScoreRequest | None:
         """All contexts of a response that can be asked; None if the file names no P that this backend has."""
         if side == "again":
             named = self._named(response, self.asked_again(response), whole=False)
             return None if named is None else self._request(response, named, self.drawn_again(response), _AGAIN)
+        made = self._first_request(response, side)
+        if made is None or not self.pairs:
+            return made
+        other = self._first_request(response, "p" if side == "q" else "q")
+        keys = {} if other is None else dict(zip(other.positions, other.keys, strict=True))
+        return replace(made, counterparts=tuple(keys.get(position, "") for position in made.positions))
+
+    def _first_request(self, response: Response, side: AskedAgain) -> ScoreRequest | None:
         named = self._named(response, side, whole=self.config.full_vocabulary)
         return None if named is None else self._request(response, named, self.drawn(response), {})
 

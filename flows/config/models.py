@@ -130,6 +130,11 @@ class RunConfig(CommonConfig):
         description="Candidates asked per position, 1 to 20; 'full' adds every token's log-probability of both models, "
         "hence the exact KL (backends with a full vocabulary only).",
     )
+    keep_vocabularies: bool = Field(
+        default=False,
+        description="With top_logprobs 'full', keep every token's log-probability of both models (4 bytes a token "
+        "of the vocabulary, position and model) also where the backend reduces them to exact figures itself.",
+    )
     pattern: str = Field(default="*.json", min_length=1, description="Which files of the input folder are read (glob).")
     max_files: int | None = Field(default=None, ge=1, description="Read at most this many files, at least 1.")
     responses_per_job: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(

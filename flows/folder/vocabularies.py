@@ -1,21 +1,20 @@
-"""Exact KL per position, from the vocabularies of both models that are on disk."""
+"""Exact divergences per position, from what is on disk of both models' vocabularies: figures, or all their values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
 from flows.folder.answers import FileAnswers
 from kl.estimators.align import align
-from kl.estimators.divergence import PADDING_MASS, exact_kl_of_padded
+from kl.estimators.divergence import PADDING_MASS, ExactDivergences, exact_pair
 from kl.estimators.token_keys import listed, logprob_of
 from kl.input.logprobs import is_same_token
-from kl.records import Response, Score, ScoreFailure
+from kl.records import ExactPair, Response, Score, ScoreFailure
 
 Answer = Score | ScoreFailure | None
 
@@ -28,20 +27,20 @@ _WRONG_VALUES = 0.1
 
 
 class Exact(NamedTuple):
-    """Exact KL per position, shape (T,), NaN where it is not known; how many tokens P has, if they were all seen."""
+    """Exact divergences per position, shape (T,), NaN where not known; how many tokens P has, if they were all seen."""
 
-    kl: NDArray[np.float64] | None
+    divergences: ExactDivergences | None
     vocabulary: int | None
 
 
-def exact_kl(
+def exact_divergences(
     response: Response,
     found: FileAnswers,
     scores: ScoreStore,
     note: Callable[[Response, Sequence[int], str], None],
 ) -> Exact:
     """What full vocabularies say; of answered positions of which they say nothing, ``note`` is told which and why."""
-    values = np.full(len(response.positions), np.nan)
+    values = np.full((4, len(response.positions)), np.nan)
     vocabulary = None
     request_p, request_q = found.request(response, "p"), found.request(response, "q")
     assert request_q is not None, "Q always has a name"
@@ -50,24 +49,20 @@ def exact_kl(
     other = None if request_p is None else _other_writer(response, request_p, found)
     if request_p is None or other is not None:
         note(response, answered, other or "the file names no model that this backend has")
-        return Exact(values, None)
+        return Exact(ExactDivergences(*values), None)
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
     numbering = _numbering([(found.get(keys_p.get(t, "")), found.get(keys_q[t])) for t in answered])
-    prompt_id = response.prompt.prompt_id
-    for start in range(0, len(answered), _FULL_CHUNK):
-        chunk = answered[start : start + _FULL_CHUNK]
-        full_p = scores.load_full(prompt_id, [keys_p[position] for position in chunk if position in keys_p])
-        full_q = scores.load_full(prompt_id, [keys_q[position] for position in chunk])
-        for position in chunk:
-            row_p, row_q = full_p.get(keys_p.get(position, "")), full_q.get(keys_q[position])
-            why = _no_exact_value(row_p, row_q, numbering)
-            if why is None and row_p is not None and row_q is not None:
-                vocabulary = len(row_p)
-                values[position] = exact_kl_of_padded(row_p[None, :], row_q[None, :])[0]
-                why = _OTHER_VOCABULARY.format(len(row_p), len(row_q)) if np.isnan(values[position]) else None
-            if why is not None:
-                note(response, [position], why)
-    return Exact(values, vocabulary)
+    pairs = {position: (keys_p.get(position, ""), keys_q[position]) for position in answered}
+    for position, compared in _compared(pairs, scores, response.prompt.prompt_id):
+        why = compared if isinstance(compared, str) else _no_exact_value(compared, numbering)
+        if not isinstance(compared, str) and why is None:
+            vocabulary = compared.vocabulary
+            values[:, position] = compared.kl, compared.reverse_kl, compared.js, compared.tv
+            if np.isnan(compared.kl):
+                why = _OTHER_VOCABULARY.format(compared.vocabulary, compared.vocabulary_versus)
+        if why is not None:
+            note(response, [position], why)
+    return Exact(ExactDivergences(*values), vocabulary)
 
 
 _OTHER_VOCABULARY = (
@@ -75,16 +70,38 @@ _OTHER_VOCABULARY = (
 )
 
 
-def _no_exact_value(
-    row_p: NDArray[np.float32] | None, row_q: NDArray[np.float32] | None, numbering: Literal["one", "two"] | None
-) -> str | None:
-    """Why two vocabularies of a position are not compared, if they are not."""
-    if row_p is None or row_q is None:
-        return f"the whole vocabulary of {'P' if row_p is None else 'Q'} is not there"
+def _compared(
+    pairs: Mapping[int, tuple[str, str]], scores: ScoreStore, prompt_id: str
+) -> Iterator[tuple[int, ExactPair | str]]:
+    """What the vocabularies behind P's and Q's key at each position say of P from Q, or which of them is not there."""
+    known = scores.load_exact(prompt_id, {key for pair in pairs.values() for key in pair})
+    rest: list[int] = []
+    for position, (key_p, key_q) in pairs.items():
+        if (key_p, key_q) in known:
+            yield position, known[key_p, key_q]
+        elif (key_q, key_p) in known:
+            yield position, known[key_q, key_p].turned(key_q)
+        else:
+            rest.append(position)
+    for start in range(0, len(rest), _FULL_CHUNK):
+        some = rest[start : start + _FULL_CHUNK]
+        full = scores.load_full(prompt_id, [key for position in some for key in pairs[position] if key])
+        for position in some:
+            key_p, key_q = pairs[position]
+            missing = next((side for side, key in (("P", key_p), ("Q", key_q)) if key not in full), None)
+            if missing is not None:
+                yield position, f"the whole vocabulary of {missing} is not there"
+            else:
+                yield position, exact_pair(full[key_p], full[key_q], key_q)
+
+
+def _no_exact_value(compared: ExactPair, numbering: Literal["one", "two"] | None) -> str | None:
+    """Why two vocabularies of a position are not comparable, if they are not."""
     if numbering == "two":
         return "the ids of the two vocabularies name different tokens"
-    if row_p.shape != row_q.shape and numbering is None:
-        return f"P has {len(row_p)} tokens and Q {len(row_q)}, and no ids show that their first ones are the same"
+    n_p, n_q = compared.vocabulary, compared.vocabulary_versus
+    if n_p != n_q and numbering is None:
+        return f"P has {n_p} tokens and Q {n_q}, and no ids show that their first ones are the same"
     return None
 
 

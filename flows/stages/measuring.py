@@ -20,7 +20,7 @@ from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.folder.answers import FileAnswers
 from flows.folder.layout import Stores
-from flows.folder.vocabularies import Exact, exact_kl
+from flows.folder.vocabularies import Exact, exact_divergences
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic
@@ -249,14 +249,14 @@ def _measure_response(
     place = (response.source_file, response.response_idx, response.prompt.prompt_id)
     measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
     whole = comparison.config.full_vocabulary
-    exact = exact_kl(response, found, scores, measured.note_no_exact) if whole else Exact(None, None)
+    exact = exact_divergences(response, found, scores, measured.note_no_exact) if whole else Exact(None, None)
     drawn = comparison.drawn(response)
     return measure_response(
         response,
         results,
         estimator=comparison.config.estimator,
         prior=measured.priors.q,
-        exact_kl=exact.kl,
+        exact_kl=None if exact.divergences is None else exact.divergences.kl,
         selected=None if drawn is None else drawn.selected,
         pi=None if drawn is None else drawn.pi,
         vocabulary=exact.vocabulary,

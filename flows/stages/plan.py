@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import ScoreRequest, WorkEstimate
-from backends.scores.store import ScoreStore
+from backends.base import ScoreRequest, WorkEstimate, compares_pairs
+from backends.scores.store import Compared, ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.stages.inputs import InputFile, read_ahead, read_input
 from kl.input.problems import InputProblem
@@ -124,7 +125,7 @@ def make_plan(
         plan.n_unreadable += len(parsed.unreadable)
         if parsed.prompt is None:
             continue
-        stored = store.known_keys(parsed.prompt.prompt_id)
+        stored = _stored(store, parsed.prompt.prompt_id, comparison)
         asked = seen.setdefault(parsed.prompt.prompt_id, set())
         for response in parsed.responses:
             plan.n_responses += 1
@@ -196,15 +197,40 @@ def group_size(comparison: Comparison, n_responses: int, free: int) -> int:
     return max(1, -(-n_responses // max(free, 1))) if comparison.backend.capabilities.deferred else 1
 
 
-def _missing(request: ScoreRequest | None, stored: set[str], asked: set[int], plan: Plan) -> list[tuple[int, str]]:
+class _Stored(NamedTuple):
+    """Keys that need not be asked again; where figures of pairs are wanted, what there is of them."""
+
+    keys: Set[str]
+    compared: Compared | None = None
+
+    def has(self, key: str, counterpart: str) -> bool:
+        """Whether a key need not be asked again, beside its counterpart if it has one."""
+        paired = not counterpart or self.compared is None or self.compared.has(key, counterpart)
+        return key in self.keys and paired
+
+
+def _stored(store: ScoreStore, prompt_id: str, comparison: Comparison) -> _Stored:
+    if not (comparison.config.full_vocabulary and compares_pairs(comparison.backend)):
+        return _Stored(store.known_keys(prompt_id))
+    compared = store.compared(prompt_id)
+    if comparison.pairs:
+        return _Stored(store.known_keys(prompt_id), compared)
+    return _Stored(compared.whole | compared.failed)  # answers without their vocabulary do not do
+
+
+def _missing(request: ScoreRequest | None, stored: _Stored, asked: set[int], plan: Plan) -> list[tuple[int, str]]:
     missing: list[tuple[int, str]] = []
-    for position, key in zip(request.positions, request.keys, strict=True) if request else ():
-        short = int(key[:16], 16)
+    if request is None:
+        return missing
+    counterparts = request.counterparts or ("",) * len(request.keys)
+    for position, key, counterpart in zip(request.positions, request.keys, counterparts, strict=True):
+        # One context may be compared with those of several P: then it is asked beside each.
+        short = hash((key, counterpart)) if counterpart else int(key[:16], 16)
         if short in asked:
             continue
         asked.add(short)
         plan.n_contexts += 1
-        if key in stored:
+        if stored.has(key, counterpart):
             plan.n_stored += 1
         else:
             missing.append((position, key))

@@ -37,6 +37,7 @@ from kl.estimators.bounds import (
     upper_subgauss,
 )
 from kl.estimators.rows import row_sums
+from kl.records import ExactPair
 
 ESTIMATORS = ("censored", "floor", "lower", "bucket")
 MIN_LISTED = 5  # shorter lists carry no information about the spread: bounds only
@@ -323,8 +324,22 @@ def exact_kl(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArr
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
+class ExactDivergences(NamedTuple):
+    """Of whole vocabularies, in nats, float64, shape (T,); NaN where these are not the same. ``tv`` is without unit."""
+
+    kl: FloatArray
+    reverse_kl: FloatArray
+    js: FloatArray
+    tv: FloatArray
+
+
 def exact_kl_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> FloatArray:
-    """`exact_kl` of vocabularies of one numbering, one of which may go on: over the tokens that both have.
+    """The ``kl`` of `exact_of_padded`."""
+    return exact_of_padded(logp, logq).kl
+
+
+def exact_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -> ExactDivergences:
+    """Exact divergences of vocabularies of one numbering, one of which may go on: over the tokens that both have.
 
     Parameters
     ----------
@@ -333,8 +348,8 @@ def exact_kl_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -
 
     Returns
     -------
-    As `exact_kl`; NaN where the tokens that one of them has alone hold more than ``PADDING_MASS``: the vocabularies are
-    not the same there.
+    KL(P‖Q) as `exact_kl` gives it, KL(Q‖P), Jensen-Shannon divergence and total variation; NaN where the tokens that
+    one of them has alone hold more than ``PADDING_MASS``: the vocabularies are not the same there.
     """
     if logp.ndim != 2 or logq.ndim != 2 or len(logp) != len(logq):
         raise ValueError(f"shapes {logp.shape} and {logq.shape}; both must have one row for each of T positions.")
@@ -346,13 +361,19 @@ def exact_kl_of_padded(logp: NDArray[np.floating], logq: NDArray[np.floating]) -
             *(_is_padding(logp, logq, slice(start, start + step), common) for start in range(0, len(logp), step)),
         ]
     )
-    values = np.full(len(logp), np.nan)
+    values = np.full((4, len(logp)), np.nan)
     edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).tolist()
     for first, end in zip(edges[::2], edges[1::2], strict=True):  # runs of rows, which are views
         for start in range(first, end, step):
             stop = min(start + step, end)
-            values[start:stop] = _exact_chunk(logp[:, :common], logq[:, :common], start, stop)
-    return values
+            values[:, start:stop] = _all_exact(logp[:, :common], logq[:, :common], start, stop)
+    return ExactDivergences(*values)
+
+
+def exact_pair(logp: NDArray[np.floating], logq: NDArray[np.floating], key_q: str) -> ExactPair:
+    """`exact_of_padded` of one position, shapes (V_p,) and (V_q,), as a score of P keeps it; ``key_q`` is Q's."""
+    kl, reverse_kl, js, tv = (float(values[0]) for values in exact_of_padded(logp[None, :], logq[None, :]))
+    return ExactPair(key_q, kl, reverse_kl, js, tv, len(logp), len(logq))
 
 
 def _is_padding(logp: NDArray[np.floating], logq: NDArray[np.floating], rows: slice, common: int) -> BoolArray:
@@ -363,7 +384,25 @@ def _is_padding(logp: NDArray[np.floating], logq: NDArray[np.floating], rows: sl
 
 def _exact_chunk(logp: NDArray[np.floating], logq: NDArray[np.floating], start: int, stop: int) -> FloatArray:
     log_p, log_q = _normalised(logp[start:stop], "P", start), _normalised(logq[start:stop], "Q", start)
+    return _relative_entropy(log_p, log_q, np.exp(log_p), np.exp(log_q))
+
+
+def _all_exact(
+    logp: NDArray[np.floating], logq: NDArray[np.floating], start: int, stop: int
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    log_p, log_q = _normalised(logp[start:stop], "P", start), _normalised(logq[start:stop], "Q", start)
     p, q = np.exp(log_p), np.exp(log_q)
+    mean = (p + q) / 2
+    to_mean = [side * np.log(np.divide(side, mean, out=np.ones_like(side), where=side > 0)) for side in (p, q)]
+    return (
+        _relative_entropy(log_p, log_q, p, q),
+        _relative_entropy(log_q, log_p, q, p),
+        np.maximum(to_mean[0].sum(axis=1) + to_mean[1].sum(axis=1), 0.0) / 2,
+        np.abs(p - q).sum(axis=1) / 2,
+    )
+
+
+def _relative_entropy(log_p: FloatArray, log_q: FloatArray, p: FloatArray, q: FloatArray) -> FloatArray:
     possible = np.isfinite(log_p)
     ratio = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=possible)
     # p log p/q - p + q is at least 0 token by token, and the additions cancel over a distribution.
