@@ -118,7 +118,7 @@ class Llama:
         self.layers = [_load_layer(file, index, bits) for index in range(self.config.n_layers)]
         self._frequencies = _frequencies(self.config, file)
         self._kept: OrderedDict[bytes, FloatArray] = OrderedDict()
-        self._at_once = AT_ONCE if _keeps_blocks(self) else 1
+        self.at_once = AT_ONCE if _keeps_blocks(self) else 1
 
     def logprobs(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[tuple[int, FloatArray]]]:
         """Log-probabilities of the token after each asked row, some chunks at a time.
@@ -159,7 +159,7 @@ class Llama:
         made: dict[bytes, FloatArray] = {}
         n_threads = blas_threads()
         with one_blas_thread():
-            for group in _grouped(sorted(todo.values(), key=lambda chunk: chunk.start), self._at_once * n_threads):
+            for group in _grouped(sorted(todo.values(), key=lambda chunk: chunk.start), self.at_once * n_threads):
                 # A chunk's keys are looked up by all that go on from it, in this group too.
                 for chunk in group:
                     self._kept[chunk.key] = np.zeros(

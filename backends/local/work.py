@@ -69,9 +69,13 @@ class Side(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is computed together: contexts of one model, or with those of another that they are compared with."""
+    """What is computed together: contexts of one model, or with those of another that they are compared with.
+
+    With ``of_itself`` a model is compared with itself: the two contexts, and their keys, are one.
+    """
 
     sides: tuple[Side, ...]
+    of_itself: bool = False
 
     @property
     def models(self) -> tuple[LocalModel, ...]:
@@ -82,6 +86,7 @@ class Unit(NamedTuple):
 def units_of(prepared: Sequence[Prepared]) -> list[Unit]:
     """The work for some requests, chunk by chunk; contexts that are compared with each other are in one unit."""
     by_key = {asked.key: (number, asked) for number, each in enumerate(prepared) for asked in each.asked}
+    of_itself = [each.request.counterparts == each.request.keys for each in prepared]
     units: dict[tuple[tuple[int, int, int], ...], list[tuple[Asked, ...]]] = {}
     for each in prepared:
         other_of = dict(zip(each.request.keys, each.request.counterparts, strict=False))
@@ -96,7 +101,8 @@ def units_of(prepared: Sequence[Prepared]) -> list[Unit]:
             tuple(
                 Side(prepared[number].request, prepared[number].model, asked)
                 for (number, _, _), asked in zip(place, zip(*pairs, strict=True), strict=True)
-            )
+            ),
+            of_itself=of_itself[place[0][0]],
         )
         for place, pairs in units.items()
     ]
@@ -167,9 +173,9 @@ def _scores_of(unit: Unit, hidden: Sequence[FloatArray]) -> list[Score]:
     for pair in zip(*(side.asked for side in unit.sides), strict=True):
         logprobs = [log_softmax(rows[asked.length - 1 - asked.start]) for rows, asked in zip(logits, pair, strict=True)]
         exact: list[ExactPair | None] = [None]
-        if len(logprobs) == 2:
-            figures = exact_pair(logprobs[0], logprobs[1], pair[1].key)
-            exact = [figures, figures.turned(pair[0].key)]
+        if len(logprobs) == 2 or unit.of_itself:
+            figures = exact_pair(logprobs[0], logprobs[-1], pair[-1].key)
+            exact = [figures] if len(pair) == 1 else [figures, figures.turned(pair[0].key)]
         scores += [_score(*one) for one in zip(unit.sides, pair, logprobs, exact, strict=True)]
     return scores
 

@@ -111,6 +111,48 @@ def test_a_model_against_itself_differs_nowhere(run_program: Run, tmp_path: Path
     assert tokens["kl_estimate"].max() <= noise
 
 
+def test_figures_made_while_scoring_are_those_of_kept_vocabularies(
+    run_program: Run, tmp_path: Path, example: Path, three_files: Path
+) -> None:
+    reduced = pl.read_parquet(example / "tokens.parquet")
+    assert pl.read_parquet(example / "scores/*/*.parquet")["full_logprobs"].null_count() == 2 * reduced.height
+    kept = run_example(
+        run_program, tmp_path / "out", "--input-dir", str(three_files), "--set", "keep_vocabularies=true"
+    )
+    assert reduced["kl_exact"].null_count() == 0
+    assert kept["kl_exact"].to_list() == pytest.approx(reduced["kl_exact"].to_list(), abs=1e-12, rel=1e-12)
+    stored = pl.read_parquet(tmp_path / "out/scores/*/*.parquet")
+    assert stored["full_logprobs"].null_count() == 0
+    # What a run of an earlier version left, too: nothing is asked again.
+    again = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files))
+    assert again["kl_exact"].to_list() == kept["kl_exact"].to_list()
+    assert json.loads((tmp_path / "out/run.json").read_text())["contexts_asked"] == 0
+
+
+def test_p_is_computed_anew_beside_another_q_and_where_its_half_is_lost(
+    run_program: Run, tmp_path: Path, example: Path, three_files: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(example, output)
+    n = pl.read_parquet(output / "tokens.parquet").height
+    first = pl.read_parquet(output / "tokens.parquet")["kl_exact"].to_list()
+    other = run_example(run_program, output, "--input-dir", str(three_files), "--model2", "smollm2-135m@int8")
+    assert other["kl_exact"].null_count() == 0
+    assert other["kl_exact"].mean() < 0.01
+    assert json.loads((output / "run.json").read_text())["contexts_asked"] == 2 * n
+    back = run_example(run_program, output, "--input-dir", str(three_files))
+    assert back["kl_exact"].to_list() == first
+    assert json.loads((output / "run.json").read_text())["contexts_asked"] == 0
+    for path in output.glob("scores/*/*.parquet"):  # a kill between the two halves of a pair
+        frame = pl.read_parquet(path)
+        frame.filter(pl.col("model") == "smollm2-135m").with_columns(
+            exact_versus=pl.lit(None, pl.String)
+        ).write_parquet(path)
+    again = run_example(run_program, output, "--input-dir", str(three_files))
+    assert again["kl_exact"].to_list() == first
+    assert json.loads((output / "run.json").read_text())["contexts_asked"] == 2 * n
+
+
 def test_another_system_text_is_another_model(run_program: Run, tmp_path: Path, three_files: Path) -> None:
     pirate = ("--model2", "smollm2-135m", "--set", "backend.system=You are a pirate.")
     tokens = run_example(run_program, tmp_path / "out", "--input-dir", str(three_files), *pirate)

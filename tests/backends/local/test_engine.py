@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ import pytest
 pytest.importorskip("gguf")
 
 import gguf
+import threadpoolctl
 
 from backends.errors import ModelNotUsableError
 from backends.local.config import LlamaConfig, check_shapes
-from backends.local.engine import CHUNK, Cache, Llama, log_softmax
+from backends.local.engine import CHUNK, Cache, Chunk, Llama, log_softmax
 from backends.local.gguf import GROUP, content_hash, read_gguf, round_in_groups
+from tests import ROOT
 
 
 def _sibling(name: str) -> ModuleType:
@@ -159,6 +162,33 @@ def test_a_pass_resumed_from_the_one_before_has_the_bits_of_a_fresh_one(small: P
     again = dict(row for chunk in model.logprobs(IDS, [len(IDS) - 1]) for row in chunk)
     assert np.array_equal(again[len(IDS) - 1], reference[-1])
     assert np.array_equal(all_rows(model, IDS), reference)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_contexts_that_are_computed_together_have_the_bits_of_each_alone(
+    small: Path, reference: np.ndarray, threads: int
+) -> None:
+    contexts = [IDS, [*IDS[: CHUNK + 5], *reversed(IDS[CHUNK + 5 :])], IDS[5:], IDS[: CHUNK + 7]]
+    model = Llama(read_gguf(small))
+    chunks = [Chunk(ids, start) for ids in contexts for start in range(0, len(ids), CHUNK)]
+    with threadpoolctl.threadpool_limits(threads):
+        found = model.hidden(chunks)
+    alone = {id(ids): all_rows(Llama(read_gguf(small)), ids) for ids in contexts}
+    assert np.array_equal(alone[id(IDS)], reference)
+    for chunk, hidden in zip(chunks, found, strict=True):
+        rows = [log_softmax(row) for row in model.logits(hidden)[: chunk.end - chunk.start]]
+        assert np.array_equal(rows, alone[id(chunk.ids)][chunk.start : chunk.end])
+
+
+@pytest.mark.parametrize("kind", ["SkylakeX", "Haswell", "Zen", "Nehalem"])
+def test_blocks_keep_their_bits_with_the_code_of_other_processors(small: Path, kind: str) -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from backends.local.engine import AT_ONCE, Llama\n"
+        "from backends.local.gguf import read_gguf\n"
+        f"assert Llama(read_gguf(Path({str(small)!r}))).at_once == AT_ONCE"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"OPENBLAS_CORETYPE": kind}, check=True)
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_behind(small: Path, reference: np.ndarray) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.scores.journal import recorded
-from backends.scores.rows import SCORES, result_of
+from backends.scores.rows import EXACT, SCORES, result_of
 from backends.scores.store import ScoreStore
-from kl.records import Candidate, Score, ScoreFailure
+from kl.records import Candidate, ExactPair, Score, ScoreFailure
 
 TOP = (Candidate("", -0.1, 0), Candidate("<ctrl63>", -2.5, 9, b"\xf0\x9f"), Candidate("🙂", -3.0, None))
 
@@ -169,3 +169,56 @@ def test_a_kill_while_parts_are_merged_loses_nothing_and_doubles_nothing(tmp_pat
     assert again.known_keys("p") == {"a", "b", "c", "e"}
     again.compact("p")
     assert pl.read_parquet(tmp_path / "p" / "*.parquet")["key"].to_list() == ["a", "b", "c", "e"]
+
+
+# Figures of whole vocabularies
+
+
+def pair(versus: str, kl: float = 0.5) -> ExactPair:
+    return ExactPair(versus, kl, 0.25, 0.1, 0.3, 100, 120)
+
+
+def test_figures_of_a_pair_come_back_under_their_pair_alone(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    store.append("p", "m", [score("p1", exact=pair("q1")), score("p2", exact=pair("q2", float("nan")))])
+    store.append("p", "m", [score("p1", exact=pair("other", 0.75))])  # the same keys, compared with another model
+    store.append("p", "m", [score("q1")])
+    for _ in range(2):
+        found = store.load_exact("p", ["p1", "p2", "q1"])
+        assert found.keys() == {("p1", "q1"), ("p1", "other"), ("p2", "q2")}
+        assert found["p1", "q1"] == pair("q1")
+        assert found["p1", "other"].kl == 0.75
+        assert np.isnan(found["p2", "q2"].kl)
+        assert store.load("p", ["p1"]) == {"p1": score("p1")}
+        store.append("p", "m", [score("q5")])
+        store.compact("p")
+
+
+def test_a_pair_is_done_with_figures_with_both_vocabularies_or_when_one_failed(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    full = np.zeros(3, np.float32)
+    store.append("p", "m", [score("p1", exact=pair("q1")), score("q1"), score("p4")])
+    store.append("p", "m", [score("p2", full_logprobs=full), score("q2", full_logprobs=full)])
+    store.append("p", "m", [ScoreFailure("q4", "context-too-long", "", final=True)])
+    compared = store.compared("p")
+    pairs = [("p1", "q1"), ("q1", "p1"), ("p2", "q2"), ("p4", "q4"), ("p1", "q2"), ("p2", "q1"), ("p1", "q9")]
+    assert [compared.has(*keys) for keys in pairs] == [True, True, True, True, False, False, False]
+
+
+def test_parts_of_earlier_versions_have_no_figures_and_are_read_all_the_same(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    store.append("p", "m", [score("k1", full_logprobs=np.zeros(3, np.float32)), score("k2")])
+    (path,) = (tmp_path / "p").glob("*.parquet")
+    pl.read_parquet(path).drop(EXACT).write_parquet(path)
+    store.append("p", "m", [score("k3", exact=pair("k4"))])
+    assert store.load("p", ["k1", "k2", "k3"]).keys() == {"k1", "k2", "k3"}
+    assert store.load_exact("p", ["k1", "k2", "k3"]).keys() == {("k3", "k4")}
+    assert store.compared("p").whole == {"k1"}
+
+
+def test_figures_survive_a_kill_in_the_journal(tmp_path) -> None:
+    journal = ScoreStore(tmp_path).journal("j")
+    journal.add("p", "m", score("p1", exact=pair("q1", float("inf"))))
+    store = ScoreStore(tmp_path)
+    assert store.recover() == 1
+    assert store.load_exact("p", ["p1"]) == {("p1", "q1"): pair("q1", float("inf"))}

@@ -19,6 +19,7 @@ from kl.estimators.divergence import (
     PADDING_MASS,
     exact_kl,
     exact_kl_of_padded,
+    exact_of_padded,
     floor,
     measure,
     sampled_token,
@@ -490,3 +491,22 @@ def test_an_unknown_estimator_names_those_that_exist():
     values = measure(align([candidates(a=-0.1)], [candidates(a=-0.1)]), None)
     with pytest.raises(ValueError, match=r"'renorm'.*censored, floor, lower, bucket"):
         values.estimate("renorm")
+
+
+def test_all_exact_divergences_are_the_sums_over_the_vocabulary() -> None:
+    logits = np.random.default_rng(3).normal(0, 3, (2, 30, 700))
+    logp, logq = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    logp[3] = logq[3]
+    p, q = np.exp(logp), np.exp(logq)
+    found = exact_of_padded(logp, logq)
+    np.testing.assert_allclose(found.kl, rel_entr(p, q).sum(axis=1), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.reverse_kl, rel_entr(q, p).sum(axis=1), rtol=1e-12, atol=1e-12)
+    mean = (p + q) / 2
+    np.testing.assert_allclose(
+        found.js, (rel_entr(p, mean) + rel_entr(q, mean)).sum(axis=1) / 2, rtol=1e-12, atol=1e-12
+    )
+    np.testing.assert_allclose(found.tv, np.abs(p - q).sum(axis=1) / 2, rtol=1e-12)
+    assert [values[3] for values in found] == [0, 0, 0, 0]
+    turned = exact_of_padded(logq, logp)
+    for values, other in zip(found, (turned.reverse_kl, turned.kl, turned.js, turned.tv), strict=True):
+        np.testing.assert_array_equal(values, other)
