@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import math
 import os
 import threading
 import time
@@ -38,7 +39,7 @@ class ScoreJournal:
     is told about once a second, for the machine's own failures. In a bucket the lines of all groups of the process are
     stored together about once a second: a kill loses what arrived in the last one (rows of a batch job are still in the
     job's output; online answers are asked again). Full vocabularies are left out: they are large, and no service sells
-    them.
+    them; so are infinite figures of them.
 
     Parameters
     ----------
@@ -56,8 +57,8 @@ class ScoreJournal:
         if isinstance(result, ScoreFailure):
             if not result.final:
                 return
-        elif result.full_logprobs is not None:
-            return
+        elif result.full_logprobs is not None or (result.exact is not None and math.inf in result.exact):
+            return  # JSON has no infinity
         self._lines.append(_line({"prompt_id": prompt_id, **row_of(model, result)}))
 
     def clear(self) -> None:

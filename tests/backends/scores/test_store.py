@@ -218,7 +218,10 @@ def test_parts_of_earlier_versions_have_no_figures_and_are_read_all_the_same(tmp
 
 def test_figures_survive_a_kill_in_the_journal(tmp_path) -> None:
     journal = ScoreStore(tmp_path).journal("j")
-    journal.add("p", "m", score("p1", exact=pair("q1", float("inf"))))
+    journal.add("p", "m", score("p1", exact=pair("q1")))
+    journal.add("p", "m", score("p2", exact=pair("q2", float("inf"))))  # computed anew
     store = ScoreStore(tmp_path)
     assert store.recover() == 1
-    assert store.load_exact("p", ["p1"]) == {("p1", "q1"): pair("q1", float("inf"))}
+    assert store.load_exact("p", ["p1", "p2"]) == {("p1", "q1"): pair("q1")}
+    store.append("p", "m", [score("p2", exact=pair("q2", float("inf")))])
+    assert store.load_exact("p", ["p2"]) == {("p2", "q2"): pair("q2", float("inf"))}
