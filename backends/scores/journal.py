@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import math
 import os
 import threading
 import time
