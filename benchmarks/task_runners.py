@@ -38,7 +38,7 @@ from flows.config.models import RunConfig  # noqa: E402
 from flows.config.runner import TaskRunnerConfig  # noqa: E402
 from flows.config.templates import RunValues  # noqa: E402
 from flows.stages.inputs import find_inputs  # noqa: E402
-from flows.stages.passes import FILES_PER_PART, measure_files  # noqa: E402
+from flows.stages.passes import CLUSTER_PART_FILES, measure_files  # noqa: E402
 from flows.stages.plan import make_plan, requests_of  # noqa: E402
 from kl.records import Candidate, Score  # noqa: E402
 
@@ -121,7 +121,7 @@ def measure_on(config: RunConfig, workers: int) -> Row:
     began = time.monotonic()
     runner = TaskRunnerConfig(kind="dask", workers=workers, threads_per_worker=1)
     with LazyCluster(runner) as cluster:
-        measure_files(files[: 2 * FILES_PER_PART * workers], *given, cluster)  # the workers load the program
+        measure_files(files[: 2 * CLUSTER_PART_FILES * workers], *given, cluster)  # the workers load the program
         started = time.monotonic()
         measure_files(files, *given, cluster)
         ended = time.monotonic()

@@ -113,6 +113,10 @@ class Entries:
     def __len__(self) -> int:
         return len(self.logprobs)
 
+    def or_none(self, at: IntArray) -> Entries:
+        """Some of the entries, by number; -1 is no token."""
+        return Entries.joined([self, Entries.of([None])]).take(np.where(at < 0, len(self), at))
+
     def take(self, at: IntArray) -> Entries:
         """Some of the entries, by number."""
         return Entries(
@@ -136,6 +140,10 @@ class Entries:
     def codes(self) -> IntArray:
         """The number of each token's text, -1 for no token; one numbering in a process."""
         return self.tokens.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
+
+    def texts(self) -> list[str]:
+        """The texts of tokens that all are there."""
+        return self.tokens.cast(pl.String).to_list()
 
     def candidates(self) -> list[Candidate | None]:
         """The entries as objects."""
@@ -213,16 +221,22 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
         return (tuple(candidates[start:stop]) for start, stop in pairwise(self.offsets.tolist()))
 
     def take(self, rows: IntArray) -> TopLists:
-        """Some of the lists, by number."""
-        lengths = self.lengths[rows]
+        """Some of the lists, by number; -1 is an empty one."""
+        lengths = np.where(rows < 0, 0, self.lengths[rows]) if len(self) else np.zeros(len(rows), dtype=np.int64)
         offsets = _offsets(lengths)
-        at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return TopLists(self.entries.take(at), offsets)
 
     def part(self, start: int, stop: int) -> TopLists:
         """The lists from one number to another."""
         offsets = self.offsets[start : stop + 1]
         return TopLists(self.entries.part(int(offsets[0]), int(offsets[-1])), offsets - offsets[0])
+
+    def replaced(self, rows: IntArray, others: TopLists) -> TopLists:
+        """The same with other lists in the place of some."""
+        order = np.arange(len(self), dtype=np.int64)
+        order[rows] = len(self) + np.arange(len(others))
+        return TopLists.joined([self, others]).take(order)
 
     def kept(self, mask: BoolArray) -> TopLists:
         """The same lists with some of their entries; shape of the mask (E,)."""
@@ -242,6 +256,8 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
     def padded(self, values: NDArray[Any], fill: float) -> NDArray[Any]:
         """Values of the entries as rows, shape (N, K) with the largest length K, at least 1."""
         lengths = self.lengths
+        if len(lengths) and lengths[0] and (lengths == lengths[0]).all():
+            return values.reshape(len(lengths), -1)
         table = np.full((len(self), max(int(lengths.max(initial=1)), 1)), fill, dtype=values.dtype)
         table[np.arange(table.shape[1]) < lengths[:, None]] = values
         return table

@@ -4,6 +4,7 @@ import itertools
 import socket
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.programs import SessionServer, prefect_api, process_worker, run_process, run_program, start_program
@@ -11,6 +12,11 @@ from tests.programs import SessionServer, prefect_api, process_worker, run_proce
 __all__ = ["prefect_api", "process_worker", "run_process", "run_program", "start_program"]
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
+
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

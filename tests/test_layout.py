@@ -17,9 +17,11 @@ ROOMS = ("kl", "backends", "flows")
 # From the bottom up. A line is a folder and its modules, by floors between slashes: a module imports from lower floors
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
-kl                      pieces records / columns
+kl                      pieces records / columns / scores
 kl.input                hidden problems / logprobs prompts shapes texts writer / contents / documents / responses
-kl.estimators           rows token_bytes / token_keys / list_checks / align
+kl.estimators           rows token_bytes / token_keys / list_checks
+kl.estimators.matching  codes rows / places / evidence trust
+kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired

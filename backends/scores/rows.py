@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
-from kl.records import Candidate, ExactPair, Score, ScoreFailure
+from kl.columns import NO_ID, Entries, TopLists
+from kl.records import ExactPair, Score, ScoreFailure
+from kl.scores import FACTS, ScoreTable
 
 SCORES = pl.Schema(
     {
@@ -117,24 +120,37 @@ def exact_of(row: dict[str, Any]) -> ExactPair:
     return ExactPair(versus, kl, reverse_kl, js, tv, vocabulary, other)
 
 
-def result_of(row: dict[str, Any]) -> Score | ScoreFailure:
-    """The score or failure that a row holds, without a full vocabulary."""
-    if row["reason"] is not None:
-        return ScoreFailure(row["key"], row["reason"], row["error"], final=True)
-    top = tuple(
-        Candidate(*values)
-        for values in zip(row["tokens"], row["logprobs"], row["token_ids"], row["token_bytes"], strict=True)
+class Stored(NamedTuple):
+    """Scores, and final failures by key."""
+
+    table: ScoreTable
+    failures: dict[str, ScoreFailure]
+
+
+def results_of(frame: pl.DataFrame) -> Stored:
+    """The scores and failures that rows of `SCORES` hold, without full vocabularies."""
+    failed = frame.filter(pl.col("reason").is_not_null())
+    failures = {
+        key: ScoreFailure(key, reason, error, final=True)
+        for key, reason, error in failed.select("key", "reason", "error").iter_rows()
+    }
+    frame = frame.filter(pl.col("reason").is_null())
+    lengths = frame["tokens"].list.len().fill_null(0).to_numpy()
+
+    def flat(name: str) -> pl.Series:
+        return frame[name].explode(empty_as_null=False, keep_nulls=False)
+
+    stated = flat("token_bytes")
+    top = Entries(
+        flat("tokens").cast(pl.Categorical),
+        flat("logprobs").cast(pl.Float64).fill_null(float("nan")).to_numpy(),
+        flat("token_ids").fill_null(NO_ID).to_numpy(),
+        None if stated.null_count() == len(stated) else stated,
     )
-    sampled = None
-    if row["sampled_token"] is not None:
-        sampled = Candidate(row["sampled_token"], row["sampled_logprob"], row["sampled_id"])
-    return Score(
-        key=row["key"],
-        top=top,
-        sampled=sampled,
-        model_version=row["model_version"],
-        finish_reason=row["finish_reason"],
-        input_tokens=row["input_tokens"],
-        output_tokens=row["output_tokens"],
-        n_dropped=row["n_dropped"],
+    sampled = Entries(
+        frame["sampled_token"].cast(pl.Categorical),
+        frame["sampled_logprob"].fill_null(float("nan")).to_numpy(),
+        frame["sampled_id"].fill_null(NO_ID).to_numpy(),
     )
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return Stored(ScoreTable(TopLists(top, offsets), sampled, frame.select(FACTS.names()).cast(FACTS)), failures)

@@ -30,7 +30,7 @@ import polars as pl
 
 from backends.errors import ConfigError
 from backends.scores.journal import SUFFIX, ScoreJournal, recorded
-from backends.scores.rows import EXACT, SCORES, exact_of, frame_of, result_of, row_of
+from backends.scores.rows import EXACT, SCORES, exact_of, frame_of, results_of, row_of
 from backends.storage import (
     COPIES,
     RemoteListing,
@@ -42,6 +42,7 @@ from backends.storage import (
     write_bytes_atomic,
 )
 from kl.records import ExactPair, Score, ScoreFailure
+from kl.scores import Scores
 
 __all__ = ["SCORES", "ScoreJournal", "ScoreStore"]
 
@@ -93,12 +94,19 @@ class ScoreStore:
 
     def load(self, prompt_id: str, keys: Iterable[str]) -> dict[str, Score | ScoreFailure]:
         """The stored results among ``keys``, without full vocabularies."""
+        rows = self.rows(prompt_id, keys)
+        stored = results_of(rows)
+        scores = Scores(stored.table, np.arange(len(stored.table)))
+        found: dict[str, Score | ScoreFailure] = {score.key: score for score in scores if score is not None}
+        found |= stored.failures
+        return {key: found[key] for key in rows["key"]}
+
+    def rows(self, prompt_id: str, keys: Iterable[str]) -> pl.DataFrame:
+        """The rows of the stored results among ``keys``, each key once, without full vocabularies."""
         wanted = list(dict.fromkeys(keys))
-        found: dict[str, Score | ScoreFailure] = {}
-        for part in self._parts(prompt_id):
-            for row in self._read(part, _LIGHT, wanted).iter_rows(named=True):
-                found.setdefault(row["key"], result_of(row))
-        return found
+        none = pl.DataFrame(schema={name: SCORES[name] for name in _LIGHT})
+        found = pl.concat([none, *(self._read(part, _LIGHT, wanted) for part in self._parts(prompt_id))])
+        return found.unique("key", keep="first", maintain_order=True)
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""

@@ -17,13 +17,13 @@ from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.refusals import Refusal
+from kl.columns import NO_ID, Positions
 from kl.records import Response
 from kl.statistics.noise_floor import AskedAgain
 from kl.statistics.position_sampling import Drawn, draw, draw_again
 
 Side = Literal["p", "q", "again"]
 
-_NO_ID = -1  # of an end token whose source gives none; no prefix has it
 # In the identity of what is asked a second time: another score than the first one of the same context.
 _AGAIN = {"asked": 2}
 
@@ -144,7 +144,7 @@ class Comparison:
     ) -> ScoreRequest:
         """The request at the drawn positions; ``more`` is put to its identity."""
         bare, identity = named
-        tokens = [position.sampled.token for position in response.positions]
+        tokens = Positions.of(response.positions).sampled.texts()
         keys = list(context_keys(bare.model, bare.prompt, identity | more, tokens, bare.token_ids))
         positions = _askable(response, bare.token_ids is not None, drawn)
         return replace(bare, positions=tuple(positions), keys=tuple(keys[position] for position in positions))
@@ -186,7 +186,7 @@ class Comparison:
 def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[int]:
     """The drawn positions that P has a list at and whose prefix can be said in a request: some have no text."""
     unaskable = set[int]() if by_ids else {position for position, _ in response.gaps}
-    unaskable |= {index for index, position in enumerate(response.positions) if position.defect is not None}
+    unaskable |= Positions.of(response.positions).defects.keys()
     return [
         index
         for index in range(len(response.positions))
@@ -196,10 +196,8 @@ def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[
 
 def _own_ids(response: Response) -> tuple[int, ...] | None:
     """P's ids of all tokens that are in some prefix; the last one is in none, and may lack its own."""
-    ids = [position.sampled.token_id for position in response.positions]
-    if response.has_stop and ids[-1] is None:
-        ids[-1] = _NO_ID
-    return tuple(token_id for token_id in ids if token_id is not None) if None not in ids else None
+    ids = Positions.of(response.positions).sampled.ids.tolist()
+    return None if NO_ID in (ids[:-1] if response.has_stop else ids) else tuple(ids)
 
 
 def absolute(path: Path) -> Path:

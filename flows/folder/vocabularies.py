@@ -126,7 +126,9 @@ def _other_writer(response: Response, request: ScoreRequest, found: FileAnswers)
     n_alike = n_other = 0
     for position, key in zip(request.positions, request.keys, strict=True):
         score = found.get(key)
-        for candidate in response.positions[position].top[:3] if isinstance(score, Score) else ():
+        if not isinstance(score, Score):
+            continue
+        for candidate in response.positions[position].top[:3]:
             again = next(
                 (other for other in score.top if other.logprob is not None and is_same_token(candidate, other)), None
             )

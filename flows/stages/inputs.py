@@ -31,6 +31,16 @@ class InputFile:
     source_file: str
     stored: StoredFile | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes; 0 of a file that cannot be looked at."""
+        if self.stored is not None:
+            return self.stored.size
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
 
 def find_inputs(config: RunConfig) -> list[InputFile]:
     """The files of a run, sorted.

@@ -1,12 +1,13 @@
-"""From scores on disk to one table of tokens per input file, some files at a time.
+"""From scores on disk to tables of tokens, some files at a time.
 
 Two passes, because the estimate of a position uses what the whole data set says about the spread of log p/q: the first
-surveys, the second measures (`flows.stages.passes` joins them). Each holds one file at a time.
+reads and surveys, the second measures what the first has left for it (`flows.stages.passes` joins them).
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,21 +17,23 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison, Side
-from flows.folder.answers import FileAnswers
+from flows.folder.answers import FileAnswers, StoredAnswers
 from flows.folder.layout import Stores
-from flows.folder.vocabularies import Exact, exact_divergences
+from flows.folder.vocabularies import exact_divergences
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadPrior
-from kl.estimators.diagnostic import AlignmentDiagnostic
+from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose, response_masses
+from kl.input.responses import ResponseFile
 from kl.output.files import write_part
-from kl.records import Response, Sampling, Score
+from kl.output.kl_json import ResponseText
+from kl.records import Prompt, Response, Sampling
+from kl.scores import Scores
 from kl.statistics.noise_floor import AskedTwice
 from kl.tables.context_counts import CountEvidence
 from kl.tables.responses import ResponseInfo
-from kl.tables.spreads import Answered, Spreads
-from kl.tables.tokens import measure_response, response_diagnostic
+from kl.tables.spreads import BothWays, Spreads
+from kl.tables.tokens import Asked, identity, measure_paired
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,38 @@ class NoExact(NamedTuple):
     first: str
 
 
+class MeasuredPart(NamedTuple):
+    """Some files in a row: their token table, None if none has a position, and what they say (`FileTexts`, pickled)."""
+
+    tokens: Path | None
+    texts: Path
+
+
+class FileTexts(NamedTuple):
+    """What the result of an input file says beside its tokens."""
+
+    source_file: str
+    prompt: Prompt | None
+    model_p: str | None
+    responses: list[ResponseText]
+    error: str | None
+
+    @classmethod
+    def of(cls, parsed: ResponseFile) -> FileTexts:
+        """Of a file, the responses in their order."""
+        texts = [ResponseText(response.response_idx, response.text) for response in parsed.responses]
+        texts += [ResponseText(item.response_idx, item.text, item.kind, item.message) for item in parsed.unreadable]
+        models = {response.model for response in parsed.responses if response.model is not None}
+        defect = file_defect(parsed)
+        return cls(
+            parsed.source_file,
+            parsed.prompt,
+            parsed.model or (models.pop() if len(models) == 1 else None),
+            sorted(texts, key=lambda text: text.response_idx),
+            None if defect is None else defect.message,
+        )
+
+
 @dataclass(slots=True)
 class Measured:
     """The parts of the token table, and what the input says beside it.
@@ -65,7 +100,7 @@ class Measured:
     files: list[InputFile]
     priors: Priors
     diagnostic: AlignmentDiagnostic
-    parts: list[Path] = field(default_factory=list[Path])
+    parts: list[MeasuredPart] = field(default_factory=list["MeasuredPart"])
     responses: list[ResponseInfo] = field(default_factory=list[ResponseInfo])
     samplings: set[Sampling] = field(default_factory=set[Sampling])
     models_p: set[str] = field(default_factory=set[str])
@@ -116,21 +151,15 @@ class Survey:
     prompt_counts: CountEvidence
 
     @classmethod
-    def of(
-        cls,
-        spread: Sequence[Spreads],
-        twice: Sequence[Spreads],
-        diagnostics: Sequence[AlignmentDiagnostic],
-        prompt_counts: Sequence[CountEvidence],
-    ) -> Survey:
-        """From those of the responses, in their order."""
-        masses = [(item.shared_mass_p, item.ambiguous_mass_p, item.ambiguous_mass_q) for item in diagnostics]
-        counts = replace(
-            AlignmentDiagnostic.total(diagnostics), shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0
-        )
-        table = np.array(masses, dtype=np.float64).reshape(-1, 3)
-        of_all = CountEvidence.total(prompt_counts)
-        return cls(Spreads.total(spread), Spreads.total(twice), counts, table, of_all)
+    def of(cls, q: BothWays, twice: BothWays, prompt_counts: CountEvidence) -> Survey:
+        """From the responses of some files, and what one model said twice of them."""
+        aligned = q.came.aligned
+        if aligned is None:
+            counts, masses = AlignmentDiagnostic(), np.zeros((0, 3))
+        else:
+            counts, masses = diagnose(aligned), np.stack(response_masses(aligned), axis=1)
+        bare = replace(counts, shared_mass_p=0.0, ambiguous_mass_p=0.0, ambiguous_mass_q=0.0)
+        return cls(q.spreads(), twice.spreads(), bare, masses, prompt_counts)
 
     @classmethod
     def total(cls, parts: Sequence[Survey]) -> Survey:
@@ -155,121 +184,163 @@ class Survey:
         return replace(self.counts, shared_mass_p=shared, ambiguous_mass_p=ambiguous_p, ambiguous_mass_q=ambiguous_q)
 
 
-def survey_files(
+class Ways(NamedTuple):
+    """Responses between two models: which positions they have, what was answered, and which versions answered.
+
+    ``versions`` and those ``checked``, without the answers that counts take away.
+    """
+
+    identified: pl.DataFrame
+    both: BothWays
+    versions: frozenset[str]
+    checked: frozenset[str]
+
+    @classmethod
+    def of(cls, checked: Sequence[Asked], came: Sequence[Asked]) -> Ways:
+        """Of the same responses with the answers as they are if counts are used, and as they came."""
+        both = BothWays.of([item.answered for item in checked], [item.answered for item in came])
+        versions = _versions(came)
+        return cls(identity(checked), both, versions, versions if both.checked is None else _versions(checked))
+
+
+def _versions(asked: Sequence[Asked]) -> frozenset[str]:
+    return frozenset(Scores.joined([Scores.of(item.scores) for item in asked]).versions()) if asked else frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """Some files as the first pass leaves them for the second, which reads neither the files nor the scores again.
+
+    ``q`` is P against Q, ``twice`` one model against itself. ``n_odd`` results have a count that says nothing.
+    ``noted`` is what the files say beside the numbers. ``files`` are kept for whole vocabularies alone.
+    """
+
+    survey: Survey
+    q: Ways
+    twice: Ways
+    n_odd: int
+    noted: Measured
+    texts: list[FileTexts]
+    files: Sequence[ResponseFile]
+
+
+def survey_part(
     files: Sequence[InputFile], comparison: Comparison, stores: Stores, on_file: Callable[[], None]
-) -> Survey:
+) -> Surveyed:
     """The first pass over some files."""
-    spread: list[Spreads] = []
-    twice: list[Spreads] = []
-    diagnostics: list[AlignmentDiagnostic] = []
-    prompt_counts: list[CountEvidence] = []
     sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
+    parsed_files: list[ResponseFile] = []
     for file in read_ahead(files):
-        parsed = read_input(file)
-        found = FileAnswers(parsed, comparison, stores, sides, use_counts=True)
+        parsed_files.append(read_input(file))
+        on_file()
+    stored = StoredAnswers(parsed_files, comparison, stores, sides)
+    noted = Measured([], Priors(), AlignmentDiagnostic())
+    q: list[tuple[Asked, Asked]] = []
+    twice: list[tuple[Asked, Asked]] = []
+    prompt_counts: list[CountEvidence] = []
+    n_odd = 0
+    for parsed in parsed_files:
+        found = FileAnswers(parsed, stored, use_counts=True)
         came = found.as_they_came()
         prompt_counts.append(found.count_evidence())
-        of_file: list[AlignmentDiagnostic] = []
         for response in parsed.responses:
+            sample = comparison.drawn(response)
+            design = (None, None) if sample is None else sample
             checked, unchecked = found.results(response), came.results(response)
-            spread.append(Spreads.of(Answered(response, checked), Answered(response, unchecked)))
-            of_file.append(response_diagnostic(response, unchecked))
-            pair, before = found.twice(response), came.twice(response)
-            if pair is not None and before is not None:
-                twice.append(Spreads.of(Answered(pair.first, pair.second), Answered(before.first, before.second)))
-        diagnostics += _with_joint_keys(of_file)
-        on_file()
-    return Survey.of(spread, twice, diagnostics, prompt_counts)
+            q.append((Asked(response, checked, *design), Asked(response, unchecked, *design)))
+            pair = found.twice(response)
+            if pair is None:
+                continue
+            before = pair if checked is unchecked and found.same_again(response) else came.twice(response)
+            assert before is not None, "whether a response is asked again does not depend on counts"
+            noted.twice.note(pair.of, pair.model)
+            again, first = Asked(pair.first, pair.second, *pair.drawn), Asked(before.first, before.second, *pair.drawn)
+            twice.append((again, first))
+        n_odd += found.n_odd
+    _note_inputs(parsed_files, noted)
+    of_q, of_twice = _both_ways(q), _both_ways(twice)
+    survey = Survey.of(of_q.both, of_twice.both, CountEvidence.total(prompt_counts))
+    whole = parsed_files if comparison.config.full_vocabulary else []
+    return Surveyed(survey, of_q, of_twice, n_odd, noted, list(map(FileTexts.of, parsed_files)), whole)
 
 
-def _with_joint_keys(diagnostics: list[AlignmentDiagnostic]) -> list[AlignmentDiagnostic]:
-    """The same, the keys of all with the first: each response has its own copy, which would be held for many files."""
-    if not diagnostics:
-        return []
-    bare = [replace(item, keys_p=frozenset(), keys_q=frozenset()) for item in diagnostics]
-    joint = AlignmentDiagnostic.total(diagnostics)
-    return [replace(bare[0], keys_p=joint.keys_p, keys_q=joint.keys_q), *bare[1:]]
+def _both_ways(pairs: Sequence[tuple[Asked, Asked]]) -> Ways:
+    return Ways.of([checked for checked, _ in pairs], [came for _, came in pairs])
 
 
 def measure_part(
-    files: Sequence[InputFile],
-    start: int,
-    folder: Path,
-    priors: Priors,
-    comparison: Comparison,
-    stores: Stores,
-    on_file: Callable[[], None],
+    surveyed: Surveyed, part: MeasuredPart, priors: Priors, comparison: Comparison, stores: Stores
 ) -> Measured:
-    """The second pass over some files, the first of which is number ``start`` of the data set.
+    """The second pass over some files: their table of tokens and their texts go to ``part``, on this machine's disk.
 
-    The table of each goes to ``folder``, on this machine's disk, under the file's number; unreadable responses are
-    noted with their reason.
+    Unreadable responses are noted with their reason.
     """
-    measured = Measured([], priors, AlignmentDiagnostic())
-    for index, file in enumerate(read_ahead(files), start):
-        _measure_file(file, folder / f"{index:08d}.parquet", comparison, stores, measured)
-        on_file()
+    measured, use = replace(surveyed.noted, priors=priors), priors.counts.usable
+    estimator, ways = comparison.config.estimator, surveyed.q
+    exact = _exact(surveyed, comparison, stores, measured)
+    table = measure_paired(
+        ways.identified,
+        ways.both.chosen(use),
+        estimator=estimator,
+        prior=priors.q,
+        exact_kl=exact.kl,
+        vocabulary=exact.vocabulary,
+    )
+    if table.height and part.tokens is not None:
+        write_part(table, part.tokens)
+    part.texts.write_bytes(pickle.dumps(surveyed.texts))
+    measured.parts.append(part if table.height else part._replace(tokens=None))
+    again = surveyed.twice
+    if again.identified.height:
+        paired = again.both.chosen(use)
+        measured.twice.take([measure_paired(again.identified, paired, estimator=estimator, prior=priors.twice)])
+    measured.twice.versions |= again.checked if use else again.versions
+    measured.versions_q |= ways.checked if use else ways.versions
+    measured.n_odd_counts += surveyed.n_odd if use else 0
     return measured
 
 
-def _measure_file(file: InputFile, part: Path, comparison: Comparison, stores: Stores, measured: Measured) -> None:
-    parsed = read_input(file)
-    for problem in parsed.problems:
-        if problem.repaired:
-            measured.repaired[problem.kind] = measured.repaired.get(problem.kind, 0) + problem.count
-    found = FileAnswers(parsed, comparison, stores, comparison.sides(), use_counts=measured.priors.counts.usable)
-    frames = [_measure_response(response, comparison, found, stores.scores, measured) for response in parsed.responses]
-    again = [_measure_again(response, comparison.config.estimator, found, measured) for response in parsed.responses]
-    measured.twice.take([table for table in again if table is not None])
-    measured.n_odd_counts += found.n_odd
-    measured.responses += [
-        ResponseInfo(file.source_file, item.response_idx, parsed.prompt.prompt_id if parsed.prompt else None,
-                     parsed.model, None, item.kind, item.message)
-        for item in parsed.unreadable
-    ]  # fmt: skip
-    defect = file_defect(parsed)
-    if defect is not None and not parsed.n_responses:
-        measured.responses.append(ResponseInfo(file.source_file, None, reason=defect.kind, error=defect.message))
-    if frames:
-        write_part(pl.concat(frames), part)
-        measured.parts.append(part)
+class _ExactOfAll(NamedTuple):
+    """By position of some files, shape (N,), None where no whole vocabulary is asked for."""
+
+    kl: NDArray[np.float64] | None
+    vocabulary: NDArray[np.float64] | None
 
 
-def _measure_response(
-    response: Response, comparison: Comparison, found: FileAnswers, scores: ScoreStore, measured: Measured
-) -> pl.DataFrame:
-    results = found.results(response)
-    answers = [result for result in results if isinstance(result, Score)]
-    measured.samplings.add(response.sampling)
-    measured.versions_q.update(score.model_version for score in answers if score.model_version is not None)
-    if response.model is not None:
-        measured.models_p.add(response.model)
-    if response.model_version is not None:
-        measured.versions_p.add(response.model_version)
-    place = (response.source_file, response.response_idx, response.prompt.prompt_id)
-    measured.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
-    whole = comparison.config.full_vocabulary
-    exact = exact_divergences(response, found, scores, measured.note_no_exact) if whole else Exact(None, None)
-    drawn = comparison.drawn(response)
-    return measure_response(
-        response,
-        results,
-        estimator=comparison.config.estimator,
-        prior=measured.priors.q,
-        exact_kl=None if exact.divergences is None else exact.divergences.kl,
-        selected=None if drawn is None else drawn.selected,
-        pi=None if drawn is None else drawn.pi,
-        vocabulary=exact.vocabulary,
-    )
+def _exact(surveyed: Surveyed, comparison: Comparison, stores: Stores, measured: Measured) -> _ExactOfAll:
+    if not comparison.config.full_vocabulary:
+        return _ExactOfAll(None, None)
+    kl, vocabulary = [np.zeros(0)], [np.zeros(0)]
+    stored = StoredAnswers(surveyed.files, comparison, stores, comparison.sides())
+    for parsed in surveyed.files:
+        answers = FileAnswers(parsed, stored, measured.priors.counts.usable)
+        for response in parsed.responses:
+            found = exact_divergences(response, answers, stores.scores, measured.note_no_exact)
+            n = len(response.positions)
+            kl.append(np.full(n, np.nan) if found.divergences is None else found.divergences.kl)
+            vocabulary.append(np.full(n, np.nan if found.vocabulary is None else float(found.vocabulary)))
+    return _ExactOfAll(np.concatenate(kl), np.concatenate(vocabulary))
 
 
-def _measure_again(response: Response, estimator: str, found: FileAnswers, measured: Measured) -> pl.DataFrame | None:
-    """The tokens of a response between the two answers of one model; None if nothing is asked again."""
-    pair = found.twice(response)
-    if pair is None:
-        return None
-    measured.twice.note(pair.of, pair.model, pair.second)
-    prior = measured.priors.twice
-    return measure_response(
-        pair.first, pair.second, estimator=estimator, prior=prior, selected=pair.drawn.selected, pi=pair.drawn.pi
-    )
+def _note_inputs(files: Sequence[ResponseFile], noted: Measured) -> None:
+    """What the files say beside the numbers."""
+    for parsed in files:
+        for problem in parsed.problems:
+            if problem.repaired:
+                noted.repaired[problem.kind] = noted.repaired.get(problem.kind, 0) + problem.count
+        for response in parsed.responses:
+            noted.samplings.add(response.sampling)
+            if response.model is not None:
+                noted.models_p.add(response.model)
+            if response.model_version is not None:
+                noted.versions_p.add(response.model_version)
+            place = (response.source_file, response.response_idx, response.prompt.prompt_id)
+            noted.responses.append(ResponseInfo(*place, response.model, response.finish_reason))
+        prompt_id = parsed.prompt.prompt_id if parsed.prompt else None
+        noted.responses += [
+            ResponseInfo(parsed.source_file, item.response_idx, prompt_id, parsed.model, None, item.kind, item.message)
+            for item in parsed.unreadable
+        ]
+        defect = file_defect(parsed)
+        if defect is not None and not parsed.n_responses:
+            noted.responses.append(ResponseInfo(parsed.source_file, None, reason=defect.kind, error=defect.message))

@@ -7,6 +7,7 @@ back to this process, which alone writes.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,11 @@ from flows.config.comparison import Comparison, absolute
 from flows.folder.layout import Stores
 from flows.runtime.terminal import ProgressReporter
 from flows.stages.inputs import InputFile
-from flows.stages.measuring import Measured, Priors, Survey, measure_part, survey_files
+from flows.stages.measuring import Measured, MeasuredPart, Priors, Survey, Surveyed, measure_part, survey_part
 
-FILES_PER_PART = 32
+PART_BYTES, PART_FILES = 8_000_000, 256  # of input that is worked on at once: some thousand positions
+CLUSTER_PART_FILES = 32  # so that there is work for all
+_MOST_IN_MEMORY = 400_000_000  # bytes of what the first pass leaves
 
 
 class Part(NamedTuple):
@@ -51,7 +54,7 @@ def measure_files(
     cluster : LazyCluster, optional
         What works on the parts if there are several; default this process.
     """
-    parts = [Part(start, files[start : start + FILES_PER_PART]) for start in range(0, len(files), FILES_PER_PART)]
+    parts = list(_parts(files, PART_FILES if cluster is None else CLUSTER_PART_FILES))
     passes = _passes(parts, comparison, stores, folder, cluster)
     with ProgressReporter("files surveyed", len(files)) as progress:
         survey = Survey.total(list(passes.surveys(progress)))
@@ -69,6 +72,16 @@ def measure_files(
     return measured
 
 
+def _parts(files: Sequence[InputFile], most_files: int) -> Iterator[Part]:
+    """The files in a row, divided where enough of them are together."""
+    start = size = 0
+    for end, file in enumerate(files, start=1):
+        size += file.size
+        if size >= PART_BYTES or end - start >= most_files or end == len(files):
+            yield Part(start, files[start:end])
+            start, size = end, 0
+
+
 def _passes(
     parts: Sequence[Part], comparison: Comparison, stores: Stores, folder: Path, cluster: LazyCluster | None
 ) -> _InProcess | _OnCluster:
@@ -83,15 +96,46 @@ class _InProcess:
 
     def __init__(self, parts: Sequence[Part], comparison: Comparison, stores: Stores, folder: Path) -> None:
         self._parts, self._comparison, self._stores, self._folder = parts, comparison, stores, folder
+        self._kept = _KeptSurveys(folder)
 
     def surveys(self, progress: ProgressReporter) -> Iterator[Survey]:
         for part in self._parts:
-            yield survey_files(part.files, self._comparison, self._stores, partial(progress.advance, 1))
+            surveyed = survey_part(part.files, self._comparison, self._stores, partial(progress.advance, 1))
+            self._kept.add(surveyed)
+            yield surveyed.survey
 
     def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
-        done = partial(progress.advance, 1)
-        for part in self._parts:
-            yield measure_part(part.files, part.start, self._folder, priors, self._comparison, self._stores, done)
+        for part, surveyed in zip(self._parts, self._kept.taken(), strict=True):
+            place = part_files(self._folder, part)
+            yield measure_part(surveyed, place, priors, self._comparison, self._stores)
+            progress.advance(len(part.files))
+
+
+class _KeptSurveys:
+    """Surveyed parts in their order, for the second pass: in memory, and in ``folder`` what is too much for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._kept: list[bytes | Path] = []
+        self._n_bytes = 0
+
+    def add(self, surveyed: Surveyed) -> None:
+        data = pickle.dumps(surveyed, protocol=5)
+        self._n_bytes += len(data)
+        if self._n_bytes <= _MOST_IN_MEMORY:
+            self._kept.append(data)
+            return
+        path = self._folder / f"{len(self._kept):08d}.surveyed"
+        path.write_bytes(data)
+        self._kept.append(path)
+
+    def taken(self) -> Iterator[Surveyed]:
+        """The parts, each let go when it has been given."""
+        for number, kept in enumerate(self._kept):
+            self._kept[number] = b""
+            yield pickle.loads(kept.read_bytes() if isinstance(kept, Path) else kept)
+            if isinstance(kept, Path):
+                kept.unlink()
 
 
 class _OnCluster:
@@ -113,12 +157,19 @@ class _OnCluster:
             progress.advance(len(part.files))
             for name, table in found.tables.items():
                 (self._folder / name).write_bytes(table)
-            found.measured.parts = [self._folder / name for name in found.tables]
+            (place,) = found.measured.parts
+            tokens = None if place.tokens is None else self._folder / place.tokens.name
+            found.measured.parts = [MeasuredPart(tokens, self._folder / place.texts.name)]
             yield found.measured
 
 
+def part_files(folder: Path, part: Part) -> MeasuredPart:
+    """Where what is measured of a part goes."""
+    return MeasuredPart(folder / f"{part.start:08d}.parquet", folder / f"{part.start:08d}.texts")
+
+
 class Tables(NamedTuple):
-    """What a worker measured: its files' tables by name, as Parquet, and what the input says beside them."""
+    """What a worker measured: the files of its part by name, and what the input says beside them."""
 
     measured: Measured
     tables: dict[str, bytes]
@@ -127,16 +178,19 @@ class Tables(NamedTuple):
 @task(name="survey", cache_policy=NO_CACHE, persist_result=False)
 def survey_on_worker(part: Part, comparison: Comparison) -> Survey:
     """The first pass over some files."""
-    return survey_files(part.files, comparison, comparison.folder.stores(), _nothing)
+    return survey_part(part.files, comparison, comparison.folder.stores(), _nothing).survey
 
 
 @task(name="measure", cache_policy=NO_CACHE, persist_result=False)
 def measure_on_worker(part: Part, priors: Priors, comparison: Comparison) -> Tables:
-    """The second pass over some files."""
+    """The second pass over some files, which are read again: what the first read may be on another worker."""
     with scratch_folder() as scratch:
         stores = comparison.folder.stores()
-        measured = measure_part(part.files, part.start, scratch, priors, comparison, stores, _nothing)
-        return Tables(measured, {path.name: path.read_bytes() for path in measured.parts})
+        surveyed = survey_part(part.files, comparison, stores, _nothing)
+        measured = measure_part(surveyed, part_files(scratch, part), priors, comparison, stores)
+        (place,) = measured.parts
+        paths = [path for path in place if path is not None]
+        return Tables(measured, {path.name: path.read_bytes() for path in paths})
 
 
 def _nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,15 +21,14 @@ from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.folder.layout import OutputFolder
 from flows.folder.output import made_locally, publish_from
-from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
-from flows.stages.measuring import Measured
+from flows.stages.measuring import FileTexts, Measured
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
 from kl.output.atomic import write_many_atomic
 from kl.output.files import result_paths, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
-from kl.output.kl_json import ResponseText, ScoredResponse, scored_responses, write_kl_json
+from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
@@ -47,7 +47,7 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
     config, place = comparison.config, comparison.folder
     with made_locally(place.path) as folder:
         made = OutputFolder(folder)
-        write_tokens(measured.parts, made.tokens)
+        write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
         rows = summarise_responses(tokens, measured.responses)
@@ -95,7 +95,7 @@ def _variance(prior: SpreadPrior | None) -> float | None:
 def _per_file(measured: Measured, scored: Iterator[ScoredResponse], folder: Path, config: RunConfig) -> Iterator[str]:
     """Write a result file per input file; gives the name of each, below the folder, when it is finished."""
     targets = result_paths(file.source_file for file in measured.files)
-    files = _with_scored(read_ahead(measured.files), scored)
+    files = _with_scored(_texts(measured), scored)
     writers = (
         (folder / targets[file.source_file], partial(_write_file, file, of_file, config)) for file, of_file in files
     )
@@ -103,9 +103,14 @@ def _per_file(measured: Measured, scored: Iterator[ScoredResponse], folder: Path
         yield target.relative_to(folder).as_posix()
 
 
+def _texts(measured: Measured) -> Iterator[FileTexts]:
+    for part in measured.parts:
+        yield from pickle.loads(part.texts.read_bytes())
+
+
 def _with_scored(
-    files: Iterable[InputFile], scored: Iterator[ScoredResponse]
-) -> Iterator[tuple[InputFile, Iterable[ScoredResponse]]]:
+    files: Iterable[FileTexts], scored: Iterator[ScoredResponse]
+) -> Iterator[tuple[FileTexts, Iterable[ScoredResponse]]]:
     """Each file with its responses that have tokens, which must be taken before the next file is."""
     tables = groupby(scored, key=lambda response: response.source_file)
     name, of_file = next(tables, (None, ()))
@@ -119,20 +124,15 @@ def _with_scored(
         raise ValueError(f"the token table has {name} out of the order of the input files.")
 
 
-def _write_file(file: InputFile, scored: Iterable[ScoredResponse], config: RunConfig, path: Path) -> None:
-    parsed = read_input(file)
-    texts = [ResponseText(response.response_idx, response.text) for response in parsed.responses]
-    texts += [ResponseText(item.response_idx, item.text, item.kind, item.message) for item in parsed.unreadable]
-    models = {response.model for response in parsed.responses if response.model is not None}
-    defect = file_defect(parsed)
+def _write_file(file: FileTexts, scored: Iterable[ScoredResponse], config: RunConfig, path: Path) -> None:
     write_kl_json(
         path,
-        prompt=parsed.prompt,
-        model_p=parsed.model or (models.pop() if len(models) == 1 else None),
+        prompt=file.prompt,
+        model_p=file.model_p,
         model_q=config.model2,
-        responses=sorted(texts, key=lambda text: text.response_idx),
+        responses=file.responses,
         scored=scored,
-        error=defect.message if defect is not None else None,
+        error=file.error,
     )
 
 

@@ -8,34 +8,29 @@ that the other side names, one that the other side holds open too, or one that t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import chain
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_step
-from kl.estimators.rows import BoolArray, Entries, FloatArray, IntArray, row_counts, row_sums
-from kl.estimators.token_bytes import Candidates, byte_functions
-from kl.estimators.token_keys import (
-    END_KEY,
-    Key,
-    KeyChoice,
-    KeyFunction,
-    choose_key,
-    contradicted_ids,
-    end_roles,
-    id_key,
-    is_known,
-    known_ends,
-    logprob_of,
-    role_key,
-)
-from kl.pieces import is_special, is_whole
-from kl.records import Candidate
+from kl.columns import BoolArray, Entries, FloatArray, IntArray, TopLists
+from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_steps
+from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
+from kl.estimators.matching.evidence import evidence_of
+from kl.estimators.matching.places import places_in, repeats
+from kl.estimators.matching.rows import MatchedRow, Sample, indices, keyed, keys_of_several, match_row, with_one_stop
+from kl.estimators.rows import Entries as Cells
+from kl.estimators.rows import row_counts, row_sums
+from kl.estimators.token_bytes import Candidates
+from kl.estimators.token_keys import Key, KeyChoice, KeyFunction, contradicted_ids, id_key
+from kl.records import END_TOKENS, UNKNOWN_LOGPROB, Candidate
+
+__all__ = ["Aligned", "BoolArray", "FloatArray", "IntArray", "align", "with_hidden"]
+
+_PADDING = -2  # of Q's keys, so that none is one of P's
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class Aligned:
         What the log-probabilities of a side are rounded to in the row's response; 0 where they are not.
     response : int64, shape (T,)
         The number of the response a row belongs to; never falls. Rows of one are measured in the light of each other.
-    choice : KeyChoice
-        What the tokens were matched by.
+    choices : tuple of KeyChoice
+        What the tokens of each response were matched by.
     keys_p, keys_q : frozenset
         Every key that a side lists.
     """
@@ -99,7 +94,7 @@ class Aligned:
     step_p: FloatArray
     step_q: FloatArray
     response: IntArray
-    choice: KeyChoice
+    choices: tuple[KeyChoice, ...]
     keys_p: frozenset[Key]
     keys_q: frozenset[Key]
 
@@ -109,8 +104,37 @@ class Aligned:
 
     def only(self, rows: Sequence[int] | IntArray | slice) -> Aligned:
         """Some of the positions, in their order."""
-        arrays = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: value[rows] for name, value in arrays.items() if isinstance(value, np.ndarray)})
+        return replace(self, **{name: value[rows] for name, value in self._arrays().items()})
+
+    def replaced(self, rows: IntArray, others: Aligned) -> Aligned:
+        """The same with other positions, of the same responses, in the place of some; keys are those of both."""
+        mine, theirs = self._arrays(), others._arrays()
+        changed: dict[str, Any] = {}
+        for name, values in mine.items():
+            fill = -1 if name.startswith("index") else -np.inf
+            width = max(values.shape[1:] + theirs[name].shape[1:], default=0)
+            changed[name] = _widened(values, width, fill) if width else values.copy()
+            changed[name][rows] = _widened(theirs[name], width, fill) if width else theirs[name]
+        again = set(others.response.tolist())
+        return replace(
+            self,
+            **changed,
+            choices=tuple(
+                others.choices[number] if number in again else choice for number, choice in enumerate(self.choices)
+            ),
+            keys_p=self.keys_p | others.keys_p,
+            keys_q=self.keys_q | others.keys_q,
+        )
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
+    @property
+    def choice(self) -> KeyChoice:
+        """What the tokens were matched by, if all are of one response."""
+        (choice,) = self.choices
+        return choice
 
     @property
     def log_limit_p(self) -> FloatArray:
@@ -155,57 +179,27 @@ class Aligned:
         return (_finite(self.logp) - self.shared_logq) * self.shared
 
     @cached_property
-    def alone_p(self) -> Entries:
+    def alone_p(self) -> Cells:
         """The tokens that P alone lists."""
-        return Entries.of((self.logp > -np.inf) & ~self.shared)
+        return Cells.of((self.logp > -np.inf) & ~self.shared)
 
     @cached_property
-    def alone_q(self) -> Entries:
+    def alone_q(self) -> Cells:
         """The tokens that Q alone lists."""
-        return Entries.of((self.logq > -np.inf) & (self.index_p < 0))
+        return Cells.of((self.logq > -np.inf) & (self.index_p < 0))
 
 
 def _finite(logs: FloatArray) -> FloatArray:
     return np.maximum(logs, np.finfo(np.float64).min)
 
 
-class _KeyedList(NamedTuple):
-    """One list of one position: keys and log-probabilities, still with repeated keys and keys of several tokens."""
-
-    keys: list[Key | None]
-    logs: list[float]
-    candidates: Candidates
-
-
-class _Split(NamedTuple):
-    """One list of one position: tokens with a key of their own, the values and the mass of the others."""
-
-    keys: list[Key]
-    logs: list[float]
-    open_logs: list[float]
-    open_mass: float
-    n_listed: int
-    n_repeats: int
-
-    @property
-    def top_open(self) -> bool:
-        return bool(self.open_logs) and max(self.open_logs) >= max(self.logs, default=-math.inf)
-
-
-class _Row(NamedTuple):
-    """One matched position; ``sampled`` is its value under P and Q, and whether it has a key of its own."""
-
-    p: _Split
-    q: _Split
-    sampled: tuple[float, float, bool]
-
-
 def align(
     lists_p: Sequence[Candidates],
     lists_q: Sequence[Candidates],
-    sampled_p: Sequence[Candidate | None] | None = None,
-    sampled_q: Sequence[Candidate | None] | None = None,
-    stops: Sequence[bool] | None = None,
+    sampled_p: Sequence[Candidate | None] | Entries | None = None,
+    sampled_q: Sequence[Candidate | None] | Entries | None = None,
+    stops: Sequence[bool] | BoolArray | None = None,
+    response: IntArray | None = None,
 ) -> Aligned:
     """Match the lists of P and Q, position by position.
 
@@ -213,12 +207,16 @@ def align(
     ----------
     lists_p, lists_q : sequences of T candidate lists
         As `listed` returns them: the k best by falling log-probability, known values only, at least one entry each.
+        Columns (`kl.columns.TopLists`) are used as they are.
     sampled_p : sequence of T candidates, optional
         The token that P sampled; it need not be listed.
     sampled_q : sequence of T candidates, optional
         What Q reports beside its list. It is used where it is the token that P sampled, and only there.
     stops : sequence of T bool, optional
         Whether the token that P sampled ends the turn: it is then that of Q which is known to, whatever it is called.
+    response : int64, shape (T,), optional
+        The number of the response that a position belongs to, from 0 on and never falling; default one. What tokens are
+        matched by is decided for each response by its own lists.
 
     Raises
     ------
@@ -228,28 +226,25 @@ def align(
         If there are not T of each.
     """
     check_lengths(lists_p, lists_q, sampled_p, sampled_q)
+    columns_p, columns_q = TopLists.of(lists_p), TopLists.of(lists_q)
     check_lists(lists_p, "P")
     check_lists(lists_q, "Q")
-    bytes_p, bytes_q = byte_functions(lists_p, lists_q)
-    choice = choose_key(lists_p, lists_q, bytes_p, bytes_q)
-    key_p, key_q = (id_key, id_key) if choice.key == "id" else (bytes_p, bytes_q)
-    sides_p, sides_q = [_keyed(cands, key_p) for cands in lists_p], [_keyed(cands, key_q) for cands in lists_q]
-    ambiguous = frozenset[Key | None]().union(*map(_of_several, sides_p), *map(_of_several, sides_q))
-    nobody = [None] * len(lists_p)
-    rows: list[_Row] = []
-    for side_p, side_q, sample_p, sample_q, is_stop in zip(
-        sides_p, sides_q, sampled_p or nobody, sampled_q or nobody, stops or [False] * len(lists_p), strict=True
-    ):
-        unclear = ambiguous
-        if choice.key == "id":
-            unclear |= contradicted_ids(side_p.candidates, side_q.candidates, bytes_p, bytes_q)
-        samples = _Sample(sample_p, key_p), _Sample(sample_q, key_q)
-        if is_stop and choice.key != "id":
-            side_p, side_q, samples = _with_one_stop(side_p, side_q, samples)
-        rows.append(_match(side_p, side_q, *samples, unclear, by_role=choice.key == "text"))
-    caps_p = np.array([logprob_of(cands[-1]) for cands in lists_p], dtype=np.float64)
-    caps_q = np.array([logprob_of(cands[-1]) for cands in lists_q], dtype=np.float64)
-    return _stack(rows, caps_p, caps_q, rounding_step(lists_p), rounding_step(lists_q), choice)
+    n = len(columns_p)
+    sides = Sides(
+        columns_p,
+        columns_q,
+        _entries(sampled_p, n),
+        _entries(sampled_q, n),
+        np.zeros(n, dtype=np.int64) if response is None else response,
+    )
+    is_stop = np.zeros(n, dtype=np.bool_) if stops is None else np.asarray(stops, dtype=np.bool_)
+    return _Matching(sides, is_stop).aligned()
+
+
+def _entries(sampled: Sequence[Candidate | None] | Entries | None, n: int) -> Entries:
+    if isinstance(sampled, Entries):
+        return sampled
+    return Entries.of([None] * n if sampled is None else sampled)
 
 
 def with_hidden(aligned: Aligned, lists_p: Sequence[Trusted], lists_q: Sequence[Trusted]) -> Aligned:
@@ -265,181 +260,260 @@ def with_hidden(aligned: Aligned, lists_p: Sequence[Trusted], lists_q: Sequence[
     )
 
 
-def _keyed(candidates: Candidates, key_of: KeyFunction) -> _KeyedList:
-    return _KeyedList([key_of(c) for c in candidates], [logprob_of(c) for c in candidates], candidates)
+class _Matching:
+    """All positions at once; those that a rule for single cases may concern are matched by `match_row` instead."""
+
+    def __init__(self, sides: Sides, is_stop: BoolArray) -> None:
+        self._sides = sides
+        self._is_stop = is_stop
+        self._codes = key_codes(sides)
+        self._ids = _Ids(sides)
+        ids = [self._ids.numbers(part.ids) for part in sides.parts()]
+        self._evidence = evidence_of(sides, self._codes, ids[0], ids[1])
+        by_id = np.array([choice.key == "id" for choice in self._evidence.choices], dtype=np.bool_)
+        self._by_id = by_id[sides.response]
+        found = (self._codes.p, self._codes.q, self._codes.sampled_p, self._codes.sampled_q)
+        every = np.arange(len(is_stop), dtype=np.int64)
+        rows = (sides.lists_p.rows, sides.lists_q.rows, every, every)
+        self._keys_p, self._keys_q, wanted, self._own = (
+            np.where(self._by_id[row], numbers, codes) for numbers, codes, row in zip(ids, found, rows, strict=True)
+        )
+        self._wanted = self._by_text(wanted)
+
+    def _by_text(self, wanted: Codes) -> Codes:
+        """The sampled tokens' keys; one without id or bytes of its own has that of the one listed token of its text."""
+        sampled, lists = self._sides.sampled_p, self._sides.lists_p
+        rows = np.flatnonzero((wanted < 0) & is_whole_text(sampled.tokens))
+        if not rows.size:
+            return wanted
+        some = lists.take(rows)
+        same = some.padded(some.entries.codes(), NO_KEY) == sampled.codes()[rows, None]
+        keys = TopLists(lists.entries, lists.offsets).padded(self._keys_p, NO_KEY)[rows]
+        found = wanted.copy()
+        found[rows] = np.where(
+            same.sum(axis=1) == 1, np.take_along_axis(keys, same.argmax(axis=1)[:, None], axis=1)[:, 0], NO_KEY
+        )
+        return found
+
+    def aligned(self) -> Aligned:
+        """What the rows have in common, and the special ones by all the rules."""
+        p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q)
+        ambiguous = self._ambiguous(repeats(p.all_keys) | repeats(q.all_keys))
+        special = self._special(p, q, ambiguous)
+        index_q = places_in(p.keys, np.where(q.keys < 0, _PADDING, q.keys))
+        rows = self._by_all_rules(np.flatnonzero(special), ambiguous)
+        logp_sampled, logq_sampled, clear = self._sampled(p, q)
+        arrays: dict[str, Any] = {
+            "logp": p.logs,
+            "logq": q.logs,
+            "index_q": index_q,
+            "log_open_p": p.open_logs,
+            "log_open_q": q.open_logs,
+            "open_p": row_sums(np.exp(p.open_logs)),
+            "open_q": row_sums(np.exp(q.open_logs)),
+            "n_listed_p": self._sides.lists_p.lengths,
+            "n_listed_q": self._sides.lists_q.lengths,
+            "top_open": p.top_open | q.top_open,
+            "n_duplicate_keys": np.zeros(len(special), dtype=np.int64),
+            "logp_sampled": logp_sampled,
+            "logq_sampled": logq_sampled,
+            "sampled_clear": clear,
+        }
+        _put(arrays, rows)
+        index_p = np.full(arrays["logq"].shape, -1, dtype=np.int64)
+        at, column = np.nonzero(arrays["index_q"] >= 0)
+        index_p[at, arrays["index_q"][at, column]] = column
+        return Aligned(
+            **arrays,
+            index_p=index_p,
+            log_cap_p=self._sides.lists_p.last(),
+            log_cap_q=self._sides.lists_q.last(),
+            coverage_p=row_sums(np.exp(arrays["logp"])) + arrays["open_p"],
+            coverage_q=row_sums(np.exp(arrays["logq"])) + arrays["open_q"],
+            step_p=rounding_steps(self._sides.lists_p, self._sides.response)[self._sides.response],
+            step_q=rounding_steps(self._sides.lists_q, self._sides.response)[self._sides.response],
+            response=self._sides.response,
+            choices=self._evidence.choices,
+            keys_p=self._all_keys(p, special) | {key for row in rows.values() for key in row.p.keys},
+            keys_q=self._all_keys(q, special) | {key for row in rows.values() for key in row.q.keys},
+        )
+
+    def _sampled(self, p: _Padded, q: _Padded) -> tuple[FloatArray, FloatArray, BoolArray]:
+        """Of the token that P sampled: its value under P and Q, and whether it has a key."""
+        logp = p.value_of(self._wanted, _known(self._sides.sampled_p))
+        same = (self._own == self._wanted) & (self._own >= 0)
+        own_q = np.where(same, _known(self._sides.sampled_q), np.nan)
+        return logp, q.value_of(self._wanted, own_q), self._wanted >= 0
+
+    def _ambiguous(self, repeated: BoolArray) -> dict[int, frozenset[Key | None]]:
+        """By response, the keys that stand for several tokens of one list."""
+        found: dict[int, set[Key | None]] = {}
+        for row in map(int, np.flatnonzero(repeated)):
+            key_p, key_q = self._key_functions(row)
+            several = keys_of_several(keyed(self._sides.lists_p[row], key_p))
+            several |= keys_of_several(keyed(self._sides.lists_q[row], key_q))
+            found.setdefault(int(self._sides.response[row]), set()).update(several)
+        return {response: frozenset(keys) for response, keys in found.items() if keys}
+
+    def _special(self, p: _Padded, q: _Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:
+        """The rows that one of the rules for single cases may concern."""
+        special = self._evidence.doubtful & self._by_id
+        special |= repeats(p.all_keys) | repeats(q.all_keys) | p.open_ties | q.open_ties
+        special |= self._is_stop & ~self._by_id
+        ends = text_codes(sorted(END_TOKENS))
+        ends_p, ends_q = np.isin(p.keys, ends) & ~self._by_id[:, None], np.isin(q.keys, ends) & ~self._by_id[:, None]
+        special |= ends_p.any(axis=1) & ends_q.any(axis=1)
+        for response, keys in ambiguous.items():
+            rows = self._sides.slice_of(response)
+            numbers = self._numbers_of(keys, bool(self._by_id[rows.start]))
+            special[rows] |= np.isin(p.keys[rows], numbers).any(axis=1) | np.isin(q.keys[rows], numbers).any(axis=1)
+            special[rows] |= np.isin(self._wanted[rows], numbers)
+        return special
+
+    def _numbers_of(self, keys: frozenset[Key | None], by_id: bool) -> Codes:
+        if by_id:
+            return self._ids.numbers(np.array([key for key in keys if isinstance(key, int)], dtype=np.int64))
+        return self._codes.numbers.of([key for key in keys if isinstance(key, bytes)])
+
+    def _key_functions(self, row: int) -> tuple[KeyFunction, KeyFunction]:
+        readers = self._codes.readers[int(self._sides.response[row])]
+        return (id_key, id_key) if self._by_id[row] else readers
+
+    def _by_all_rules(self, rows: IntArray, ambiguous: dict[int, frozenset[Key | None]]) -> dict[int, MatchedRow]:
+        sampled = zip(
+            self._sides.sampled_p.take(rows).candidates(), self._sides.sampled_q.take(rows).candidates(), strict=True
+        )
+        found: dict[int, MatchedRow] = {}
+        for row, (sample_p, sample_q) in zip(map(int, rows), sampled, strict=True):
+            response = int(self._sides.response[row])
+            choice = self._evidence.choices[response]
+            key_p, key_q = self._key_functions(row)
+            side_p, side_q = keyed(self._sides.lists_p[row], key_p), keyed(self._sides.lists_q[row], key_q)
+            unclear = ambiguous.get(response, frozenset[Key | None]())
+            if choice.key == "id":
+                unclear |= contradicted_ids(side_p.candidates, side_q.candidates, *self._codes.readers[response])
+            samples = Sample(sample_p, key_p), Sample(sample_q, key_q)
+            if self._is_stop[row] and choice.key != "id":
+                side_p, side_q, samples = with_one_stop(side_p, side_q, samples)
+            found[row] = match_row(side_p, side_q, *samples, unclear, by_role=choice.key == "text")
+        return found
+
+    def _all_keys(self, side: _Padded, special: BoolArray) -> frozenset[Key]:
+        """What the lists name in the rows that no rule for single cases concerns."""
+        by_id, by_bytes = (np.unique(side.keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
+        ids = self._ids.of(by_id[by_id >= 0]).tolist()
+        return frozenset[Key](ids) | frozenset[Key](self._codes.numbers.bytes_of(by_bytes[by_bytes >= 0].tolist()))
 
 
-class _Sample(NamedTuple):
-    """The sampled token as a side reports it, how the side's keys are found, and what is known of its own."""
+class _Ids:
+    """Token ids as int32: themselves where they have the room, else numbers by size."""
 
-    candidate: Candidate | None
-    key_of: KeyFunction
-    key: Key | None = None
-    roles: frozenset[Key] = frozenset()
+    def __init__(self, sides: Sides) -> None:
+        parts = [part.ids for part in sides.parts()]
+        fits = max((int(ids.max(initial=0)) for ids in parts), default=0) < np.iinfo(np.int32).max
+        self._known = None if fits else np.unique(np.concatenate(parts))
+
+    def numbers(self, ids: IntArray) -> Codes:
+        if self._known is None:
+            return ids.astype(np.int32)
+        return np.where(ids < 0, NO_KEY, np.searchsorted(self._known, ids)).astype(np.int32)
+
+    def of(self, numbers: Codes) -> IntArray:
+        return numbers.astype(np.int64) if self._known is None else self._known[numbers]
 
 
-def _with_one_stop(
-    side_p: _KeyedList, side_q: _KeyedList, samples: tuple[_Sample, _Sample]
-) -> tuple[_KeyedList, _KeyedList, tuple[_Sample, _Sample]]:
-    """The same with one key for what ends the turn, where P's name for it is not listed by Q.
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """One side of T rows: keys and logarithms of the tokens that have a key, shape (T, K), and of the open ones.
 
-    Only for a name that is no text, as a response may also end at a text that it was to stop at, and only if Q lists
-    one token that is known to end turns, which P does not list.
+    ``all_keys``, shape (T, L), are those of all entries. ``open_ties``, shape (T,): two open entries have one value.
     """
-    sampled = samples[0].candidate
-    ends = known_ends(side_q.keys).difference(side_p.keys)
-    if sampled is None or not is_special(sampled.token) or len(ends) != 1:
-        return side_p, side_q, samples
-    at = [
-        place
-        for place, candidate in enumerate(side_p.candidates)
-        if candidate == sampled or (is_whole(sampled.token) and candidate.token == sampled.token)
-    ]
-    if len(at) != 1 or (side_p.keys[at[0]] is not None and side_p.keys[at[0]] in side_q.keys):
-        return side_p, side_q, samples
-    keys_p = [END_KEY if place == at[0] else key for place, key in enumerate(side_p.keys)]
-    keys_q = [role_key(key, ends) for key in side_q.keys]
-    by_role = samples[0]._replace(key=END_KEY), samples[1]._replace(roles=ends)
-    return side_p._replace(keys=keys_p), side_q._replace(keys=keys_q), by_role
+
+    keys: Codes
+    logs: FloatArray
+    open_logs: FloatArray
+    all_keys: Codes
+    open_ties: BoolArray
+
+    @classmethod
+    def of(cls, lists: TopLists, keys: Codes) -> _Padded:
+        all_keys = lists.padded(keys, NO_KEY)
+        logs = lists.entries.logprobs
+        is_open = keys < 0
+        if not is_open.any():
+            nothing = np.full((len(lists), 1), -np.inf)
+            return cls(all_keys, lists.padded(logs, -np.inf), nothing, all_keys, np.zeros(len(lists), dtype=np.bool_))
+        named, others = lists.kept(~is_open), lists.kept(is_open)
+        open_logs = others.padded(logs[is_open], -np.inf)
+        ties = (open_logs[:, 1:] == open_logs[:, :-1]) & np.isfinite(open_logs[:, 1:])  # they fall
+        return cls(
+            named.padded(keys[~is_open], NO_KEY),
+            named.padded(logs[~is_open], -np.inf),
+            open_logs,
+            all_keys,
+            ties.any(axis=1),
+        )
+
+    @property
+    def top_open(self) -> BoolArray:
+        largest = self.open_logs[:, 0]
+        return np.isfinite(largest) & (largest >= self.logs[:, 0])
+
+    def value_of(self, keys: Codes, otherwise: FloatArray) -> FloatArray:
+        """The value of one key a row, shape (T,)."""
+        same = (self.keys == keys[:, None]) & (keys >= 0)[:, None]
+        at = same.argmax(axis=1)
+        return np.where(same.any(axis=1), self.logs[np.arange(len(at)), at], otherwise)
 
 
-def _match(
-    side_p: _KeyedList,
-    side_q: _KeyedList,
-    sample_p: _Sample,
-    sample_q: _Sample,
-    unclear: frozenset[Key | None],
-    *,
-    by_role: bool,
-) -> _Row:
-    """One position. Entries with an ``unclear`` key are open; end tokens may be matched ``by_role``."""
-    ends = end_roles(side_p.keys, side_q.keys) if by_role else frozenset[Key]()
-    if ends:
-        side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
-    several = unclear | _several(side_p) | _several(side_q)
-    split_p, split_q = _split(side_p, several), _split(side_q, several)
-    wanted = role_key(_sampled_key(sample_p, side_p), ends)
-    clear = wanted is not None and wanted not in several
-    own = None if sample_q.candidate is None else role_key(sample_q.key_of(sample_q.candidate), ends | sample_q.roles)
-    logp = _lookup(sample_p.candidate, wanted, clear, split_p)
-    logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
-    return _Row(split_p, split_q, (logp, logq, clear))
+def _known(sampled: Entries) -> FloatArray:
+    return np.where(sampled.logprobs > UNKNOWN_LOGPROB, sampled.logprobs, np.nan)
 
 
-def _of_several(side: _KeyedList) -> set[Key | None]:
-    """Keys that a list gives to entries which are different tokens for certain: whatever has them, has no key."""
-    if len(set(side.keys)) == len(side.keys):
-        return set()
-    values: dict[Key | None, set[tuple[int | None, float]]] = {}
-    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
-        values.setdefault(key, set()).add((candidate.token_id, logprob))
-    return {key for key, seen in values.items() if len(seen) > 1 and key is not None}
-
-
-def _several(side: _KeyedList) -> set[Key | None]:
-    """Keys of one list that may stand for more than one token; ``None`` is the key of all unidentified ones."""
-    if len(set(side.keys)) == len(side.keys):
-        return {None} if None in side.keys else set()
-    # One id listed twice with one value is one token that the source repeats; anything else may be two tokens.
-    entries = {
-        (key, candidate.token_id, logprob if candidate.token_id is not None else place)
-        for place, (key, logprob, candidate) in enumerate(zip(side.keys, side.logs, side.candidates, strict=True))
+def _put(arrays: dict[str, Any], rows: dict[int, MatchedRow]) -> None:
+    """Set the rows that were matched one by one."""
+    if not rows:
+        return
+    tables = {
+        "logp": (-np.inf, {row: item.p.logs for row, item in rows.items()}),
+        "logq": (-np.inf, {row: item.q.logs for row, item in rows.items()}),
+        "index_q": (-1, {row: indices(item.p.keys, item.q.keys) for row, item in rows.items()}),
+        "log_open_p": (-np.inf, {row: item.p.open_logs for row, item in rows.items()}),
+        "log_open_q": (-np.inf, {row: item.q.open_logs for row, item in rows.items()}),
     }
-    counts = Counter(key for key, _, _ in entries)
-    return {key for key, count in counts.items() if count > 1 or key is None}
+    for name, (fill, values) in tables.items():
+        arrays[name] = _with_rows(arrays[name], values, fill)
+    width = arrays["logp"].shape[1]
+    arrays["index_q"] = _with_rows(arrays["index_q"], {}, -1, width)
+    at = np.array([*rows], dtype=np.int64)
+    found = [*rows.values()]
+    columns = {
+        "open_p": [item.p.open_mass for item in found],
+        "open_q": [item.q.open_mass for item in found],
+        "n_listed_p": [item.p.n_listed for item in found],
+        "n_listed_q": [item.q.n_listed for item in found],
+        "top_open": [item.p.top_open or item.q.top_open for item in found],
+        "n_duplicate_keys": [item.p.n_repeats + item.q.n_repeats for item in found],
+        "logp_sampled": [item.sampled[0] for item in found],
+        "logq_sampled": [item.sampled[1] for item in found],
+        "sampled_clear": [item.sampled[2] for item in found],
+    }
+    for name, values in columns.items():
+        arrays[name] = arrays[name].copy()
+        arrays[name][at] = values
 
 
-def _split(side: _KeyedList, several: frozenset[Key | None]) -> _Split:
-    if not several and len(set(side.keys)) == len(side.keys):
-        return _Split([key for key in side.keys if key is not None], side.logs, [], 0.0, len(side.keys), 0)
-    clear: dict[Key, float] = {}
-    other: dict[tuple[Key | None, str, int | None, float], float] = {}
-    open_logs: list[float] = []
-    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
-        if key is None or key in several:
-            # Listed twice to the last bit may be one token or two that tie: the mass counts once, the values twice.
-            other[key, candidate.token, candidate.token_id, logprob] = math.exp(logprob)
-            open_logs.append(logprob)
-        else:
-            clear.setdefault(key, logprob)
-    keyed = [key for key in side.keys if key is not None]
-    n_listed = len(clear) + len(other)
-    return _Split(
-        list(clear),
-        list(clear.values()),
-        open_logs,
-        math.fsum(other.values()),
-        n_listed,
-        len(keyed) - len(set(keyed)),
-    )
+def _with_rows(table: NDArray[Any], rows: dict[int, list[Any]], fill: float, width: int = 0) -> NDArray[Any]:
+    """The table with some rows set, wider where that takes it."""
+    wide = _widened(table, max(table.shape[1], width, *(len(values) for values in rows.values()), 1), fill)
+    for row, values in rows.items():
+        wide[row] = fill
+        wide[row, : len(values)] = values
+    return wide
 
 
-def _sampled_key(sample: _Sample, side: _KeyedList) -> Key | None:
-    """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
-    if sample.candidate is None or sample.key is not None:
-        return sample.key
-    key, token = sample.key_of(sample.candidate), sample.candidate.token
-    if key is not None or not is_whole(token):
-        return key
-    same = [key for key, candidate in zip(side.keys, side.candidates, strict=True) if candidate.token == token]
-    return same[0] if len(same) == 1 else None
-
-
-def _lookup(sample: Candidate | None, wanted: Key | None, clear: bool, side: _Split) -> float:
-    """The log-probability of the sampled token on one side; NaN where unknown."""
-    if clear and wanted in side.keys:
-        return side.logs[side.keys.index(wanted)]
-    own = None if sample is None else sample.logprob
-    return own if is_known(own) else math.nan
-
-
-def _stack(
-    rows: list[_Row], caps_p: FloatArray, caps_q: FloatArray, step_p: float, step_q: float, choice: KeyChoice
-) -> Aligned:
-    logp, logq = _pad([row.p.logs for row in rows], -np.inf), _pad([row.q.logs for row in rows], -np.inf)
-    index_q = _pad([_indices(row.p.keys, row.q.keys) for row in rows], -1.0).astype(np.int64)
-    index_p = np.full(logq.shape, -1, dtype=np.int64)
-    at, column = np.nonzero(index_q >= 0)
-    index_p[at, index_q[at, column]] = column
-    open_p = np.array([row.p.open_mass for row in rows], dtype=np.float64)
-    open_q = np.array([row.q.open_mass for row in rows], dtype=np.float64)
-    return Aligned(
-        logp=logp,
-        logq=logq,
-        index_q=index_q,
-        index_p=index_p,
-        log_open_p=_pad([row.p.open_logs for row in rows], -np.inf),
-        log_open_q=_pad([row.q.open_logs for row in rows], -np.inf),
-        log_cap_p=caps_p,
-        log_cap_q=caps_q,
-        coverage_p=row_sums(np.exp(logp)) + open_p,
-        coverage_q=row_sums(np.exp(logq)) + open_q,
-        open_p=open_p,
-        open_q=open_q,
-        n_listed_p=np.array([row.p.n_listed for row in rows], dtype=np.int64),
-        n_listed_q=np.array([row.q.n_listed for row in rows], dtype=np.int64),
-        top_open=np.array([row.p.top_open or row.q.top_open for row in rows], dtype=np.bool_),
-        n_duplicate_keys=np.array([row.p.n_repeats + row.q.n_repeats for row in rows], dtype=np.int64),
-        logp_sampled=np.array([row.sampled[0] for row in rows], dtype=np.float64),
-        logq_sampled=np.array([row.sampled[1] for row in rows], dtype=np.float64),
-        sampled_clear=np.array([row.sampled[2] for row in rows], dtype=np.bool_),
-        step_p=np.full(len(rows), step_p),
-        step_q=np.full(len(rows), step_q),
-        response=np.zeros(len(rows), dtype=np.int64),
-        choice=choice,
-        keys_p=frozenset(chain.from_iterable(row.p.keys for row in rows)),
-        keys_q=frozenset(chain.from_iterable(row.q.keys for row in rows)),
-    )
-
-
-def _indices(keys_p: list[Key], keys_q: list[Key]) -> list[int]:
-    place = {key: column for column, key in enumerate(keys_q)}
-    return [place.get(key, -1) for key in keys_p]
-
-
-def _pad(rows: Sequence[Sequence[float]], fill: float) -> FloatArray:
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    width = int(lengths.max(initial=1))  # a column even where no token has a key, so that rows can be indexed
-    padded = np.full((len(rows), width), fill, dtype=np.float64)
-    padded[np.arange(width) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), dtype=np.float64)
-    return padded
+def _widened(table: NDArray[Any], width: int, fill: float) -> NDArray[Any]:
+    """A copy with further columns of padding."""
+    wide = np.full((len(table), width), fill, dtype=table.dtype)
+    wide[:, : table.shape[1]] = table
+    return wide

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kl.estimators.align import Aligned
+from kl.estimators.align import Aligned, FloatArray
+from kl.estimators.rows import row_sums
 from kl.estimators.token_keys import MAX_ID_MISMATCH, Key
 
 WARN_OVERLAP = 0.5
@@ -156,28 +157,39 @@ class AlignmentDiagnostic:
 
 
 def diagnose(aligned: Aligned) -> AlignmentDiagnostic:
-    """The counts of aligned positions."""
-    shared = aligned.index_q >= 0
+    """The counts of aligned positions; masses are added up response by response."""
     n_positions = len(aligned.logp)
-    top_absent = ~shared[:, 0] & ~aligned.top_open
+    masses = response_masses(aligned)
+    keys = [aligned.choices[number].key for number in map(int, aligned.response)]
     return AlignmentDiagnostic(
         n_positions=n_positions,
         n_shared=int(aligned.overlap.sum()),
         n_listed=int(np.minimum(aligned.n_listed_p, aligned.n_listed_q).sum()),
-        shared_mass_p=float(np.exp(aligned.logp, out=np.zeros(shared.shape), where=shared).sum()),
-        ambiguous_mass_p=float(aligned.open_p.sum()),
-        ambiguous_mass_q=float(aligned.open_q.sum()),
-        n_top_absent=int(np.count_nonzero(top_absent)),
-        n_pairs=aligned.choice.n_pairs,
-        n_mismatches=aligned.choice.n_mismatches,
-        n_by_key=(
-            n_positions * (aligned.choice.key == "id"),
-            n_positions * (aligned.choice.key == "bytes"),
-            n_positions * (aligned.choice.key == "text"),
-        ),
+        shared_mass_p=float(masses.shared_p.sum()),
+        ambiguous_mass_p=float(masses.ambiguous_p.sum()),
+        ambiguous_mass_q=float(masses.ambiguous_q.sum()),
+        n_top_absent=int(np.count_nonzero(~aligned.shared[:, 0] & ~aligned.top_open)),
+        n_pairs=sum(choice.n_pairs for choice in aligned.choices),
+        n_mismatches=sum(choice.n_mismatches for choice in aligned.choices),
+        n_by_key=(keys.count("id"), keys.count("bytes"), keys.count("text")),
         keys_p=aligned.keys_p,
         keys_q=aligned.keys_q,
     )
+
+
+class Masses(NamedTuple):
+    """Sums over the positions of each of R responses, shape (R,)."""
+
+    shared_p: FloatArray
+    ambiguous_p: FloatArray
+    ambiguous_q: FloatArray
+
+
+def response_masses(aligned: Aligned) -> Masses:
+    """P's mass on shared tokens, and mass on keys that several tokens have; 0 for a response without a position."""
+    shared = row_sums(np.exp(np.where(aligned.shared, aligned.logp, -np.inf)))
+    sums = (np.bincount(aligned.response, values) for values in (shared, aligned.open_p, aligned.open_q))
+    return Masses(*(values.astype(np.float64) for values in sums))
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -24,7 +24,9 @@ class Entropies(NamedTuple):
     upper: FloatArray
 
 
-def entropies(logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocabulary: int | None = None) -> Entropies:
+def entropies(
+    logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocabulary: FloatArray | int | None = None
+) -> Entropies:
     """Entropy of T distributions from their lists.
 
     Parameters
@@ -35,7 +37,7 @@ def entropies(logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocab
         No unlisted token has more.
     coverage : float64, shape (T,)
         All listed mass, also of tokens without a key of their own, which ``logs`` leaves out and the rest takes in.
-    vocabulary : int, optional
+    vocabulary : int or float64 of shape (T,), optional
         Number of tokens; without it there is no upper limit.
     """
     listed, known = logs > -np.inf, np.maximum(logs, _LOG_TINY)
@@ -47,7 +49,7 @@ def entropies(logs: FloatArray, log_cap: FloatArray, coverage: FloatArray, vocab
     unlisted = np.maximum(1.0 - coverage, 0.0)
     n_full = np.floor(unlisted / cap)
     part = np.maximum(unlisted - n_full * cap, 0.0)
-    lower = head + n_full * entr(cap) + entr(part) + entr(np.minimum(rest - unlisted, 1.0))
+    lower = head + n_full * entr(cap) + entr(part) + entr(np.clip(rest - unlisted, 0.0, 1.0))
     # Most entropy: the rest spread evenly over every token that is not listed by itself.
     n_left = np.nan if vocabulary is None else np.maximum(vocabulary - row_counts(listed), 1)
     upper = head + entr(rest) + rest * np.log(n_left)

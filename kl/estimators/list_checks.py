@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kl.columns import TopLists
 from kl.estimators.token_keys import Candidates, is_known, logprob_of
 from kl.pieces import is_whole
-from kl.records import LARGEST_MASS, Candidate
+from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate
 
 _LARGEST_LOG = 700.0  # exp of more overflows float64
 _STEPS = (0.1, 0.01, 0.001, 0.0001)
@@ -32,9 +33,7 @@ class CandidateListError(ValueError):
         return f"position {self.position}: the list of {self.side} {self.problem}"
 
 
-def check_lengths(
-    lists_p: Sequence[Candidates], lists_q: Sequence[Candidates], *sampled: Sequence[Candidate | None] | None
-) -> None:
+def check_lengths(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates], *sampled: Sized | None) -> None:
     """Refuse other than one list of each side, and one sampled token where these are given, per position."""
     if len(lists_p) != len(lists_q):
         raise ValueError(f"{len(lists_p)} lists of P but {len(lists_q)} of Q; give one of each per position.")
@@ -51,10 +50,22 @@ def check_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> None:
     CandidateListError
         For the first of these.
     """
-    for position, candidates in enumerate(lists):
-        problem = _problem(candidates)
+    for position in _suspicious(TopLists.of(lists)):
+        problem = _problem(lists[position])
         if problem is not None:
             raise CandidateListError(position, side, problem)
+
+
+def _suspicious(lists: TopLists) -> list[int]:
+    """The lists that `_problem` may say something of."""
+    logs, rows = lists.entries.logprobs, lists.rows
+    wrong = ~(logs > UNKNOWN_LOGPROB)
+    wrong[1:] |= (rows[1:] == rows[:-1]) & ~(logs[1:] <= logs[:-1])
+    found = lists.lengths == 0
+    found[rows[wrong]] = True
+    # A hair below the limit, as sums may round otherwise.
+    found |= np.bincount(rows, np.exp(np.minimum(logs, _LARGEST_LOG)), len(lists)) > LARGEST_MASS - 1e-9
+    return np.flatnonzero(found).tolist()
 
 
 def _problem(candidates: Candidates) -> str | None:
@@ -95,13 +106,33 @@ def rounding_step(lists: Sequence[Candidates]) -> float:
     return _step(values) if np.count_nonzero(values) >= _TELLING_VALUES else 0.0
 
 
+def rounding_steps(lists: TopLists, response: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`rounding_step` of each of R responses, shape (R,), from the number of the response of each list."""
+    of_entry = response[lists.rows]
+    values = lists.entries.logprobs
+    starts = np.flatnonzero(np.diff(of_entry, prepend=-1))
+    first = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values))) < _TELLING_VALUES
+    steps = np.zeros(int(response[-1]) + 1 if len(response) else 0)
+    for step in _STEPS[::-1]:
+        off = of_entry[first][~_is_multiple(values[first], step)]
+        for number in np.setdiff1d(of_entry[starts], off).tolist():
+            some = values[np.searchsorted(of_entry, number) : np.searchsorted(of_entry, number, side="right")]
+            if np.count_nonzero(some) >= _TELLING_VALUES and _are_multiples(some, step):
+                steps[number] = step
+    return steps
+
+
 def _step(values: NDArray[np.float64]) -> float:
     first = values[:_TELLING_VALUES]
     return next((step for step in _STEPS if _are_multiples(first, step) and _are_multiples(values, step)), 0.0)
 
 
 def _are_multiples(values: NDArray[np.float64], step: float) -> bool:
-    return bool((np.abs(values - step * np.round(values / step)) <= _FLOAT32 * (1.0 + np.abs(values))).all())
+    return bool(_is_multiple(values, step).all())
+
+
+def _is_multiple(values: NDArray[np.float64], step: float) -> NDArray[np.bool_]:
+    return np.abs(values - step * np.round(values / step)) <= _FLOAT32 * (1.0 + np.abs(values))
 
 
 class Parted(NamedTuple):
@@ -152,14 +183,14 @@ def _leaves_room(top: Candidates) -> bool:
 
 # Lists whose values are no probabilities, or those of another law than the model's.
 
-_CERTAIN = 1e-6  # a token with all but this is one that a degenerate list gives everything
-_MOST_TOKENS = 2.0**20  # no vocabulary has more
-_EXTREME = -50.0  # in lists of real models the k-th value is rarely below -40; a round or repeated one is a mark
-_FLOOR_BELOW = -9.0  # bfloat16 models tie at any value, but neither so often nor at the same one
-_FLOAT_NOISE = 2e-6  # of the mass of a list, in float32
-_ENOUGH = 4  # entries that say what the next one should be like
+CERTAIN = 1e-6  # a token with all but this is one that a degenerate list gives everything
+MOST_TOKENS = 2.0**20  # no vocabulary has more
+EXTREME = -50.0  # in lists of real models the k-th value is rarely below -40; a round or repeated one is a mark
+FLOOR_BELOW = -9.0  # bfloat16 models tie at any value, but neither so often nor at the same one
+FLOAT_NOISE = 2e-6  # of the mass of a list, in float32
+ENOUGH = 4  # entries that say what the next one should be like
 _COMMON_SHARE = 0.1  # of the lists of a response, that end with a floor
-_TELLING = 1e-4  # a last value at which some thousandths of the mass must be left for the tokens behind it
+TELLING = 1e-4  # a last value at which some thousandths of the mass must be left for the tokens behind it
 
 
 class Trusted(NamedTuple):
@@ -220,7 +251,7 @@ def _is_one_wrong_value(candidates: Candidates, floors: frozenset[float]) -> boo
     """Whether the last value alone is contradicted and no mark: `kl.estimators.outliers` judges it by both lists."""
     others = candidates[:-1]
     return (
-        len(others) >= _ENOUGH
+        len(others) >= ENOUGH
         and not _is_clip(candidates, floors)
         and _is_contradicted(candidates, listed_mass(candidates))
         and not _is_contradicted(others, listed_mass(others))
@@ -276,25 +307,25 @@ def trusted_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> list[
 
 def _is_clip(kept: Sequence[Candidate], floors: frozenset[float]) -> bool:
     least = logprob_of(kept[-1])
-    if least > _EXTREME:
+    if least > EXTREME:
         return least in floors
     return least == int(least) or (len(kept) > 1 and logprob_of(kept[-2]) == least)
 
 
 def _is_contradicted(kept: Sequence[Candidate], mass: float) -> bool:
-    most = _MOST_TOKENS * math.exp(logprob_of(kept[-1]))
-    if 1.0 - mass - _FLOAT_NOISE <= most:
+    most = MOST_TOKENS * math.exp(logprob_of(kept[-1]))
+    if 1.0 - mass - FLOAT_NOISE <= most:
         return False
     logs = np.array([logprob_of(candidate) for candidate in kept], dtype=np.float64)
-    return 1.0 - mass - _FLOAT_NOISE - _step(logs) / 2 > most
+    return 1.0 - mass - FLOAT_NOISE - _step(logs) / 2 > most
 
 
 def _is_degenerate(candidates: Candidates, kept: Sequence[Candidate], n_marks: int) -> bool:
     if not kept:
         return True
     first, others = logprob_of(kept[0]), {logprob_of(candidate) for candidate in candidates[1:]}
-    one_floor = len(candidates) > 4 and len(others) == 1 and min(others) <= _FLOOR_BELOW
-    return (len(kept) == 1 and n_marks > 0 and first > -_CERTAIN) or (one_floor and first > -1e-3)
+    one_floor = len(candidates) > 4 and len(others) == 1 and min(others) <= FLOOR_BELOW
+    return (len(kept) == 1 and n_marks > 0 and first > -CERTAIN) or (one_floor and first > -1e-3)
 
 
 def common_floors(lists: Sequence[Candidates]) -> frozenset[float]:
@@ -305,8 +336,13 @@ def common_floors(lists: Sequence[Candidates]) -> frozenset[float]:
     """
     lasts = [logprob_of(top[-1]) for top in lists if len(top) > 2 and top[-1].logprob == top[-3].logprob]
     least = min((logprob_of(top[-1]) for top in lists if top), default=0.0)
-    is_common = lasts.count(least) > max(1, _COMMON_SHARE * len(lists))
-    return frozenset({least}) if least <= _FLOOR_BELOW and is_common else frozenset()
+    common = bool(is_common(np.array(lasts.count(least)), np.array(len(lists))))
+    return frozenset({least}) if least <= FLOOR_BELOW and common else frozenset()
+
+
+def is_common(n_ties: NDArray[np.int64], n_lists: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether so many lists of all end with several entries of one value that it is no value."""
+    return n_ties > np.maximum(1, _COMMON_SHARE * n_lists)
 
 
 def truncated(lists: Sequence[Trusted | None]) -> list[bool]:
@@ -315,9 +351,9 @@ def truncated(lists: Sequence[Trusted | None]) -> list[bool]:
     Where the last listed token is still probable, so are those behind it: a list that leaves nothing for them has been
     made to. One may be so by chance, half of them not.
     """
-    whole = [found is not None and abs(1.0 - found.mass) <= _FLOAT_NOISE for found in lists]
+    whole = [found is not None and abs(1.0 - found.mass) <= FLOAT_NOISE for found in lists]
     telling = [
-        found is not None and len(found.candidates) > 1 and math.exp(logprob_of(found.candidates[-1])) >= _TELLING
+        found is not None and len(found.candidates) > 1 and math.exp(logprob_of(found.candidates[-1])) >= TELLING
         for found in lists
     ]
     n_whole = sum(is_whole and tells for is_whole, tells in zip(whole, telling, strict=True))

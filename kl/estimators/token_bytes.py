@@ -40,10 +40,11 @@ def writing_of(lists: Sequence[Candidates]) -> Writing:
 def _states_parts(lists: Sequence[Candidates]) -> bool:
     """Whether a source knows the bytes of parts of characters: what it states is then no copy of what it shows."""
     stated = {candidate.token_bytes for candidates in lists for candidate in candidates if candidate.token_bytes}
-    return any(_is_part(token_bytes) for token_bytes in stated)
+    return any(is_part(token_bytes) for token_bytes in stated)
 
 
-def _is_part(token_bytes: bytes) -> bool:
+def is_part(token_bytes: bytes) -> bool:
+    """Whether bytes are no text by themselves."""
     try:
         token_bytes.decode()
     except UnicodeDecodeError:
@@ -67,11 +68,16 @@ def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates])
     if not (_shows_bytes(lists_p) or _shows_bytes(lists_q)):
         return read_p, read_q
     # In a vocabulary of longer parts, <0xF0> may be how a source cuts any of those that begin so.
-    longer = any(len(known) > 1 and _is_part(known) for known in known_p | known_q)
+    longer = any(len(known) > 1 and is_part(known) for known in known_p | known_q)
     if longer or "byte-level" in (written_p, written_q):
         return read_p, read_q
     single_p, single_q = _single_bytes(written_p, known_p), _single_bytes(written_q, known_q)
     return _Reader(written_p, hides_p, cut_p, single_p), _Reader(written_q, hides_q, cut_q, single_q)
+
+
+def plain_reader(*, hides: bool) -> BytesOf:
+    """`byte_functions` of a side that writes texts, of which the other side names no cut one; it may hide parts."""
+    return _Reader("text", hides)
 
 
 def _cut_texts(writing: Writing, lists: Sequence[Candidates], others: set[bytes]) -> frozenset[str]:
@@ -81,7 +87,7 @@ def _cut_texts(writing: Writing, lists: Sequence[Candidates], others: set[bytes]
     """
     if writing in ("byte-level", "sentence-piece") or _shows_parts(lists):
         return frozenset()
-    return frozenset(known.decode("utf-8", "ignore") for known in others if _is_part(known))
+    return frozenset(known.decode("utf-8", "ignore") for known in others if is_part(known))
 
 
 def _shows_parts(lists: Sequence[Candidates]) -> bool:
@@ -171,4 +177,4 @@ def _agree(token: str, stated: bytes) -> bool:
     if _ESCAPES.fullmatch(token):
         return stated == bytes.fromhex(token.replace("\\x", ""))
     # A text may leave out the parts of characters, or hold the whole character that this token completes.
-    return stated.decode("utf-8", "ignore") == token or (_is_part(stated) and _named(token).endswith(stated))
+    return stated.decode("utf-8", "ignore") == token or (is_part(stated) and _named(token).endswith(stated))

@@ -91,19 +91,33 @@ def choose_key(
     return KeyChoice("bytes" if has_bytes else "text", n_pairs, n_mismatches)
 
 
+class IdEvidence(NamedTuple):
+    """Tokens of one text that both sides list, and those of them whose ids differ."""
+
+    n_pairs: int
+    n_mismatches: int
+
+
 def _id_evidence(
     lists_p: Sequence[Candidates], lists_q: Sequence[Candidates], bytes_p: BytesOf, bytes_q: BytesOf
-) -> tuple[int, int]:
-    n_pairs = n_mismatches = n_other_text = 0
-    for cands_p, cands_q in zip(lists_p, lists_q, strict=True):
-        ids_p, ids_q = _clear_ids(cands_p, bytes_p), _clear_ids(cands_q, bytes_q)
-        shared = ids_p.keys() & ids_q.keys()
-        n_pairs += len(shared)
-        n_mismatches += sum(ids_p[text] != ids_q[text] for text in shared)
-        if not n_pairs:
-            n_other_text += len(set(ids_p.values()) & set(ids_q.values()))
+) -> IdEvidence:
+    found = [paired_texts(*lists, bytes_p, bytes_q) for lists in zip(lists_p, lists_q, strict=True)]
+    n_pairs = sum(item.n_pairs for item in found)
+    if n_pairs:
+        return IdEvidence(n_pairs, sum(item.n_mismatches for item in found))
     # No text in common, yet ids in common: the ids number different vocabularies.
-    return (n_pairs, n_mismatches) if n_pairs else (n_other_text, n_other_text)
+    n_other_text = sum(
+        len(set(_clear_ids(cands_p, bytes_p).values()) & set(_clear_ids(cands_q, bytes_q).values()))
+        for cands_p, cands_q in zip(lists_p, lists_q, strict=True)
+    )
+    return IdEvidence(n_other_text, n_other_text)
+
+
+def paired_texts(cands_p: Candidates, cands_q: Candidates, bytes_p: BytesOf, bytes_q: BytesOf) -> IdEvidence:
+    """What the texts of one position, whose entries all have ids, say of these."""
+    ids_p, ids_q = _clear_ids(cands_p, bytes_p), _clear_ids(cands_q, bytes_q)
+    shared = ids_p.keys() & ids_q.keys()
+    return IdEvidence(len(shared), sum(ids_p[text] != ids_q[text] for text in shared))
 
 
 def _clear_ids(candidates: Candidates, bytes_of: BytesOf) -> dict[bytes, int | None]:

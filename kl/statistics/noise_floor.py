@@ -13,12 +13,10 @@ from typing import Literal
 
 import polars as pl
 
-from kl.records import Score
 from kl.statistics.breakdowns import missing_by_reason
 from kl.statistics.clusters import per_token
 from kl.statistics.drift import Change, change
 from kl.statistics.intervals import CONFIDENCE, Estimate
-from kl.tables.pairs import Scores
 from kl.tables.responses import info_frame, response_rows
 from kl.tables.totals import batch_totals, merge_totals
 
@@ -61,13 +59,10 @@ class AskedTwice:
     models: set[str] = field(default_factory=set[str])
     versions: set[str] = field(default_factory=set[str])
 
-    def note(self, of: AskedAgain, model: str, second: Scores) -> None:
-        """Say who was asked again about a response, and with what answers."""
+    def note(self, of: AskedAgain, model: str) -> None:
+        """Say who was asked again about a response."""
         self.of.add(of)
         self.models.add(model)
-        self.versions.update(
-            score.model_version for score in second if isinstance(score, Score) and score.model_version is not None
-        )
 
     def take(self, tables: Sequence[pl.DataFrame]) -> None:
         """Add token tables (`kl.tables.schemas.TOKENS`) that were measured between the two answers."""

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import entr, stdtrit
 
-from kl.estimators.token_keys import listed, logprob_of
+from kl.columns import Positions
+from kl.estimators.matching.trust import listed_columns
 from kl.records import Response
 from kl.statistics.intervals import CONFIDENCE, MIN_CLUSTERS, Estimate
 
@@ -144,11 +145,10 @@ def systematic_ranks(n: int, m: int, start: int) -> NDArray[np.int64]:
 
 def listed_entropy(response: Response) -> FloatArray:
     """P's entropy at each position, of the listed tokens with all others as one, nats, shape (T,); 0 without a list."""
-    longest = max((len(position.top) for position in response.positions), default=0)
-    logs = np.full((len(response.positions), longest), -np.inf)
-    for row, position in zip(logs, response.positions, strict=True):
-        logprobs = [logprob_of(candidate) for candidate in listed(position.top).candidates]
-        row[: len(logprobs)] = logprobs
+    tops = Positions.of(response.positions).tops
+    usable = listed_columns(tops)
+    logs = np.full((len(tops), int(tops.lengths.max(initial=0))), -np.inf)
+    logs[np.arange(logs.shape[1]) < usable.lengths[:, None]] = usable.entries.logprobs
     probs = np.exp(logs)
     rest = np.maximum(1.0 - probs.sum(axis=1), 0.0)
     return entr(probs).sum(axis=1) + entr(rest)

@@ -13,9 +13,12 @@ from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from kl.records import Response, Score, ScoreFailure
+import numpy as np
 
-Results = list[Score | ScoreFailure | None]
+from kl.records import Response, Score, ScoreFailure
+from kl.scores import NO_COUNT, Scores
+
+Results = Sequence[Score | ScoreFailure | None]
 
 RETOKENISED = "retokenised"
 _VOTES = (60, 30, 20, 15, 12)  # of the first positions of a response: the n-th has 1/n
@@ -95,7 +98,7 @@ class CountEvidence:
 class Checked(NamedTuple):
     """Results with the wrong ones replaced by failures; at ``n_odd`` positions the count said nothing."""
 
-    results: list[Results]
+    results: list[Scores]
     n_odd: int
 
 
@@ -123,7 +126,8 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
     results : sequence, one per response, of sequences, one per position
         What Q answered.
     """
-    checked, n_odd = [list(found) for found in results], 0
+    wrong: list[dict[int, ScoreFailure]] = [{} for _ in results]
+    n_odd = 0
     for group in _groups(responses, results):
         base = _base(group)
         if base is None:
@@ -132,8 +136,8 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
         for item, verdict in _judged(group, base):
             n_odd += verdict == "odd"
             if verdict == "wrong":
-                checked[item.row][item.position] = ScoreFailure(item.key, RETOKENISED, _why(item, base))
-    return Checked(checked, n_odd)
+                wrong[item.row][item.position] = ScoreFailure(item.key, RETOKENISED, _why(item, base))
+    return Checked([Scores.of(found).without(failures) for found, failures in zip(results, wrong, strict=True)], n_odd)
 
 
 def _groups(responses: Sequence[Response], results: Sequence[Results]) -> Iterator[_Group]:
@@ -147,11 +151,18 @@ def _groups(responses: Sequence[Response], results: Sequence[Results]) -> Iterat
 
 
 def _contexts(row: int, response: Response, found: Results) -> Iterator[_Context]:
-    for t, (score, end) in enumerate(zip(found, response.prefix_ends().tolist(), strict=True)):
-        if isinstance(score, Score) and score.input_tokens is not None:
-            after_space = response.text[end - 1 : end].isspace() if end else False
-            n_space = end - len(response.text[:end].rstrip()) if after_space else 0
-            yield _Context(t, score.input_tokens - t, score.key, n_space, row, score.model_version)
+    scores = Scores.of(found)
+    counts = scores.input_tokens
+    counted = np.flatnonzero(counts != NO_COUNT)
+    if not counted.size:
+        return
+    ends = response.prefix_ends()[counted].tolist()
+    rows, keys, versions = map(int, scores.rows[counted]), scores.table.keys, scores.table.versions
+    for t, count, end, number in zip(map(int, counted), map(int, counts[counted]), ends, rows, strict=True):
+        key, version = keys[number], versions[number]
+        after_space = response.text[end - 1 : end].isspace() if end else False
+        n_space = end - len(response.text[:end].rstrip()) if after_space else 0
+        yield _Context(t, count - t, key, n_space, row, version)
 
 
 def _base(group: _Group) -> int | None:

@@ -1,24 +1,41 @@
-"""Which positions of a response have two lists to compare, and why the others have not."""
+"""Which positions of some responses have two lists to compare, and why the others have not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kl.estimators.align import Aligned, BoolArray, FloatArray, align, with_hidden
+from kl.columns import BoolArray, Entries, FloatArray, IntArray, Positions, TopLists
+from kl.estimators.align import Aligned, align
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import MIN_LISTED, measure
-from kl.estimators.list_checks import Trusted, common_floors, truncated, trusted, without_contradicted
+from kl.estimators.matching.trust import TrustedLists
 from kl.estimators.outliers import Outlier, find_outliers
-from kl.estimators.token_keys import Candidates, listed, logprob_of
-from kl.records import LARGEST_MASS, Candidate, Response, Score, ScoreFailure
+from kl.estimators.token_keys import logprob_of
+from kl.records import LARGEST_MASS, Response, Score, ScoreFailure
+from kl.scores import Scores
 
 LONE_VALUE = "lone-value"  # the flag of a position where one token is far off all others, and may be right
+# What to know of a position's lists, one bit each.
+FLAGS = (
+    "clipped-p",
+    "clipped-q",
+    "truncated-p",
+    "truncated-q",
+    LONE_VALUE,
+    "mass-above-1-p",
+    "mass-above-1-q",
+    "rounded-p",
+    "rounded-q",
+)
+Flags = NDArray[np.uint16]
 
-Scores = Sequence[Score | ScoreFailure | None]
+Results = Sequence[Score | ScoreFailure | None]
 
 
 class Missing(NamedTuple):
@@ -32,56 +49,137 @@ class Missing(NamedTuple):
     kl: float | None = None
 
 
-class Pair(NamedTuple):
-    """One position with a usable list on both sides.
+class Answered(NamedTuple):
+    """A response, what was said at its positions, and which of them were drawn; default all."""
 
-    ``n_dropped`` entries of Q's were not probabilities. ``flags`` are codes of what to know of the lists.
+    response: Response
+    scores: Results
+    drawn: BoolArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Positions with a usable list on both sides, N of them; arrays of shape (N,).
+
+    ``place`` counts the positions of all responses. ``n_dropped`` of Q's entries were not probabilities.
     """
 
-    position: int
-    p: Trusted
-    q: Trusted
-    n_dropped: int
-    sampled_p: Candidate
-    sampled_q: Candidate | None
-    is_stop: bool = False
-    flags: frozenset[str] = frozenset()
+    place: IntArray
+    response: IntArray
+    p: TrustedLists
+    q: TrustedLists
+    sampled_p: Entries
+    sampled_q: Entries
+    n_dropped: IntArray
+    is_stop: BoolArray
+    flags: Flags
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def take(self, rows: IntArray) -> Pairs:
+        """Some of them, by number."""
+        return Pairs(
+            self.place[rows],
+            self.response[rows],
+            self.p.take(rows),
+            self.q.take(rows),
+            self.sampled_p.take(rows),
+            self.sampled_q.take(rows),
+            self.n_dropped[rows],
+            self.is_stop[rows],
+            self.flags[rows],
+        )
+
+    def flagged(self, name: str, rows: BoolArray) -> Pairs:
+        """The same with a flag where it is so."""
+        return replace(self, flags=self.flags | flag(name, rows))
+
+    def aligned(self) -> Aligned:
+        """Their matched lists."""
+        matched = align(self.p.lists, self.q.lists, self.sampled_p, self.sampled_q, self.is_stop, self.response)
+        return replace(
+            matched,
+            log_cap_p=np.maximum(matched.log_cap_p, self.p.hidden_caps()),
+            log_cap_q=np.maximum(matched.log_cap_q, self.q.hidden_caps()),
+        )
 
 
 class Paired(NamedTuple):
-    """The positions of a response that can be measured, their matched lists (``None`` of none), and the other ones."""
+    """The positions that can be measured, their matched lists (``None`` of none), and the other ones by place."""
 
-    pairs: list[Pair]
+    pairs: Pairs
     aligned: Aligned | None
     missing: dict[int, Missing]
 
 
-class _List(NamedTuple):
-    """One list with what was left out of it before, and whether it is of a truncated law."""
-
-    found: Trusted
-    n_entries: int
-    n_listed: int
-    n_dropped: int
-    is_truncated: bool = False
+def flag(name: str, rows: BoolArray) -> Flags:
+    """One bit where it is so, shape (N,)."""
+    return rows.astype(np.uint16) * np.uint16(1 << FLAGS.index(name))
 
 
-def pair_up(response: Response, scores: Scores, drawn: BoolArray) -> Paired:
-    """Match the lists of P and Q at the positions that were drawn."""
-    check_lengths(response, scores=len(scores))
-    side_p = _lists([None if p.defect is not None else (p.top, p.n_dropped) for p in response.positions])
-    side_q = _lists([(score.top, score.n_dropped) if isinstance(score, Score) else None for score in scores])
-    found: dict[int, Pair | Missing] = {}
-    for t in np.flatnonzero(drawn).tolist():
-        list_p, list_q, score, defect = side_p[t], side_q[t], scores[t], response.positions[t].defect
-        if defect is not None:
-            found[t] = Missing(*defect)
-        elif list_p is None or list_q is None or not isinstance(score, Score):
-            found[t] = _not_scored(score)
-        else:
-            found[t] = _refused(list_p, list_q) or _pair(t, list_p, list_q, response, score)
-    pairs = [item for item in found.values() if isinstance(item, Pair)]
-    return Paired(pairs, _aligned(pairs), {t: item for t, item in found.items() if isinstance(item, Missing)})
+def names_of(flags: Flags) -> list[tuple[str, ...]]:
+    """The flags of each position."""
+    known = {value: tuple(name for bit, name in enumerate(FLAGS) if value >> bit & 1) for value in set(flags.tolist())}
+    return [known[value] for value in flags.tolist()]
+
+
+def pair_up(answered: Sequence[Answered]) -> Paired:
+    """Match the lists of P and Q at the positions that were drawn.
+
+    Raises
+    ------
+    ValueError
+        If a response has not one result for each of its positions.
+    """
+    for item in answered:
+        check_lengths(item.response, scores=len(item.scores))
+    positions = [Positions.of(item.response.positions) for item in answered]
+    scores = Scores.joined([Scores.of(item.scores) for item in answered])
+    lengths = np.array([len(item) for item in positions], dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    response = np.repeat(np.arange(len(answered)), lengths)
+    drawn = np.concatenate([_NONE, *(_drawn(item, len(of)) for item, of in zip(answered, positions, strict=True))])
+    has_p = np.ones(len(response), dtype=np.bool_)
+    has_p[[start + t for start, item in zip(starts, positions, strict=False) for t in item.defects]] = False
+    has_q = scores.is_score
+    p = _trusted([item.tops for item in positions], [item.n_dropped for item in positions], has_p, response)
+    q = TrustedLists.of(scores.table.tops.take(scores.rows[has_q]), scores.n_dropped[has_q], response[has_q])
+    place_p, place_q = np.cumsum(has_p) - 1, np.cumsum(has_q) - 1  # of each position among the lists of its side
+    missing = dict(_unscored(answered, drawn & ~(has_p & has_q), response, starts))
+    both = np.flatnonzero(drawn & has_p & has_q)
+    refused = _refused(p, q, place_p[both], place_q[both])
+    missing |= {int(both[row]): why for row, why in refused.items()}
+    usable = np.ones(len(both), dtype=np.bool_)
+    usable[[*refused]] = False
+    place = both[usable]
+    may_lack = np.concatenate([_NONE, *(item.may_lack for item in positions)])[place]
+    is_stop = np.zeros(len(response), dtype=np.bool_)
+    is_stop[[end - 1 for end, item in zip(starts[1:], answered, strict=True) if item.response.has_stop]] = True
+    used_p, used_q = p.take(place_p[place]), q.take(place_q[place])
+    pairs = Pairs(
+        place=place,
+        response=response[place],
+        p=used_p.unlimited(may_lack),
+        q=used_q,
+        sampled_p=_above(Entries.joined([item.sampled for item in positions]).take(place), used_p.floor),
+        sampled_q=scores.table.sampled.or_none(scores.rows[place]),
+        n_dropped=used_q.n_dropped + used_q.n_clipped,
+        is_stop=is_stop[place],
+        flags=flag("clipped-p", used_p.n_clipped > 0)
+        | flag("clipped-q", used_q.n_clipped > 0)
+        | flag("truncated-p", used_p.is_truncated)
+        | flag("truncated-q", used_q.is_truncated),
+    )
+    missing = dict(sorted(missing.items()))
+    return Paired(pairs, pairs.aligned() if len(pairs) else None, missing)
+
+
+_NONE = np.zeros(0, dtype=np.bool_)
+
+
+def _drawn(item: Answered, n: int) -> BoolArray:
+    return np.ones(n, dtype=np.bool_) if item.drawn is None else item.drawn
 
 
 def check_lengths(response: Response, **lengths: int) -> None:
@@ -93,36 +191,23 @@ def check_lengths(response: Response, **lengths: int) -> None:
             )
 
 
-def _lists(tops: Sequence[tuple[Candidates, int] | None]) -> list[_List | None]:
-    """The lists of one side, each in the light of the others."""
-    usable = [None if top is None else listed(top[0]) for top in tops]
-    floors = common_floors([part.candidates for part in usable if part is not None])
-    found: list[_List | None] = []
-    for top, part in zip(tops, usable, strict=True):
-        if top is None or part is None:
-            found.append(None)
-            continue
-        n_dropped = top[1] + part.n_dropped
-        found.append(
-            _List(trusted(part.candidates, n_dropped, floors), len(top[0]) + top[1], len(part.candidates), n_dropped)
-        )
-    cut = truncated([None if item is None else item.found for item in found])
-    return [
-        None if item is None else item._replace(is_truncated=is_cut) for item, is_cut in zip(found, cut, strict=True)
-    ]
+def _trusted(
+    tops: Sequence[TopLists], n_dropped: Sequence[IntArray], has: BoolArray, response: IntArray
+) -> TrustedLists:
+    """The lists of one side where it has them."""
+    places = np.flatnonzero(has)
+    dropped = np.concatenate([np.zeros(0, dtype=np.int64), *n_dropped])
+    return TrustedLists.of(TopLists.joined(tops).take(places), dropped[places], response[places])
 
 
-def _aligned(pairs: list[Pair]) -> Aligned | None:
-    if not pairs:
-        return None
-    aligned = align(
-        [pair.p.candidates for pair in pairs],
-        [pair.q.candidates for pair in pairs],
-        [pair.sampled_p for pair in pairs],
-        [pair.sampled_q for pair in pairs],
-        [pair.is_stop for pair in pairs],
-    )
-    return with_hidden(aligned, [pair.p for pair in pairs], [pair.q for pair in pairs])
+def _unscored(
+    answered: Sequence[Answered], lacking: BoolArray, response: IntArray, starts: IntArray
+) -> Iterator[tuple[int, Missing]]:
+    for place in map(int, np.flatnonzero(lacking)):
+        item = answered[int(response[place])]
+        t = place - int(starts[response[place]])
+        defect = Positions.of(item.response.positions).defects.get(t)
+        yield place, Missing(*defect) if defect is not None else _not_scored(item.scores[t])
 
 
 def _not_scored(score: Score | ScoreFailure | None) -> Missing:
@@ -131,58 +216,36 @@ def _not_scored(score: Score | ScoreFailure | None) -> Missing:
     return Missing("not-scored", "Q has not been asked about this position, or its answer is not there; run again.")
 
 
-def _refused(list_p: _List, list_q: _List) -> Missing | None:
-    """Why two lists cannot be compared, if they cannot."""
-    reasons = (_problem("P", list_p, *_ADVICE_P), _problem("Q", list_q, *_ADVICE_Q))
-    return next((reason for reason in reasons if reason is not None), None)
-
-
 _ADVICE_P = ("Sample the responses again with logprobs.", "Check the response file.")
 _ADVICE_Q = ("Score the position again.", "Check the backend's settings.")
 
 
-def _problem(side: str, item: _List, again: str, check: str) -> Missing | None:
-    code = side.lower()
-    if not item.n_listed:
-        what = f"{side}'s list has no usable log-probability ({item.n_entries} entries)"
+def _refused(p: TrustedLists, q: TrustedLists, rows_p: IntArray, rows_q: IntArray) -> dict[int, Missing]:
+    """Why two lists cannot be compared, of those that cannot, by their number among the rows."""
+    found: dict[int, Missing] = {}
+    for side, lists, rows, advice in (("Q", q, rows_q, _ADVICE_Q), ("P", p, rows_p, _ADVICE_P)):
+        wrong = (lists.n_listed == 0) | (lists.mass > LARGEST_MASS) | lists.is_degenerate
+        found |= {
+            int(row): _problem(side, lists, int(rows[row]), *advice) for row in np.flatnonzero(wrong[rows])
+        }  # P's reason stands before Q's
+    return found
+
+
+def _problem(side: str, lists: TrustedLists, row: int, again: str, check: str) -> Missing:
+    code, n_entries = side.lower(), int(lists.n_entries[row])
+    if not lists.n_listed[row]:
+        what = f"{side}'s list has no usable log-probability ({n_entries} entries)"
         return Missing(f"empty-list-{code}", f"{what}. {again}")
-    if item.found.mass > LARGEST_MASS:
-        what = f"{side}'s listed probabilities add up to {item.found.mass:.4f}; they are not one distribution"
+    if lists.mass[row] > LARGEST_MASS:
+        what = f"{side}'s listed probabilities add up to {lists.mass[row]:.4f}; they are not one distribution"
         return Missing(f"mass-above-1-{code}", f"{what}. {check}")
-    if item.found.is_degenerate:
-        what = f"{side}'s list gives one token everything and the other {item.n_entries - 1} a mark or one floor"
-        return Missing(f"degenerate-{code}", f"{what}; it is not a distribution. {check}")
-    return None
+    what = f"{side}'s list gives one token everything and the other {n_entries - 1} a mark or one floor"
+    return Missing(f"degenerate-{code}", f"{what}; it is not a distribution. {check}")
 
 
-def _pair(t: int, list_p: _List, list_q: _List, response: Response, score: Score) -> Pair:
-    sampled = _above(response.positions[t].sampled, list_p.found.floor)
-    flags = {
-        "clipped-p": list_p.found.n_clipped,
-        "clipped-q": list_q.found.n_clipped,
-        "truncated-p": list_p.is_truncated,
-        "truncated-q": list_q.is_truncated,
-    }
-    named = frozenset(code for code, is_so in flags.items() if is_so)
-    n_dropped = list_q.n_dropped + list_q.found.n_clipped
-    is_stop = response.has_stop and t == len(response.positions) - 1
-    found_p = list_p.found.unlimited() if response.positions[t].may_lack else list_p.found
-    return Pair(t, found_p, list_q.found, n_dropped, sampled, score.sampled, is_stop, named)
-
-
-def _above(sampled: Candidate, floor: float | None) -> Candidate:
-    """The sampled token, without a value that is no probability."""
-    is_none = floor is not None and sampled.logprob is not None and sampled.logprob <= floor
-    return sampled._replace(logprob=None) if is_none else sampled
-
-
-def _without_contradicted(pair: Pair) -> Pair:
-    p, q = without_contradicted(pair.p), without_contradicted(pair.q)
-    clipped = {code for code, is_so in (("clipped-p", p is not pair.p), ("clipped-q", q is not pair.q)) if is_so}
-    n_dropped = pair.n_dropped + q.n_clipped - pair.q.n_clipped
-    return pair._replace(
-        p=p, q=q, n_dropped=n_dropped, sampled_p=_above(pair.sampled_p, p.floor), flags=pair.flags | clipped
-    )
+def _above(sampled: Entries, floor: FloatArray) -> Entries:
+    """The sampled tokens, without values that are no probabilities."""
+    return sampled.with_logprobs(np.where(sampled.logprobs <= floor, np.nan, sampled.logprobs))
 
 
 def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
@@ -193,30 +256,56 @@ def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
     if paired.aligned is None:
         return paired
     found = {item.row: item for item in find_outliers(paired.aligned, prior)}
-    wrong = [row for row, item in found.items() if item.certain]
-    flagged = [
-        pair._replace(flags=pair.flags | {LONE_VALUE}) if row in found else pair
-        for row, pair in enumerate(paired.pairs)
-    ]
-    clipped = [pair if row in wrong else _without_contradicted(pair) for row, pair in enumerate(flagged)]
-    aligned = paired.aligned if clipped == flagged else _aligned(clipped)
-    pairs = [pair for row, pair in enumerate(clipped) if row not in wrong]
-    if not wrong or aligned is None:
-        return Paired(pairs, aligned, paired.missing)
-    counted = measure(paired.aligned.only(wrong), prior)
+    lone = np.zeros(len(paired.pairs), dtype=np.bool_)
+    lone[[*found]] = True
+    wrong = np.zeros(len(lone), dtype=np.bool_)
+    wrong[[row for row, item in found.items() if item.certain]] = True
+    pairs = paired.pairs.flagged(LONE_VALUE, lone)
+    clipped, changed = _without_contradicted(pairs, ~wrong)
+    aligned = _aligned_again(paired.aligned, clipped, changed)
+    if not wrong.any():
+        return Paired(clipped, aligned, paired.missing)
+    at = np.flatnonzero(wrong)
+    counted = measure(paired.aligned.only(at), prior)
     kl = np.where(np.isnan(counted.censored.kl), counted.lower.kl, counted.censored.kl).tolist()
     missing = {
-        paired.pairs[row].position: Missing("outlier", _contradiction(paired.pairs[row], found[row], value), value)
-        for row, value in zip(wrong, kl, strict=True)
+        int(pairs.place[row]): Missing("outlier", _contradiction(paired.pairs, int(row), found[int(row)], value), value)
+        for row, value in zip(at, kl, strict=True)
     }
-    kept = [row for row in range(len(paired.pairs)) if row not in wrong]
-    return Paired(pairs, aligned.only(kept) if kept else None, paired.missing | missing)
+    kept = np.flatnonzero(~wrong)
+    return Paired(clipped.take(kept), aligned.only(kept) if len(kept) else None, paired.missing | missing)
 
 
-def _contradiction(pair: Pair, outlier: Outlier, kl: float) -> str:
+def _without_contradicted(pairs: Pairs, judged: BoolArray) -> tuple[Pairs, BoolArray]:
+    """The pairs without values that their lists contradict, and which of them have changed."""
+    p, changed_p = pairs.p.without_contradicted(judged)
+    q, changed_q = pairs.q.without_contradicted(judged)
+    changed = changed_p | changed_q
+    if not changed.any():
+        return pairs, changed
+    fewer = replace(
+        pairs,
+        p=p,
+        q=q,
+        n_dropped=pairs.n_dropped + q.n_clipped - pairs.q.n_clipped,
+        sampled_p=_above(pairs.sampled_p, p.floor),
+    )
+    return fewer.flagged("clipped-p", changed_p).flagged("clipped-q", changed_q), changed
+
+
+def _aligned_again(aligned: Aligned, pairs: Pairs, changed: BoolArray) -> Aligned:
+    """The matched lists, those of responses with a changed one matched again."""
+    if not changed.any():
+        return aligned
+    touched = np.isin(pairs.response, pairs.response[changed])
+    rows = np.flatnonzero(touched)
+    return aligned.replaced(rows, pairs.take(rows).aligned())
+
+
+def _contradiction(pairs: Pairs, row: int, outlier: Outlier, kl: float) -> str:
     logp, logq = outlier.logp, outlier.logq
-    top, value = (pair.q.candidates, logq) if math.isnan(logp) else (pair.p.candidates, logp)
-    token = min(top, key=lambda candidate: abs(logprob_of(candidate) - value)).token
+    lists, value = (pairs.q.lists, logq) if math.isnan(logp) else (pairs.p.lists, logp)
+    token = min(lists[row], key=lambda candidate: abs(logprob_of(candidate) - value)).token
     values = f"P {_shown(logp)}, Q {_shown(logq)}"
     if outlier.side is None:
         what = (
@@ -235,10 +324,12 @@ def _shown(logprob: float) -> str:
     return "does not list it" if math.isnan(logprob) else f"{logprob:.4g}"
 
 
-def not_determined(pairs: list[Pair], estimates: FloatArray, exact: FloatArray, aligned: Aligned) -> dict[int, Missing]:
-    """Reasons for measured positions without an estimate; their bounds hold."""
+def not_determined(
+    place: IntArray, estimates: FloatArray, exact: FloatArray, aligned: Aligned
+) -> Mapping[int, Missing]:
+    """Reasons for measured positions without an estimate, by place; their bounds hold."""
     found: dict[int, Missing] = {}
-    for row in np.flatnonzero(np.isnan(estimates)):
+    for row in map(int, np.flatnonzero(np.isnan(estimates))):
         k_p, k_q = aligned.n_listed_p[row], aligned.n_listed_q[row]
         if math.isinf(exact[row]):
             gap = Missing("infinite", "P allows a token that Q excludes: KL is infinite. Its lower bound is given.")
@@ -253,5 +344,5 @@ def not_determined(pairs: list[Pair], estimates: FloatArray, exact: FloatArray, 
                 "not-determined",
                 f"P and Q share {aligned.overlap[row]} listed tokens, too few for an estimate; only bounds are given.",
             )
-        found[pairs[row].position] = gap
+        found[int(place[row])] = gap
     return found

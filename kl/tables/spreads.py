@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from kl.columns import BoolArray
 from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
-from kl.records import Response
-from kl.tables.pairs import Scores
-from kl.tables.tokens import response_spread
-
-
-class Answered(NamedTuple):
-    """A response and what was said at its positions."""
-
-    response: Response
-    scores: Scores
+from kl.estimators.outliers import spread_evidence
+from kl.tables.pairs import Answered, Paired, pair_up
 
 
 class Spreads(NamedTuple):
@@ -31,15 +25,6 @@ class Spreads(NamedTuple):
     unchecked: SpreadEvidence
 
     @classmethod
-    def of(cls, checked: Answered, unchecked: Answered) -> Spreads:
-        """Of one response: without the positions that its counts take away, and with them."""
-        none = SpreadEvidence.none()
-        same_lists = checked.response.positions == unchecked.response.positions
-        if same_lists and all(map(operator.is_, checked.scores, unchecked.scores)):
-            return cls(response_spread(*checked), none, none)
-        return cls(none, response_spread(*checked), response_spread(*unchecked))
-
-    @classmethod
     def total(cls, parts: Sequence[Spreads]) -> Spreads:
         """Of all responses, in the order of the parts."""
         columns = zip(*parts, strict=True) if parts else [()] * len(cls._fields)
@@ -48,3 +33,45 @@ class Spreads(NamedTuple):
     def prior(self, use_counts: bool) -> SpreadPrior | None:
         """From the positions that are measured."""
         return pooled_prior(SpreadEvidence.total([self.plain, self.checked if use_counts else self.unchecked]))
+
+
+class BothWays(NamedTuple):
+    """Responses with the positions that their counts take away (``came``), and without them.
+
+    ``checked`` is None where they take none away, ``others`` are the R responses of which they do, shape (R,).
+    """
+
+    came: Paired
+    checked: Paired | None
+    others: BoolArray
+
+    @classmethod
+    def of(cls, checked: Sequence[Answered], came: Sequence[Answered]) -> BothWays:
+        """Answers that are the same objects do not differ."""
+        same = [
+            one.scores is two.scores and one.response.positions is two.response.positions
+            for one, two in zip(checked, came, strict=True)
+        ]
+        return cls(pair_up(came), None if all(same) else pair_up(checked), ~np.array(same, dtype=np.bool_))
+
+    def spreads(self) -> Spreads:
+        """What they say of the spread."""
+        plain, unchecked = self._divided(self.came)
+        return Spreads(
+            plain, SpreadEvidence.none() if self.checked is None else self._divided(self.checked)[1], unchecked
+        )
+
+    def _divided(self, paired: Paired) -> tuple[SpreadEvidence, SpreadEvidence]:
+        """Of the responses that counts leave alone, and of the others."""
+        aligned = paired.aligned
+        if aligned is None:
+            return SpreadEvidence.none(), SpreadEvidence.none()
+        is_other = self.others[aligned.response]
+        if not is_other.any():
+            return spread_evidence(aligned), SpreadEvidence.none()
+        plain, others = (spread_evidence(aligned.only(np.flatnonzero(rows))) for rows in (~is_other, is_other))
+        return plain, others
+
+    def chosen(self, use_counts: bool) -> Paired:
+        """What is measured."""
+        return self.checked if use_counts and self.checked is not None else self.came

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray
+from kl.columns import NO_ID, BoolArray, Entries, FloatArray, IntArray, Positions
+from kl.estimators.align import Aligned
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose
 from kl.estimators.divergence import ESTIMATORS, ListMeasures, measure, sampled_token
 from kl.estimators.entropy import entropies
 from kl.estimators.outliers import spread_evidence
-from kl.estimators.token_keys import is_known
-from kl.records import Response
-from kl.tables.pairs import Pair, Scores, check_lengths, not_determined, pair_up, without_outliers
+from kl.records import UNKNOWN_LOGPROB, Response
+from kl.tables.pairs import (
+    Answered,
+    Paired,
+    Pairs,
+    Results,
+    check_lengths,
+    names_of,
+    not_determined,
+    pair_up,
+    without_outliers,
+)
 from kl.tables.schemas import TOKENS
 
 # Columns in which a measured row may have null: the lists do not determine the value.
@@ -41,9 +50,33 @@ _MAY_BE_UNKNOWN = frozenset(
 )
 
 
+class Asked(NamedTuple):
+    """A response with what Q said, and how its positions were drawn; by position, shape (T,), None for the default.
+
+    ``scores`` has one result per position, ``None`` where Q was not asked or has not answered. ``selected`` are the
+    positions that were drawn for measurement (default all; needs ``pi``), ``pi`` their inclusion probabilities (1).
+    ``exact_kl`` is NaN where unknown, ``inf`` where infinite, which leaves no estimate. ``vocabulary`` is the number of
+    tokens of P, known where its full vocabulary was seen; without it ``entropy_p_upper`` is null. ``flags`` are short
+    codes of what to know of a position, beside those that its lists give.
+    """
+
+    response: Response
+    scores: Results
+    selected: BoolArray | None = None
+    pi: FloatArray | None = None
+    exact_kl: FloatArray | None = None
+    vocabulary: int | None = None
+    flags: Mapping[int, Collection[str]] = {}
+
+    @property
+    def answered(self) -> Answered:
+        """What is paired."""
+        return Answered(self.response, self.scores, self.selected)
+
+
 def measure_response(
     response: Response,
-    scores: Scores,
+    scores: Results,
     *,
     estimator: str,
     prior: SpreadPrior | None,
@@ -53,26 +86,25 @@ def measure_response(
     vocabulary: int | None = None,
     flags: Mapping[int, Collection[str]] | None = None,
 ) -> pl.DataFrame:
-    """The token table of one response.
+    """The token table of one response: `measure_responses` of one, with the fields of `Asked` by name."""
+    asked = Asked(response, scores, selected, pi, exact_kl, vocabulary, flags or {})
+    return measure_responses([asked], estimator=estimator, prior=prior)
+
+
+def measure_responses(
+    asked: Sequence[Asked], *, estimator: str, prior: SpreadPrior | None, paired: Paired | None = None
+) -> pl.DataFrame:
+    """The token table of some responses.
 
     Parameters
     ----------
-    scores : sequence, one per position of the response
-        ``None`` where Q was not asked or has not answered.
+    asked : sequence of Asked
     estimator : str
         One of `kl.estimators.divergence.ESTIMATORS`: what the columns ``*_estimate`` hold.
     prior : SpreadPrior, optional
         `kl.estimators.censored.pooled_prior` of the whole data set; ``None`` if it has none.
-    exact_kl : float64, shape (T,), optional
-        From `kl.estimators.divergence.exact_kl`; NaN where unknown, ``inf`` where infinite, which leaves no estimate.
-    selected : bool, shape (T,), optional
-        Positions that were drawn for measurement; default all. Needs ``pi``.
-    pi : float64, shape (T,), optional
-        Inclusion probabilities; default 1.
-    vocabulary : int, optional
-        Number of tokens of P, known where its full vocabulary was seen; without it ``entropy_p_upper`` is null.
-    flags : mapping, optional
-        Position → short codes of what to know of it, beside those that its lists give.
+    paired : Paired, optional
+        What `kl.tables.pairs.pair_up` gave of the same, where it is known.
 
     Returns
     -------
@@ -86,32 +118,69 @@ def measure_response(
     ValueError
         If lengths differ, the estimator is unknown, or an inclusion probability is not in (0, 1].
     """
+    if paired is None:
+        paired = pair_up([item.answered for item in asked])
+    lengths = [len(item.response.positions) for item in asked]
+    vocabulary = np.repeat([np.nan if item.vocabulary is None else float(item.vocabulary) for item in asked], lengths)
+    exact = np.concatenate([np.zeros(0), *(_exact(item) for item in asked)])
+    table = measure_paired(
+        identity(asked), paired, estimator=estimator, prior=prior, exact_kl=exact, vocabulary=vocabulary
+    )
+    return _with_flags(table, asked)
+
+
+def measure_paired(
+    identified: pl.DataFrame,
+    paired: Paired,
+    *,
+    estimator: str,
+    prior: SpreadPrior | None,
+    exact_kl: FloatArray | None = None,
+    vocabulary: FloatArray | None = None,
+) -> pl.DataFrame:
+    """What `measure_responses` returns, of N positions that are paired.
+
+    Parameters
+    ----------
+    identified : pl.DataFrame
+        From `identity` of the same responses.
+    exact_kl, vocabulary : float64, shape (N,), optional
+        As in `Asked`, NaN where unknown.
+    """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}. Known: {', '.join(ESTIMATORS)}.")
-    n = len(response.positions)
-    drawn, inclusion = _sampling_design(response, selected, pi)
+    pairs, aligned, missing = without_outliers(paired, prior)
+    n, at = identified.height, pairs.place
     exact = np.full(n, np.nan) if exact_kl is None else exact_kl
-    check_lengths(response, exact_kl=len(exact))
-    pairs, aligned, missing = without_outliers(pair_up(response, scores, drawn), prior)
-    columns = _identity(response, drawn, inclusion)
+    columns: dict[str, Any] = {name: identified[name] for name in identified.columns}
     if aligned is not None:
         values = measure(aligned, prior)
-        at = np.array([pair.position for pair in pairs], dtype=np.int64)
-        columns["logprob_p"][at] = aligned.logp_sampled
-        measured = _list_columns(aligned, values, pairs, vocabulary) | _estimate_columns(values, estimator, exact[at])
+        logprob_p = columns["logprob_p"].fill_null(np.nan).to_numpy().copy()
+        logprob_p[at] = aligned.logp_sampled
+        columns["logprob_p"] = pl.Series(logprob_p, nan_to_null=True)
+        size = np.full(len(at), np.nan) if vocabulary is None else vocabulary[at]
+        measured = _list_columns(aligned, values, pairs, size) | _estimate_columns(values, estimator, exact[at])
         columns |= {name: _scatter(name, column, at, n) for name, column in measured.items()}
         estimates = np.asarray(measured["kl_estimate"], dtype=np.float64)
-        missing |= not_determined(pairs, estimates, exact[at], aligned)
+        missing = {**missing, **not_determined(at, estimates, exact[at], aligned)}
         pairs = _with_masses(pairs, aligned, values)
-    columns["logprob_p"] = pl.Series(columns["logprob_p"], nan_to_null=True)
-    columns["reason"] = [missing[t].reason if t in missing else None for t in range(n)]
-    columns["error"] = [missing[t].error if t in missing else None for t in range(n)]
-    columns["kl_set_aside"] = [missing[t].kl if t in missing else None for t in range(n)]
-    columns["flags"] = _flags(n, pairs, flags or {})
+    for name, field in (("reason", 0), ("error", 1), ("kl_set_aside", 2)):
+        column: list[Any] = [None] * n
+        for place, why in missing.items():
+            column[place] = why[field]
+        columns[name] = column
+    columns["flags"] = _flags(pairs, n)
     return pl.DataFrame([pl.Series(name, columns.get(name, [None] * n), dtype=dtype) for name, dtype in TOKENS.items()])
 
 
-def _with_masses(pairs: list[Pair], aligned: Aligned, values: ListMeasures) -> list[Pair]:
+def _exact(item: Asked) -> FloatArray:
+    if item.exact_kl is None:
+        return np.full(len(item.response.positions), np.nan)
+    check_lengths(item.response, exact_kl=len(item.exact_kl))
+    return item.exact_kl
+
+
+def _with_masses(pairs: Pairs, aligned: Aligned, values: ListMeasures) -> Pairs:
     """Marks lists whose mass above 1 was scaled away, and sides whose values are rounded to a few decimals."""
     marks = {
         "mass-above-1-p": values.masses.above_1_p,
@@ -119,74 +188,106 @@ def _with_masses(pairs: list[Pair], aligned: Aligned, values: ListMeasures) -> l
         "rounded-p": aligned.step_p > 0,
         "rounded-q": aligned.step_q > 0,
     }
-    return [
-        pair._replace(flags=pair.flags.union(code for code, rows in marks.items() if rows[row]))
-        for row, pair in enumerate(pairs)
-    ]
+    for name, rows in marks.items():
+        pairs = pairs.flagged(name, rows)
+    return pairs
 
 
-def _flags(n: int, pairs: list[Pair], others: Mapping[int, Collection[str]]) -> list[str | None]:
-    codes = {t: set(found) for t, found in others.items()}
-    for pair in pairs:
-        codes.setdefault(pair.position, set()).update(pair.flags)
-    return [",".join(sorted(codes.get(t, ()))) or None for t in range(n)]
+def _flags(pairs: Pairs, n: int) -> pl.Series:
+    kinds, kind = np.unique(pairs.flags, return_inverse=True)
+    names = [",".join(sorted(found)) or None for found in names_of(kinds)]
+    place = np.full(n, len(names), dtype=np.int64)
+    place[pairs.place] = kind
+    return pl.Series([*names, None], dtype=pl.String).gather(pl.Series(place, dtype=pl.UInt32))
 
 
-def response_spread(response: Response, scores: Scores) -> SpreadEvidence:
+def _with_flags(table: pl.DataFrame, asked: Sequence[Asked]) -> pl.DataFrame:
+    """The same with the flags that were given."""
+    if not any(item.flags for item in asked):
+        return table
+    written: list[str | None] = table["flags"].to_list()
+    start = 0
+    for item in asked:
+        for t, codes in item.flags.items():
+            known = written[start + t]
+            written[start + t] = ",".join(sorted({*codes, *(known.split(",") if known else ())})) or None
+        start += len(item.response.positions)
+    return table.with_columns(pl.Series("flags", written, dtype=pl.String))
+
+
+def response_spread(response: Response, scores: Results) -> SpreadEvidence:
     """What a response says about the spread of log p/q; add up over a data set for `pooled_prior`."""
     aligned = align_response(response, scores)
     return SpreadEvidence.none() if aligned is None else spread_evidence(aligned)
 
 
-def response_diagnostic(response: Response, scores: Scores) -> AlignmentDiagnostic:
+def response_diagnostic(response: Response, scores: Results) -> AlignmentDiagnostic:
     """How well the lists of a response match; add up over a data set and ask for the `verdict`."""
     aligned = align_response(response, scores)
     return AlignmentDiagnostic() if aligned is None else diagnose(aligned)
 
 
-def align_response(response: Response, scores: Scores) -> Aligned | None:
+def align_response(response: Response, scores: Results) -> Aligned | None:
     """The positions of a response that have usable lists on both sides; ``None`` if there are none."""
-    return pair_up(response, scores, np.ones(len(response.positions), dtype=np.bool_)).aligned
+    return pair_up([Answered(response, scores)]).aligned
 
 
-def _sampling_design(
-    response: Response, selected: NDArray[np.bool_] | None, pi: NDArray[np.float64] | None
-) -> tuple[BoolArray, FloatArray]:
-    n = len(response.positions)
-    if selected is not None and pi is None:
+class _Design(NamedTuple):
+    selected: BoolArray
+    pi: FloatArray
+
+
+def _sampling_design(asked: Asked) -> _Design:
+    response, n = asked.response, len(asked.response.positions)
+    if asked.selected is not None and asked.pi is None:
         raise ValueError(f"{response.name}: positions were selected but pi is not given; pass their probabilities.")
-    drawn = np.ones(n, dtype=np.bool_) if selected is None else selected
-    inclusion = np.ones(n) if pi is None else pi
+    drawn = np.ones(n, dtype=np.bool_) if asked.selected is None else asked.selected
+    inclusion = np.ones(n) if asked.pi is None else asked.pi
     check_lengths(response, selected=len(drawn), pi=len(inclusion))
     wrong = np.flatnonzero(~((inclusion > 0) & (inclusion <= 1)))
     if wrong.size:
         raise ValueError(f"{response.name}: pi[{wrong[0]}]={inclusion[wrong[0]]}; probabilities are in (0, 1].")
-    return drawn, inclusion
+    return _Design(drawn, inclusion)
 
 
-def _identity(response: Response, drawn: BoolArray, inclusion: FloatArray) -> dict[str, Any]:
-    n = len(response.positions)
-    sampled = [position.sampled for position in response.positions]
-    return {
-        "source_file": [response.source_file] * n,
-        "prompt_id": [response.prompt.prompt_id] * n,
-        "response_idx": [response.response_idx] * n,
-        "position": range(n),
-        "token": [candidate.token for candidate in sampled],
-        "token_id": [candidate.token_id for candidate in sampled],
-        "is_stop": [response.has_stop and t == n - 1 for t in range(n)],
-        "selected": drawn,
-        "pi": inclusion,
-        "logprob_p": np.array([c.logprob if is_known(c.logprob) else math.nan for c in sampled], dtype=np.float64),
+def identity(asked: Sequence[Asked]) -> pl.DataFrame:
+    """What the token table says of positions without their lists: which they are, and how they were drawn.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ or an inclusion probability is not in (0, 1].
+    """
+    designs = [_sampling_design(item) for item in asked]
+    responses = [item.response for item in asked]
+    lengths = np.array([len(response.positions) for response in responses], dtype=np.int64)
+    of = pl.Series(np.repeat(np.arange(len(responses)), lengths), dtype=pl.UInt32)
+    ends = np.cumsum(lengths)
+    sampled = Entries.joined([Positions.of(response.positions).sampled for response in responses])
+    is_stop = np.zeros(len(of), dtype=np.bool_)
+    is_stop[[end - 1 for end, response in zip(ends, responses, strict=True) if response.has_stop]] = True
+    ids = pl.Series(sampled.ids)
+    columns: dict[str, Any] = {
+        "source_file": pl.Series([item.source_file for item in responses], dtype=pl.String).gather(of),
+        "prompt_id": pl.Series([item.prompt.prompt_id for item in responses], dtype=pl.String).gather(of),
+        "response_idx": pl.Series([item.response_idx for item in responses], dtype=pl.Int64).gather(of),
+        "position": np.arange(len(of)) - np.repeat(ends - lengths, lengths),
+        "token": sampled.tokens.cast(pl.String),
+        "token_id": ids.set(ids == NO_ID, None),
+        "is_stop": is_stop,
+        "selected": np.concatenate([np.zeros(0, dtype=np.bool_), *(design.selected for design in designs)]),
+        "pi": np.concatenate([np.zeros(0), *(design.pi for design in designs)]),
+        "logprob_p": pl.Series(
+            np.where(sampled.logprobs > UNKNOWN_LOGPROB, sampled.logprobs, np.nan), nan_to_null=True
+        ),
     }
+    return pl.DataFrame([pl.Series(name, values, dtype=TOKENS[name]) for name, values in columns.items()])
 
 
 Column = FloatArray | IntArray | BoolArray | pl.Series | list[str] | list[int]
 
 
-def _list_columns(
-    aligned: Aligned, values: ListMeasures, pairs: list[Pair], vocabulary: int | None
-) -> dict[str, Column]:
+def _list_columns(aligned: Aligned, values: ListMeasures, pairs: Pairs, vocabulary: FloatArray) -> dict[str, Column]:
     """What the lists say whatever the estimator."""
     token = sampled_token(aligned)
     entropy_p = entropies(aligned.logp, aligned.log_limit_p, aligned.coverage_p, vocabulary)
@@ -216,8 +317,8 @@ def _list_columns(
         "n_duplicate_keys": aligned.n_duplicate_keys,
         "ambiguous_mass_p": aligned.open_p,
         "ambiguous_mass_q": aligned.open_q,
-        "n_dropped": [pair.n_dropped for pair in pairs],
-        "align_key": [aligned.choice.key] * len(pairs),
+        "n_dropped": pairs.n_dropped,
+        "align_key": [aligned.choices[number].key for number in map(int, aligned.response)],
     }
 
 

@@ -60,7 +60,7 @@ def test_another_name_is_no_attribute() -> None:
         ("import kl", {"numpy", "scipy", "polars"}),
         ("import kl.records", {"scipy", "polars"}),
         ("from kl import Response, Score", {"scipy", "polars"}),
-        ("from kl import compare", {"polars"}),
+        ("from kl import compare", {"prefect", "pluggy", "pydantic"}),
         ("from kl import *", {"prefect", "pluggy", "pydantic", "httpx", "requests", "google", "flows", "backends"}),
     ],
 )

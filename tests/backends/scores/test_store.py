@@ -8,7 +8,7 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.scores.journal import recorded
-from backends.scores.rows import EXACT, SCORES, result_of
+from backends.scores.rows import EXACT, SCORES, row_of
 from backends.scores.store import ScoreStore
 from kl.records import Candidate, ExactPair, Score, ScoreFailure
 
@@ -47,7 +47,8 @@ def test_a_journal_gives_back_what_was_put_in(token: str, logprob: float | None,
     for result in (kept, blocked, ScoreFailure("k3", "row-error", "503")):
         journal.add("p", "m", result)
     rows = recorded([tmp_path / "journals" / "group.jsonl"])["p"]
-    assert [result_of(row) for row in rows] == [kept, blocked]
+    written = [row_of("m", result) for result in (kept, blocked)]
+    assert [{**row, "scored_at": None} for row in rows] == [{**row, "scored_at": None} for row in written]
 
 
 def test_a_final_failure_is_kept_and_one_that_may_pass_is_not(tmp_path) -> None:

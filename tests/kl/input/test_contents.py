@@ -188,7 +188,7 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize(("kind", "change"), COMMON.items(), ids=str)
+@pytest.mark.parametrize(("kind", "change"), COMMON.items(), ids=[str(kind) for kind in COMMON])
 def test_common_repairs_are_made_in_columns(kind: str | None, change: Callable[[list[Any]], None]) -> None:
     document = json.loads(INPUTS[0].read_bytes())
     rows = document["responses"][0]["logprobs"]["content"]

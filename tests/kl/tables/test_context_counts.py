@@ -55,7 +55,7 @@ def marked(*sequences: Sequence[int | None], asked: Sequence[int] | None = None)
 def replaced(responses: Sequence[Response], results: Sequence[Results]) -> list[list[int]]:
     found: list[list[int]] = []
     for before, after in zip(results, without_retokenised(responses, results).results, strict=True):
-        found.append([t for t, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new])
+        found.append([t for t, (old, new) in enumerate(zip(before, after, strict=True)) if old != new])
         assert all(isinstance(after[t], ScoreFailure) and after[t].reason == RETOKENISED for t in found[-1])
         assert all(after[t].key == before[t].key for t in found[-1])
     return found

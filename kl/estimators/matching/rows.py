@@ -1,0 +1,188 @@
+"""One position by all the rules: repeated keys, keys of several tokens, ids that texts contradict, ends of turns."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from kl.estimators.token_bytes import Candidates
+from kl.estimators.token_keys import (
+    END_KEY,
+    Key,
+    KeyFunction,
+    end_roles,
+    is_known,
+    known_ends,
+    logprob_of,
+    role_key,
+)
+from kl.pieces import is_special, is_whole
+from kl.records import Candidate
+
+
+class KeyedList(NamedTuple):
+    """One list of one position: keys and log-probabilities, still with repeated keys and keys of several tokens."""
+
+    keys: list[Key | None]
+    logs: list[float]
+    candidates: Candidates
+
+
+class Split(NamedTuple):
+    """One list of one position: tokens with a key of their own, the values and the mass of the others."""
+
+    keys: list[Key]
+    logs: list[float]
+    open_logs: list[float]
+    open_mass: float
+    n_listed: int
+    n_repeats: int
+
+    @property
+    def top_open(self) -> bool:
+        """Whether an open entry is as probable as any with a key."""
+        return bool(self.open_logs) and max(self.open_logs) >= max(self.logs, default=-math.inf)
+
+
+class MatchedRow(NamedTuple):
+    """One matched position; ``sampled`` is its value under P and Q, and whether it has a key of its own."""
+
+    p: Split
+    q: Split
+    sampled: tuple[float, float, bool]
+
+
+def keyed(candidates: Candidates, key_of: KeyFunction) -> KeyedList:
+    """A list with the keys of its entries."""
+    return KeyedList([key_of(c) for c in candidates], [logprob_of(c) for c in candidates], candidates)
+
+
+class Sample(NamedTuple):
+    """The sampled token as a side reports it, how the side's keys are found, and what is known of its own."""
+
+    candidate: Candidate | None
+    key_of: KeyFunction
+    key: Key | None = None
+    roles: frozenset[Key] = frozenset()
+
+
+def with_one_stop(
+    side_p: KeyedList, side_q: KeyedList, samples: tuple[Sample, Sample]
+) -> tuple[KeyedList, KeyedList, tuple[Sample, Sample]]:
+    """The same with one key for what ends the turn, where P's name for it is not listed by Q.
+
+    Only for a name that is no text, as a response may also end at a text that it was to stop at, and only if Q lists
+    one token that is known to end turns, which P does not list.
+    """
+    sampled = samples[0].candidate
+    ends = known_ends(side_q.keys).difference(side_p.keys)
+    if sampled is None or not is_special(sampled.token) or len(ends) != 1:
+        return side_p, side_q, samples
+    at = [
+        place
+        for place, candidate in enumerate(side_p.candidates)
+        if candidate == sampled or (is_whole(sampled.token) and candidate.token == sampled.token)
+    ]
+    if len(at) != 1 or (side_p.keys[at[0]] is not None and side_p.keys[at[0]] in side_q.keys):
+        return side_p, side_q, samples
+    keys_p = [END_KEY if place == at[0] else key for place, key in enumerate(side_p.keys)]
+    keys_q = [role_key(key, ends) for key in side_q.keys]
+    by_role = samples[0]._replace(key=END_KEY), samples[1]._replace(roles=ends)
+    return side_p._replace(keys=keys_p), side_q._replace(keys=keys_q), by_role
+
+
+def match_row(
+    side_p: KeyedList,
+    side_q: KeyedList,
+    sample_p: Sample,
+    sample_q: Sample,
+    unclear: frozenset[Key | None],
+    *,
+    by_role: bool,
+) -> MatchedRow:
+    """One position. Entries with an ``unclear`` key are open; end tokens may be matched ``by_role``."""
+    ends = end_roles(side_p.keys, side_q.keys) if by_role else frozenset[Key]()
+    if ends:
+        side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
+    several = unclear | _several(side_p) | _several(side_q)
+    split_p, split_q = _split(side_p, several), _split(side_q, several)
+    wanted = role_key(_sampled_key(sample_p, side_p), ends)
+    clear = wanted is not None and wanted not in several
+    own = None if sample_q.candidate is None else role_key(sample_q.key_of(sample_q.candidate), ends | sample_q.roles)
+    logp = _lookup(sample_p.candidate, wanted, clear, split_p)
+    logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
+    return MatchedRow(split_p, split_q, (logp, logq, clear))
+
+
+def keys_of_several(side: KeyedList) -> set[Key | None]:
+    """Keys that a list gives to entries which are different tokens for certain: whatever has them, has no key."""
+    if len(set(side.keys)) == len(side.keys):
+        return set()
+    values: dict[Key | None, set[tuple[int | None, float]]] = {}
+    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
+        values.setdefault(key, set()).add((candidate.token_id, logprob))
+    return {key for key, seen in values.items() if len(seen) > 1 and key is not None}
+
+
+def _several(side: KeyedList) -> set[Key | None]:
+    """Keys of one list that may stand for more than one token; ``None`` is the key of all unidentified ones."""
+    if len(set(side.keys)) == len(side.keys):
+        return {None} if None in side.keys else set()
+    # One id listed twice with one value is one token that the source repeats; anything else may be two tokens.
+    entries = {
+        (key, candidate.token_id, logprob if candidate.token_id is not None else place)
+        for place, (key, logprob, candidate) in enumerate(zip(side.keys, side.logs, side.candidates, strict=True))
+    }
+    counts = Counter(key for key, _, _ in entries)
+    return {key for key, count in counts.items() if count > 1 or key is None}
+
+
+def _split(side: KeyedList, several: frozenset[Key | None]) -> Split:
+    if not several and len(set(side.keys)) == len(side.keys):
+        return Split([key for key in side.keys if key is not None], side.logs, [], 0.0, len(side.keys), 0)
+    clear: dict[Key, float] = {}
+    other: dict[tuple[Key | None, str, int | None, float], float] = {}
+    open_logs: list[float] = []
+    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
+        if key is None or key in several:
+            # Listed twice to the last bit may be one token or two that tie: the mass counts once, the values twice.
+            other[key, candidate.token, candidate.token_id, logprob] = math.exp(logprob)
+            open_logs.append(logprob)
+        else:
+            clear.setdefault(key, logprob)
+    keyed = [key for key in side.keys if key is not None]
+    n_listed = len(clear) + len(other)
+    return Split(
+        list(clear),
+        list(clear.values()),
+        open_logs,
+        math.fsum(other.values()),
+        n_listed,
+        len(keyed) - len(set(keyed)),
+    )
+
+
+def _sampled_key(sample: Sample, side: KeyedList) -> Key | None:
+    """The sampled token's key; where it has no id or bytes of its own, that of the one listed token of its text."""
+    if sample.candidate is None or sample.key is not None:
+        return sample.key
+    key, token = sample.key_of(sample.candidate), sample.candidate.token
+    if key is not None or not is_whole(token):
+        return key
+    same = [key for key, candidate in zip(side.keys, side.candidates, strict=True) if candidate.token == token]
+    return same[0] if len(same) == 1 else None
+
+
+def _lookup(sample: Candidate | None, wanted: Key | None, clear: bool, side: Split) -> float:
+    """The log-probability of the sampled token on one side; NaN where unknown."""
+    if clear and wanted in side.keys:
+        return side.logs[side.keys.index(wanted)]
+    own = None if sample is None else sample.logprob
+    return own if is_known(own) else math.nan
+
+
+def indices(keys_p: list[Key], keys_q: list[Key]) -> list[int]:
+    """Where each key of P stands among those of Q, -1 for nowhere."""
+    place = {key: column for column, key in enumerate(keys_q)}
+    return [place.get(key, -1) for key in keys_p]
