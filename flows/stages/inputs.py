@@ -1,13 +1,17 @@
-"""The input of a run: which files, and one parsed file at a time."""
+"""The input of a run: which files, and what they say, each parsed once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+import tempfile
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from backends.errors import ConfigError
 from backends.storage import COPIES, StoredFile, is_remote, is_within, list_remote, scratch_folder
@@ -16,8 +20,7 @@ from kl.input.responses import InputProblem, ResponseFile, check_pattern, list_f
 
 logger = logging.getLogger(__name__)
 
-# Tasks take the responses of one file one after the other; a few parsed files serve all that are at work.
-_PARSED_FILES_KEPT = 4
+_MOST_IN_MEMORY = 300_000_000  # bytes of JSON, which are less when they are parsed; what is more goes to the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,68 @@ def read_ahead(files: Iterable[InputFile]) -> Iterator[InputFile]:
     return (stored[file] for file in COPIES.ahead(stored)) if len(stored) == len(files) else iter(files)
 
 
+class ParsedFiles:
+    """Input files as they were parsed: all stages of a run read them, the first one from their text.
+
+    Those that memory is not to hold are on the local disk.
+    """
+
+    def __init__(self) -> None:
+        self._parsed: dict[InputFile, tuple[_Version, ResponseFile | Path]] = {}
+        self._n_bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, file: InputFile, version: _Version) -> ResponseFile:
+        """The file as it is in this version."""
+        with self._lock:
+            known, parsed = self._parsed.get(file, (None, None))
+        if known == version and parsed is not None:
+            return pickle.loads(parsed.read_bytes()) if isinstance(parsed, Path) else parsed
+        found = _parse(file)
+        with self._lock:
+            self._keep(file, version, found)
+        return found
+
+    def _keep(self, file: InputFile, version: _Version, parsed: ResponseFile) -> None:
+        self._n_bytes += version.size
+        if self._n_bytes <= _MOST_IN_MEMORY:
+            self._parsed[file] = version, parsed
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tokenkl-input-")
+        place = Path(self._folder.name) / f"{len(self._parsed)}-{version.changed}"
+        place.write_bytes(pickle.dumps(parsed, protocol=5))
+        self._parsed[file] = version, place
+
+    def forget(self) -> None:
+        """Let go of all of them."""
+        with self._lock:
+            self._parsed, self._n_bytes = {}, 0
+            if self._folder is not None:
+                self._folder.cleanup()
+                self._folder = None
+
+
+class _Version(NamedTuple):
+    changed: int
+    size: int
+
+
+_parsed_files = ParsedFiles()
+
+
+@contextmanager
+def parsed_files_kept() -> Generator[None]:
+    """Files that are read inside are parsed once, as long as they stay as they are."""
+    try:
+        yield
+    finally:
+        _parsed_files.forget()
+
+
 def read_input(file: InputFile) -> ResponseFile:
-    """Parse a file, or take it from the few parsed last; a file that changed on disk is parsed again.
+    """Parse a file, or take it from those that are parsed already; a file that changed on disk is parsed again.
 
     Raises
     ------
@@ -109,17 +172,16 @@ def read_input(file: InputFile) -> ResponseFile:
         If the storage of a remote file refuses or does not answer.
     """
     if file.stored is not None:
-        return _read(file, (0, 0))
+        return _parsed_files.read(file, _Version(0, file.stored.size))
     try:
         stat = file.path.stat()
-        version = (stat.st_mtime_ns, stat.st_size)
+        version = _Version(stat.st_mtime_ns, stat.st_size)
     except OSError:
-        version = (0, 0)
-    return _read(file, version)
+        version = _Version(0, 0)
+    return _parsed_files.read(file, version)
 
 
-@lru_cache(maxsize=_PARSED_FILES_KEPT)
-def _read(file: InputFile, version: tuple[int, int]) -> ResponseFile:
+def _parse(file: InputFile) -> ResponseFile:
     if file.stored is None:
         return read_responses(file.path, file.source_file)
     try:

@@ -34,6 +34,7 @@ from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
 from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls, without_refused
+from flows.stages.inputs import parsed_files_kept
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
@@ -76,7 +77,7 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
     """
     comparison = Comparison.of(written, RunValues.of_this_run())
     if written.dry_run:
-        with run_logging():
+        with run_logging(), parsed_files_kept():
             raise RunEndedError(_dry_run(comparison))
     prepare_output(comparison.folder.path, inside=comparison.folder.scores.name)
     run = OpenRun(comparison)
@@ -88,6 +89,7 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
                 raise RunEndedError(skipped_state(error)) from error
             raise
         stack.enter_context(run_logging())
+        stack.enter_context(parsed_files_kept())
         run.cluster = stack.enter_context(cluster_of(written.task_runner))
         if is_remote(comparison.folder.path):
             run.token_parts = stack.enter_context(scratch_folder())

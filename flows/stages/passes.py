@@ -7,12 +7,16 @@ back to this process, which alone writes.
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -26,9 +30,13 @@ from flows.runtime.terminal import ProgressReporter
 from flows.stages.inputs import InputFile
 from flows.stages.measuring import Measured, MeasuredPart, Priors, Survey, Surveyed, measure_part, survey_part
 
-PART_BYTES, PART_FILES = 8_000_000, 256  # of input that is worked on at once: some thousand positions
+PART_BYTES, PART_FILES = 6_000_000, 256  # of input that is worked on at once: some thousand positions
+_AT_ONCE = min(4, os.cpu_count() or 1)
 CLUSTER_PART_FILES = 32  # so that there is work for all
-_MOST_IN_MEMORY = 400_000_000  # bytes of what the first pass leaves
+_MOST_IN_MEMORY = 150_000  # positions of what the first pass leaves, about two kilobytes each
+
+
+_In, _Out = TypeVar("_In"), TypeVar("_Out")
 
 
 class Part(NamedTuple):
@@ -99,16 +107,39 @@ class _InProcess:
         self._kept = _KeptSurveys(folder)
 
     def surveys(self, progress: ProgressReporter) -> Iterator[Survey]:
-        for part in self._parts:
-            surveyed = survey_part(part.files, self._comparison, self._stores, partial(progress.advance, 1))
+        done = partial(progress.advance, 1)
+        for surveyed in _side_by_side(
+            lambda part: survey_part(part.files, self._comparison, self._stores, done), self._parts
+        ):
             self._kept.add(surveyed)
             yield surveyed.survey
 
     def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
-        for part, surveyed in zip(self._parts, self._kept.taken(), strict=True):
-            place = part_files(self._folder, part)
-            yield measure_part(surveyed, place, priors, self._comparison, self._stores)
+        places = [part_files(self._folder, part) for part in self._parts]
+        found = _side_by_side(
+            lambda given: measure_part(given[0], given[1], priors, self._comparison, self._stores),
+            zip(self._kept.taken(), places, strict=True),
+        )
+        for part, measured in zip(self._parts, found, strict=True):
+            yield measured
             progress.advance(len(part.files))
+
+
+def _side_by_side(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """What becomes of each item, in their order, some of them at a time: arrays are worked on outside the interpreter.
+
+    No more are taken than are at work.
+    """
+    given = iter(items)
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="part") as pool:
+        under_way = deque(pool.submit(work, item) for item in islice(given, _AT_ONCE))
+        try:
+            while under_way:
+                yield under_way.popleft().result()
+                under_way.extend(pool.submit(work, item) for item in islice(given, 1))
+        finally:
+            for future in under_way:
+                future.cancel()
 
 
 class _KeptSurveys:
@@ -116,26 +147,27 @@ class _KeptSurveys:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._kept: list[bytes | Path] = []
-        self._n_bytes = 0
+        self._kept: list[Surveyed | Path | None] = []
+        self._n_positions = 0
 
     def add(self, surveyed: Surveyed) -> None:
-        data = pickle.dumps(surveyed, protocol=5)
-        self._n_bytes += len(data)
-        if self._n_bytes <= _MOST_IN_MEMORY:
-            self._kept.append(data)
+        self._n_positions += surveyed.q.identified.height
+        if self._n_positions <= _MOST_IN_MEMORY:
+            self._kept.append(surveyed)
             return
         path = self._folder / f"{len(self._kept):08d}.surveyed"
-        path.write_bytes(data)
+        path.write_bytes(pickle.dumps(surveyed, protocol=5))
         self._kept.append(path)
 
     def taken(self) -> Iterator[Surveyed]:
         """The parts, each let go when it has been given."""
         for number, kept in enumerate(self._kept):
-            self._kept[number] = b""
-            yield pickle.loads(kept.read_bytes() if isinstance(kept, Path) else kept)
+            self._kept[number] = None
             if isinstance(kept, Path):
+                yield pickle.loads(kept.read_bytes())
                 kept.unlink()
+            elif kept is not None:
+                yield kept
 
 
 class _OnCluster:

@@ -20,7 +20,7 @@ from kl.columns import BoolArray, Entries, FloatArray, IntArray, TopLists
 from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_steps
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
-from kl.estimators.matching.places import places_in, repeats
+from kl.estimators.matching.places import distinct, places_in, repeats
 from kl.estimators.matching.rows import MatchedRow, Sample, indices, keyed, keys_of_several, match_row, with_one_stop
 from kl.estimators.rows import Entries as Cells
 from kl.estimators.rows import row_counts, row_sums
@@ -400,9 +400,9 @@ class _Matching:
 
     def _all_keys(self, side: _Padded, special: BoolArray) -> frozenset[Key]:
         """What the lists name in the rows that no rule for single cases concerns."""
-        by_id, by_bytes = (np.unique(side.keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
+        by_id, by_bytes = (distinct(side.keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
         ids = self._ids.of(by_id[by_id >= 0]).tolist()
-        return frozenset[Key](ids) | frozenset[Key](self._codes.numbers.bytes_of(by_bytes[by_bytes >= 0].tolist()))
+        return frozenset[Key](ids) | frozenset[Key](self._codes.numbers.bytes_of(by_bytes[by_bytes >= 0]))
 
 
 class _Ids:

@@ -65,8 +65,10 @@ class KeyCodes:
 
 @dataclass(slots=True)
 class Numbers:
-    """Bytes by number and back."""
+    """Bytes by number and back: ``texts`` are those of tokens, whose numbers are ``token_codes``."""
 
+    texts: pl.Series
+    token_codes: IntArray
     _texts: dict[int, bytes] = field(default_factory=dict[int, bytes])
     _partial: dict[bytes, int] = field(default_factory=dict[bytes, int])
     _codes: dict[bytes, int] = field(default_factory=dict[bytes, int])
@@ -84,15 +86,13 @@ class Numbers:
                 self._texts[self._codes[item]] = item
         return np.array([NO_KEY if item is None else self._codes[item] for item in known], dtype=np.int32)
 
-    def note_texts(self, codes: Sequence[int], texts: Sequence[str]) -> None:
-        """Texts by their code as a token."""
-        self._texts.update(
-            (code, text.encode("utf-8")) for code, text in zip(codes, texts, strict=True) if code not in self._texts
-        )
-
-    def bytes_of(self, codes: Sequence[int]) -> list[bytes]:
-        """What numbers stand for."""
-        return [self._texts[code] for code in codes]
+    def bytes_of(self, codes: Codes) -> list[bytes]:
+        """What numbers stand for, each once."""
+        made = np.isin(codes, np.array([*self._texts], dtype=np.int64))
+        place = np.full(int(self.token_codes.max(initial=-1)) + 1, 0, dtype=np.int64)
+        place[self.token_codes] = np.arange(len(self.token_codes))
+        texts = self.texts.cast(pl.Binary).gather(pl.Series(place[codes[~made]], dtype=pl.UInt32)).to_list()
+        return [*texts, *(self._texts[code] for code in map(int, codes[made]))]
 
 
 def text_codes(texts: Sequence[str]) -> IntArray:
@@ -112,8 +112,7 @@ def key_codes(sides: Sides) -> KeyCodes:
     kinds = _Kinds.of(Entries.joined(list(parts)))
     ends = np.cumsum([len(part) for part in parts])
     of_p, of_q, of_sampled_p, of_sampled_q = np.split(kinds.of_entry, ends[:-1])
-    numbers = Numbers()
-    numbers.note_texts(kinds.token_codes.tolist(), kinds.texts.to_list())
+    numbers = Numbers(kinds.texts, kinds.token_codes)
     signs_p = _Signs.of(kinds, of_p, sides.response[sides.lists_p.rows], sides.n_responses)
     signs_q = _Signs.of(kinds, of_q, sides.response[sides.lists_q.rows], sides.n_responses)
     keys = [kinds.plain_keys(numbers, hides=hides) for hides in (False, True)]

@@ -43,3 +43,9 @@ def repeats(keys: Codes) -> BoolArray:
     """Whether a row has a key of at least 0 twice, shape (T,)."""
     rising = np.sort(keys, axis=1)
     return ((rising[:, 1:] == rising[:, :-1]) & (rising[:, 1:] >= 0)).any(axis=1)
+
+
+def distinct(numbers: Codes) -> Codes:
+    """Each number once, rising; quicker than `numpy.unique`, which makes a table of them."""
+    rising = np.sort(numbers, axis=None)
+    return rising[np.flatnonzero(np.diff(rising, prepend=rising[:1] - 1))] if rising.size else rising
