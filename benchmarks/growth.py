@@ -15,7 +15,6 @@ import asyncio
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ from backends.vertex.jobs.ledger import JobLedger  # noqa: E402
 from backends.vertex.jobs.remote import BatchJobs  # noqa: E402
 from backends.vertex.jobs.rows import RowSet, split_rows  # noqa: E402
 from backends.vertex.service.client import make_client  # noqa: E402
+from benchmarks.stand_in import stand_in  # noqa: E402
 from flows.config.comparison import Comparison  # noqa: E402
 from flows.config.models import RunConfig  # noqa: E402
 from flows.config.templates import RunValues  # noqa: E402
@@ -185,19 +185,12 @@ async def look(n: int) -> float:
 @contextmanager
 def service() -> Iterator[None]:
     """The stand-in of the service, in whose environment this process lives meanwhile; its jobs never end."""
-    command = [sys.executable, "-m", "tests.vertex_world", "--job-seconds", "100000"]
     before = dict(os.environ)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
+    with stand_in("--job-seconds", "100000") as told:
+        os.environ.update(told)
         try:
-            for line in process.stdout:
-                if line.startswith("# running"):
-                    break
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                os.environ[name] = value.strip("'")
             yield
         finally:
-            process.terminate()
             os.environ.clear()
             os.environ.update(before)
 
@@ -229,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, default=625, help="the fewest; 4 and 16 times as many follow")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     given = parser.parse_args(arguments)
     sizes = [given.responses * factor for factor in GROWTH]

@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -37,6 +36,7 @@ from backends.base import ScoreRequest  # noqa: E402 - the settings of Prefect w
 from backends.keys import context_keys  # noqa: E402
 from backends.vertex.online import VertexOnlineBackend  # noqa: E402
 from backends.vertex.options import VertexOnlineOptions  # noqa: E402
+from benchmarks.stand_in import stand_in  # noqa: E402
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE  # noqa: E402
 from kl.records import Prompt, Score, Turn  # noqa: E402
 from tests.vertex_world.language_model import SyntheticModel  # noqa: E402
@@ -59,24 +59,6 @@ class Rate(NamedTuple):
 
     share: float
     cpu_ms: float
-
-
-@contextmanager
-def service(latency_s: float, calls: Path) -> Iterator[dict[str, str]]:
-    """The stand-in, a process of its own; gives the environment of its clients, and leaves the times of its calls."""
-    command = [sys.executable, "-m", "tests.vertex_world", "--latency", str(latency_s), "--calls", str(calls)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        told: dict[str, str] = {}
-        try:
-            for line in process.stdout:
-                if line.startswith("# running"):
-                    break
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                told[name] = value.strip("'")
-            yield told
-        finally:
-            process.terminate()
 
 
 def share_of_ideal(calls: Path, case: Case) -> float:
@@ -103,7 +85,7 @@ def requests(positions: int) -> list[ScoreRequest]:
 def backend(case: Case, folder: Path) -> Rate:
     """Ask through the backend alone."""
     calls = folder / "calls.json"
-    with service(case.latency_s, calls) as told:
+    with stand_in("--latency", str(case.latency_s), "--calls", str(calls)) as told:
         os.environ.update(told)
         spent = asyncio.run(_ask(requests(case.positions), told["GOOGLE_CLOUD_PROJECT"], case.in_flight))
     return Rate(share_of_ideal(calls, case), 1000 * spent / case.positions)
@@ -130,7 +112,7 @@ def run(case: Case, folder: Path) -> Rate:
     n_tokens = min(TOKENS, case.positions)
     endless = SyntheticModel(eos_probability=0.0)
     write_response_files(folder / "in", endless, "gemini-2.5-flash-lite", prompts, 1, n_tokens)
-    with service(case.latency_s, calls) as told:
+    with stand_in("--latency", str(case.latency_s), "--calls", str(calls)) as told:
         command = [
             sys.executable, "-m", "flows.run", "--backend", "vertex_online", "--model2", MODEL,
             "--input-dir", str(folder / "in"), "--output-dir", str(folder / "out"),

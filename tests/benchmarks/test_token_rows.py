@@ -19,7 +19,8 @@ def test_every_stage_has_a_figure_for_either_kind() -> None:
         "copy of the arrays",
         "floor and lower bounds",
         "spread of log p/q",
-        "everything of a token row",
+        "all numbers of a row",
+        "rows of the token table",
     ]
     for line in lines:
         assert len(re.findall(r"[\d,]+ \(\d+\)", line)) == 2
