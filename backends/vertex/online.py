@@ -123,6 +123,8 @@ class VertexOnlineBackend(GeminiBackend):
             try:
                 with translated("call"):
                     content = await self._models.generate(model, body)
+                    if self._raw is not None:  # before it is read, as it is paid for
+                        self._raw.add(key, {"response": answers.as_object(content)})
                     result = answers.read_answer(key, content)
             except RetryableBackendError as error:
                 self._calls["throttled" if error.status == 429 else "fault"] += 1
@@ -133,8 +135,6 @@ class VertexOnlineBackend(GeminiBackend):
                 raise
         self._calls["answered"] += 1
         self._limit.note(throttled=False)
-        if self._raw is not None:
-            self._raw.add(key, {"response": answers.as_object(content)})
         return result
 
 

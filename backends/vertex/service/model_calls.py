@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import httpx2
@@ -108,7 +108,14 @@ def _content(answer: aiohttp.ClientResponse, content: bytes) -> bytes:
     if answer.status == 200:
         return content
     kind = errors.ClientError if 400 <= answer.status < 500 else errors.ServerError
-    raise kind(answer.status, _said(answer, content), answer)
+    # Of the answer itself only what can travel to another process with the error.
+    raise kind(
+        answer.status, _said(answer, content), _Refusal({name.title(): value for name, value in answer.headers.items()})
+    )
+
+
+class _Refusal(NamedTuple):
+    headers: dict[str, str]
 
 
 def _said(answer: aiohttp.ClientResponse, content: bytes) -> Any:
