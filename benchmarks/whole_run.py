@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,10 +42,11 @@ prepare_environment()
 from flows.config.comparison import Comparison  # noqa: E402 - the settings of Prefect were prepared above
 from flows.config.models import RunConfig  # noqa: E402
 from flows.config.templates import RunValues  # noqa: E402
-from flows.stages.inputs import InputFile, find_inputs, read_input  # noqa: E402
+from flows.stages.inputs import find_inputs, parsed_files_kept  # noqa: E402
 from flows.stages.passes import measure_files  # noqa: E402
 from flows.stages.plan import make_plan  # noqa: E402
 from flows.stages.writing import write_results  # noqa: E402
+from kl.input.responses import read_responses  # noqa: E402
 from kl.records import Candidate, Score  # noqa: E402
 
 RESPONSES = 10  # of a file
@@ -127,7 +129,7 @@ def write_file(folder: Path, number: int, length: int) -> None:
     responses = [response(of_p, rng) for of_p, _ in lists]
     path.write_text(json.dumps({"prompt": f"What is {number}?", "model": "p", "responses": responses}))
     comparison = comparison_of(folder)
-    parsed = read_input(InputFile(path, path.name))
+    parsed = read_responses(path, path.name)
     assert parsed.prompt is not None
     scores: dict[str, Score] = {}
     for of_p, (_, of_q) in zip(parsed.responses, lists, strict=True):
@@ -146,15 +148,16 @@ def run(folder: Path) -> Spent:
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     marks = [time.perf_counter()]
     began = time.process_time()
-    files = find_inputs(comparison.config)
-    plan = make_plan(files, comparison, stores.scores, {}, 100)
-    assert plan.n_to_ask == 0
-    assert plan.n_stored > 0
-    marks.append(time.perf_counter())
-    measured = measure_files(files, comparison, stores, folder / "scratch")
-    marks.append(time.perf_counter())
-    results = write_results(measured, comparison, {})
-    marks.append(time.perf_counter())
+    with parsed_files_kept():
+        files = find_inputs(comparison.config)
+        plan = make_plan(files, comparison, stores.scores, {}, 100)
+        assert plan.n_to_ask == 0
+        assert plan.n_stored > 0
+        marks.append(time.perf_counter())
+        measured = measure_files(files, comparison, stores, folder / "scratch")
+        marks.append(time.perf_counter())
+        results = write_results(measured, comparison, {})
+        marks.append(time.perf_counter())
     assert results.report.n_measured == plan.n_selected
     stages = dict(zip(STAGES, np.diff(marks).tolist(), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -169,10 +172,20 @@ def run_apart(folder: Path) -> Spent:
 
 
 def profile(folder: Path) -> None:
-    """Where the time goes, by function."""
-    profiler = cProfile.Profile()
-    profiler.runcall(run, folder)
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
+    """Where the time goes, by function, in all threads."""
+    profiles = [cProfile.Profile()]
+
+    def begin(*_: object) -> None:
+        profiles.append(cProfile.Profile())
+        profiles[-1].enable()  # takes the place of this function in its thread
+
+    threading.setprofile(begin)
+    profiles[0].runcall(run, folder)
+    threading.setprofile(None)  # type: ignore[arg-type]
+    stats = pstats.Stats(profiles[0])
+    for other in profiles[1:]:
+        stats.add(other)
+    stats.sort_stats("tottime").print_stats(40)
 
 
 def table(found: dict[int, list[Spent]]) -> str:
