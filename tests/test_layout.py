@@ -20,7 +20,7 @@ FLOORS = """
 kl                      pieces records / columns / scores
 kl.input                hidden problems / logprobs prompts shapes texts writer / contents / documents / responses
 kl.estimators           rows token_bytes / token_keys / list_checks
-kl.estimators.matching  codes rows / places / evidence trust
+kl.estimators.matching  aligned codes rows / places / evidence trust
 kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads

@@ -12,6 +12,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -132,11 +133,12 @@ def _side_by_side(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator
     """
     given = iter(items)
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="part") as pool:
-        under_way = deque(pool.submit(work, item) for item in islice(given, _AT_ONCE))
+        # In a copy of the context, by which log lines find their run.
+        under_way = deque(pool.submit(copy_context().run, work, item) for item in islice(given, _AT_ONCE))
         try:
             while under_way:
                 yield under_way.popleft().result()
-                under_way.extend(pool.submit(work, item) for item in islice(given, 1))
+                under_way.extend(pool.submit(copy_context().run, work, item) for item in islice(given, 1))
         finally:
             for future in under_way:
                 future.cancel()
