@@ -179,9 +179,9 @@ class Scores(Sequence[Score | ScoreFailure | None]):
 
     def __iter__(self) -> Iterator[Score | ScoreFailure | None]:
         tops, sampled = list(self.tops), self.sampled.candidates()  # all at once, which is quicker than one by one
-        facts = self.table.facts.to_dicts()
+        facts = iter(self.table.facts[self.rows[self.is_score]].to_dicts())
         for t, row in enumerate(map(int, self.rows)):
-            yield self.failures.get(t) if row < 0 else Score(top=tops[t], sampled=sampled[t], **facts[row])
+            yield self.failures.get(t) if row < 0 else Score(top=tops[t], sampled=sampled[t], **next(facts))
 
     def without(self, failures: Mapping[int, ScoreFailure | None]) -> Scores:
         """The same with failures, or nothing, in the place of some."""
