@@ -67,7 +67,7 @@ def best(logs: FloatArray) -> tuple[Lists, FloatArray]:
     order = np.argsort(-logs, axis=1)[:, :K]
     values = np.take_along_axis(logs, order, axis=1)
     rows = zip(order.tolist(), values.tolist(), strict=True)
-    lists = [tuple(Candidate(f"t{i}", logp, i) for i, logp in zip(*row, strict=True)) for row in rows]
+    lists = [tuple(Candidate(f" t{i}", logp, i) for i, logp in zip(*row, strict=True)) for row in rows]
     return lists, 1.0 - np.exp(values).sum(axis=1)
 
 
