@@ -21,6 +21,7 @@ from kl.records import Candidate
 
 NO_KEY = -1
 _PARTIAL = 1 << 30  # numbers from here on are of bytes that are no text
+_ESCAPES = "^(?:<0x|bytes:)"  # how tokens begin that may be written as their bytes
 Codes = NDArray[np.int32]
 
 
@@ -204,7 +205,8 @@ class _Kinds:
         named = ~_matches(self.texts, r"^(?:|.*\x{FFFD}.*|(?:\\x[0-9A-Fa-f]{2})+|token_id:\d+)$")
         keys = np.append(np.where(named, self.token_codes, NO_KEY), NO_KEY).astype(np.int32)
         read = plain_reader(hides=hides)
-        others = [kind for kind, stated in enumerate(self.stated) if stated is not None]
+        is_escaped = _matches(self.texts, _ESCAPES).tolist()
+        others = [kind for kind, stated in enumerate(self.stated) if stated is not None or is_escaped[kind]]
         texts = self.texts.gather(pl.Series(others, dtype=pl.UInt32)).to_list() if others else []
         known = [read(Candidate(text, None, None, self.stated[kind])) for text, kind in zip(texts, others, strict=True)]
         keys[others] = numbers.of(known)
@@ -245,7 +247,7 @@ class _Signs(NamedTuple):
         return cls(
             any_of(_matches(texts, "^ .*[0-9A-Za-z]") | states),
             any_of((texts == "").to_numpy() & ~is_stated),
-            any_of(_matches(texts, "^(?:<0x|bytes:)")),
+            any_of(_matches(texts, _ESCAPES)),
             any_of(states),
             any_of(_matches(texts, r"\x{FFFD}|^(?:\\x[0-9A-Fa-f]{2})+$") | states),
         )

@@ -40,7 +40,9 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
     if has_ids.any():
         doubtful = _doubtful(sides, codes, ids_p, ids_q) & has_ids[sides.response]
         places = places_in(sides.lists_p.padded(ids_p, -2), sides.lists_q.padded(ids_q, -3))
-        paired = (places >= 0) & (sides.lists_p.padded(codes.p, NO_KEY) >= 0)
+        # An id that both list has one key here, if both sides know it.
+        has_key_q = np.take_along_axis(sides.lists_q.padded(codes.q, NO_KEY) >= 0, np.maximum(places, 0), axis=1)
+        paired = (places >= 0) & (sides.lists_p.padded(codes.p, NO_KEY) >= 0) & has_key_q
         at_ease = has_ids[sides.response] & ~doubtful
         n_pairs += np.bincount(sides.response[at_ease], paired[at_ease].sum(axis=1), n).astype(np.int64)
         for row in np.flatnonzero(doubtful).tolist():
