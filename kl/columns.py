@@ -64,7 +64,7 @@ class Entries:
         ids: Sequence[int | None] | None = None,
         stated: Sequence[bytes | None] | None = None,
     ) -> Entries:
-        """Of plain lists of one length, None for what is not known.
+        """Of plain lists of one length, None for what is not known. Half a character in a text is taken as U+FFFD.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class Entries:
         )
         is_stated = stated is not None and any(item is not None for item in stated)
         return cls(
-            pl.Series("token", tokens, dtype=pl.Categorical),
+            _texts(tokens),
             np.array(logprobs, dtype=np.float64),  # None becomes NaN
             numbers,
             pl.Series("stated", stated, dtype=pl.Binary) if is_stated else None,
@@ -158,6 +158,14 @@ class Entries:
 
 
 _NOBODY = Candidate("", None)
+
+
+def _texts(tokens: Sequence[str | None]) -> pl.Series:
+    try:
+        return pl.Series("token", tokens, dtype=pl.Categorical)
+    except UnicodeEncodeError:
+        whole = [token and token.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for token in tokens]
+        return pl.Series("token", whole, dtype=pl.Categorical)
 
 
 def _gathered(series: pl.Series, at: IntArray) -> pl.Series:

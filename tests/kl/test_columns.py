@@ -67,3 +67,8 @@ def test_no_entry_is_a_list_too() -> None:
 def test_an_id_that_has_no_place_is_refused() -> None:
     with pytest.raises(OverflowError):
         Entries.of([Candidate("a", -1.0, 2**63)])
+
+
+def test_half_a_character_is_no_text() -> None:
+    lists = TopLists.of([(Candidate("\ud83d", -0.5), Candidate(" a", -1.0))])
+    assert list(lists) == [(Candidate("\ufffd", -0.5), Candidate(" a", -1.0))]
