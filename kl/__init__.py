@@ -11,13 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kl.estimators.align import Aligned, align
+    from kl.estimators.align import align
     from kl.estimators.bounds import cells, lower_bounds
     from kl.estimators.censored import SpreadEvidence, SpreadPrior, pooled_prior
     from kl.estimators.comparison import PositionDivergences, compare
     from kl.estimators.diagnostic import diagnose
     from kl.estimators.divergence import exact_kl, sampled_token
     from kl.estimators.list_checks import CandidateListError
+    from kl.estimators.matching.aligned import Aligned
     from kl.estimators.token_keys import listed
     from kl.input.responses import ResponseFile, read_responses
     from kl.output.files import write_part, write_responses, write_summary, write_tokens
@@ -78,13 +79,14 @@ __all__ = [
 
 # The imports above once more, for the interpreter; a test holds the two and `__all__` together.
 _HOMES = {
-    "estimators.align": ("Aligned", "align"),
+    "estimators.align": ("align",),
     "estimators.bounds": ("cells", "lower_bounds"),
     "estimators.censored": ("SpreadEvidence", "SpreadPrior", "pooled_prior"),
     "estimators.comparison": ("PositionDivergences", "compare"),
     "estimators.diagnostic": ("diagnose",),
     "estimators.divergence": ("exact_kl", "sampled_token"),
     "estimators.list_checks": ("CandidateListError",),
+    "estimators.matching.aligned": ("Aligned",),
     "estimators.token_keys": ("listed",),
     "input.responses": ("ResponseFile", "read_responses"),
     "output.files": ("write_part", "write_responses", "write_summary", "write_tokens"),

@@ -6,8 +6,6 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from tests import ROOT
 
 
@@ -22,8 +20,3 @@ def waits(*what: str) -> list[tuple[str, str]]:
 
 def test_the_help_has_its_time() -> None:
     assert waits("import", "help") == [("import", "end"), ("help", "end")]
-
-
-@pytest.mark.slow
-def test_a_first_run_has_its_times() -> None:
-    assert waits("first run") == [("first run", until) for until in ("first sign", "first score", "whole")]

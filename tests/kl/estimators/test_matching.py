@@ -105,7 +105,7 @@ def aligned_of(drawn: Sequence[Drawn]) -> Aligned:
     )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(responses(), min_size=1, max_size=4))
 def test_many_responses_are_matched_as_the_rules_say(drawn: list[Drawn]) -> None:
     check(aligned_of(drawn), drawn)
