@@ -340,7 +340,7 @@ class Positions(Sequence[Position]):
 
     def text_lengths(self) -> IntArray:
         """Characters of each sampled token, shape (T,)."""
-        return np.array([len(token) for token in self.sampled.tokens.cast(pl.String).to_list()], dtype=np.int64)
+        return np.array([len(token) for token in self.sampled.texts()], dtype=np.int64)
 
     def part(self, start: int, stop: int) -> Positions:
         """The positions from one number to another."""

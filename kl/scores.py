@@ -157,8 +157,8 @@ class Scores(Sequence[Score | ScoreFailure | None]):
 
     def versions(self) -> set[str]:
         """What the service called the model."""
-        rows = pl.Series(np.unique(self.rows[self.is_score]), dtype=pl.UInt32)
-        return set(self.table.facts["model_version"].gather(rows).drop_nulls().unique()) if len(rows) else set()
+        named = (self.table.versions[row] for row in set(map(int, self.rows[self.is_score])))
+        return {version for version in named if version is not None}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from backends.base import ScoreRequest
 from backends.scores.rows import SCORES, results_of
 from flows.config.comparison import Comparison, Side
 from flows.folder.layout import Stores
@@ -126,14 +125,6 @@ class FileAnswers:
         self.n_odd = 0
         self._use_counts = use_counts
 
-    def request(self, response: Response, side: Side) -> ScoreRequest | None:
-        """What a model was asked of a response; None if the file names no P that this backend has."""
-        return self._stored.requests[response.name, side]
-
-    def get(self, key: str) -> Score | ScoreFailure | None:
-        """The answer to a context as it came."""
-        return self._stored.get(key)
-
     def count_evidence(self) -> CountEvidence:
         """What Q's answers to this file say of its service's counts."""
         responses = self._parsed.responses
@@ -190,7 +181,7 @@ class FileAnswers:
         return self._came[place]
 
     def _joined(self, response: Response, side: Side) -> tuple[str, Scores]:
-        request = self.request(response, side)
+        request = self._stored.requests[response.name, side]
         assert request is not None, "Q always has a name"
         keys: list[str | None] = [None] * len(response.positions)
         for position, key in zip(request.positions, request.keys, strict=True):

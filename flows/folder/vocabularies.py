@@ -9,7 +9,7 @@ import numpy as np
 
 from backends.base import ScoreRequest
 from backends.scores.store import ScoreStore
-from flows.folder.answers import FileAnswers
+from flows.folder.answers import StoredAnswers
 from kl.estimators.align import align
 from kl.estimators.divergence import PADDING_MASS, ExactDivergences, exact_pair
 from kl.estimators.token_keys import listed, logprob_of
@@ -35,23 +35,23 @@ class Exact(NamedTuple):
 
 def exact_divergences(
     response: Response,
-    found: FileAnswers,
+    stored: StoredAnswers,
     scores: ScoreStore,
     note: Callable[[Response, Sequence[int], str], None],
 ) -> Exact:
     """What full vocabularies say; of answered positions of which they say nothing, ``note`` is told which and why."""
     values = np.full((4, len(response.positions)), np.nan)
     vocabulary = None
-    request_p, request_q = found.request(response, "p"), found.request(response, "q")
+    request_p, request_q = stored.requests[response.name, "p"], stored.requests[response.name, "q"]
     assert request_q is not None, "Q always has a name"
     keys_q = dict(zip(request_q.positions, request_q.keys, strict=True))
-    answered = [position for position in keys_q if isinstance(found.get(keys_q[position]), Score)]
-    other = None if request_p is None else _other_writer(response, request_p, found)
+    answered = [position for position in keys_q if isinstance(stored.get(keys_q[position]), Score)]
+    other = None if request_p is None else _other_writer(response, request_p, stored)
     if request_p is None or other is not None:
         note(response, answered, other or "the file names no model that this backend has")
         return Exact(ExactDivergences(*values), None)
     keys_p = dict(zip(request_p.positions, request_p.keys, strict=True))
-    numbering = _numbering([(found.get(keys_p.get(t, "")), found.get(keys_q[t])) for t in answered])
+    numbering = _numbering([(stored.get(keys_p.get(t, "")), stored.get(keys_q[t])) for t in answered])
     pairs = {position: (keys_p.get(position, ""), keys_q[position]) for position in answered}
     for position, compared in _compared(pairs, scores, response.prompt.prompt_id):
         why = compared if isinstance(compared, str) else _no_exact_value(compared, numbering)
@@ -118,14 +118,14 @@ def _numbering(answers: Sequence[tuple[Answer, Answer]]) -> Literal["one", "two"
     return "two" if choice.n_mismatches else None
 
 
-def _other_writer(response: Response, request: ScoreRequest, found: FileAnswers) -> str | None:
+def _other_writer(response: Response, request: ScoreRequest, stored: StoredAnswers) -> str | None:
     """Why the model that the file names may not have written the response; None if it gives the values on record.
 
     Single values that differ are wrong numbers of the file; those of another model differ everywhere.
     """
     n_alike = n_other = 0
     for position, key in zip(request.positions, request.keys, strict=True):
-        score = found.get(key)
+        score = stored.get(key)
         if not isinstance(score, Score):
             continue
         for candidate in response.positions[position].top[:3]:

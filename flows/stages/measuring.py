@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -312,13 +313,11 @@ def _exact(surveyed: Surveyed, comparison: Comparison, stores: Stores, measured:
         return _ExactOfAll(None, None)
     kl, vocabulary = [np.zeros(0)], [np.zeros(0)]
     stored = StoredAnswers(surveyed.files, comparison, stores, comparison.sides())
-    for parsed in surveyed.files:
-        answers = FileAnswers(parsed, stored, measured.priors.counts.usable)
-        for response in parsed.responses:
-            found = exact_divergences(response, answers, stores.scores, measured.note_no_exact)
-            n = len(response.positions)
-            kl.append(np.full(n, np.nan) if found.divergences is None else found.divergences.kl)
-            vocabulary.append(np.full(n, np.nan if found.vocabulary is None else float(found.vocabulary)))
+    for response in chain.from_iterable(parsed.responses for parsed in surveyed.files):
+        found = exact_divergences(response, stored, stores.scores, measured.note_no_exact)
+        n = len(response.positions)
+        kl.append(np.full(n, np.nan) if found.divergences is None else found.divergences.kl)
+        vocabulary.append(np.full(n, np.nan if found.vocabulary is None else float(found.vocabulary)))
     return _ExactOfAll(np.concatenate(kl), np.concatenate(vocabulary))
 
 

@@ -7,7 +7,6 @@ that the other side names, one that the other side holds open too, or one that t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, FloatArray, IntArray, TopLists
-from kl.estimators.list_checks import Trusted, check_lengths, check_lists, rounding_steps
+from kl.estimators.list_checks import check_lengths, check_lists, rounding_steps
 from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
@@ -86,11 +85,16 @@ def _entries(sampled: Sequence[Candidate | None] | Entries | None, n: int) -> En
     return Entries.of([None] * n if sampled is None else sampled)
 
 
-def with_hidden(aligned: Aligned, lists_p: Sequence[Trusted], lists_q: Sequence[Trusted]) -> Aligned:
-    """The same with what one token outside each list may have, where its smallest value is no limit."""
+def with_hidden(aligned: Aligned, hidden_p: FloatArray, hidden_q: FloatArray) -> Aligned:
+    """The same with what one token outside each list may have, where its smallest value is no limit.
+
+    Parameters
+    ----------
+    hidden_p, hidden_q : float64, shape (T,)
+        Probabilities; NaN or 0 where the smallest value is one.
+    """
     caps_p, caps_q = (
-        np.array([math.log(item.largest_hidden) if item.largest_hidden else -math.inf for item in lists])
-        for lists in (lists_p, lists_q)
+        np.log(hidden, out=np.full(len(hidden), -np.inf), where=hidden > 0) for hidden in (hidden_p, hidden_q)
     )
     return replace(
         aligned,
@@ -127,7 +131,7 @@ class _Matching:
             return wanted
         some = lists.take(rows)
         same = some.padded(some.entries.codes(), NO_KEY) == sampled.codes()[rows, None]
-        keys = TopLists(lists.entries, lists.offsets).padded(self._keys_p, NO_KEY)[rows]
+        keys = lists.padded(self._keys_p, NO_KEY)[rows]
         found = wanted.copy()
         found[rows] = np.where(
             same.sum(axis=1) == 1, np.take_along_axis(keys, same.argmax(axis=1)[:, None], axis=1)[:, 0], NO_KEY
@@ -137,8 +141,9 @@ class _Matching:
     def aligned(self) -> Aligned:
         """What the rows have in common, and the special ones by all the rules."""
         p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q)
-        ambiguous = self._ambiguous(repeats(p.all_keys) | repeats(q.all_keys))
-        special = self._special(p, q, ambiguous)
+        repeated = repeats(p.all_keys) | repeats(q.all_keys)
+        ambiguous = self._ambiguous(repeated)
+        special = repeated | self._special(p, q, ambiguous)
         index_q = places_in(p.keys, np.where(q.keys < 0, _PADDING, q.keys))
         rows = self._by_all_rules(np.flatnonzero(special), ambiguous)
         logp_sampled, logq_sampled, clear = self._sampled(p, q)
@@ -195,10 +200,9 @@ class _Matching:
         return {response: frozenset(keys) for response, keys in found.items() if keys}
 
     def _special(self, p: _Padded, q: _Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:
-        """The rows that one of the rules for single cases may concern."""
+        """The rows that one of the rules for single cases may concern, those with a repeated key aside."""
         special = self._evidence.doubtful & self._by_id
-        special |= repeats(p.all_keys) | repeats(q.all_keys) | p.open_ties | q.open_ties
-        special |= self._is_stop & ~self._by_id
+        special |= p.open_ties | q.open_ties | (self._is_stop & ~self._by_id)
         ends = text_codes(sorted(END_TOKENS))
         ends_p, ends_q = np.isin(p.keys, ends) & ~self._by_id[:, None], np.isin(q.keys, ends) & ~self._by_id[:, None]
         special |= ends_p.any(axis=1) & ends_q.any(axis=1)

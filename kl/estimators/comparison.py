@@ -123,7 +123,7 @@ def compare(
     limits_p, limits_q = _limits(known_p, side_p.lists, wrong), _limits(known_q, side_q.lists, wrong)
     if any(item.largest_hidden for item in (*limits_p, *limits_q)):
         kept_p, kept_q = [item.candidates for item in limits_p], [item.candidates for item in limits_q]
-        aligned = with_hidden(align(kept_p, kept_q, sampled_p, side_q.added), limits_p, limits_q)
+        aligned = with_hidden(align(kept_p, kept_q, sampled_p, side_q.added), _hidden(limits_p), _hidden(limits_q))
     found = measure(aligned, expected)
 
     def where_right(values: FloatArray) -> FloatArray:
@@ -159,6 +159,10 @@ def _limits(known: Sequence[Trusted], lists: Sequence[Candidates], wrong: Sequen
     """The lists whose smallest value is a limit, or that say what else is; those set aside stay as they are."""
     found = with_lists(known, lists)
     return [item if row in wrong else without_contradicted(item) for row, item in enumerate(found)]
+
+
+def _hidden(limits: Sequence[Trusted]) -> FloatArray:
+    return np.array([item.largest_hidden or 0.0 for item in limits])
 
 
 def _known(sampled: Candidate | None, added: Candidate | None) -> Candidate | None:

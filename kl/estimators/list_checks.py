@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.columns import TopLists
+from kl.estimators.rows import n_responses
 from kl.estimators.token_keys import Candidates, is_known, logprob_of
 from kl.pieces import is_whole
 from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate
 
 _LARGEST_LOG = 700.0  # exp of more overflows float64
+SUM_NOISE = 1e-9  # of a mass that is added in another order
 _STEPS = (0.1, 0.01, 0.001, 0.0001)
 _TELLING_VALUES = 20  # fewer may be multiples by hand
 _FLOAT32 = 2e-7  # of a value that went through float32, and in nats of one near 0
@@ -58,14 +60,23 @@ def check_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> None:
 
 def _suspicious(lists: TopLists) -> list[int]:
     """The lists that `_problem` may say something of."""
+    found = (lists.lengths == 0) | (masses(lists) > LARGEST_MASS - SUM_NOISE)
+    found[unusable(lists)] = True
+    return np.flatnonzero(found).tolist()
+
+
+def unusable(lists: TopLists) -> NDArray[np.int64]:
+    """The numbers of the lists with a value that is not known, or that do not fall."""
     logs, rows = lists.entries.logprobs, lists.rows
     wrong = ~(logs > UNKNOWN_LOGPROB)
     wrong[1:] |= (rows[1:] == rows[:-1]) & ~(logs[1:] <= logs[:-1])
-    found = lists.lengths == 0
-    found[rows[wrong]] = True
-    # A hair below the limit, as sums may round otherwise.
-    found |= np.bincount(rows, np.exp(np.minimum(logs, _LARGEST_LOG)), len(lists)) > LARGEST_MASS - 1e-9
-    return np.flatnonzero(found).tolist()
+    return np.unique(rows[wrong])
+
+
+def masses(lists: TopLists) -> NDArray[np.float64]:
+    """The listed probability of each list, shape (N,); an entry that is there twice counts twice."""
+    probs = np.exp(np.minimum(lists.entries.logprobs, _LARGEST_LOG))
+    return np.bincount(lists.rows, probs, len(lists)).astype(np.float64)
 
 
 def _problem(candidates: Candidates) -> str | None:
@@ -112,7 +123,7 @@ def rounding_steps(lists: TopLists, response: NDArray[np.int64]) -> NDArray[np.f
     values = lists.entries.logprobs
     starts = np.flatnonzero(np.diff(of_entry, prepend=-1))
     first = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values))) < _TELLING_VALUES
-    steps = np.zeros(int(response[-1]) + 1 if len(response) else 0)
+    steps = np.zeros(n_responses(response))
     for step in _STEPS[::-1]:
         off = of_entry[first][~_is_multiple(values[first], step)]
         for number in np.setdiff1d(of_entry[starts], off).tolist():

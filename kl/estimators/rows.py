@@ -33,6 +33,11 @@ def row_counts(flags: BoolArray) -> IntArray:
     return total
 
 
+def n_responses(response: IntArray) -> int:
+    """How many responses rows are of, counted to that of the last one; their numbers never fall."""
+    return int(response[-1]) + 1 if len(response) else 0
+
+
 class Entries(NamedTuple):
     """Some of the entries of T rows, column by column and by row in each.
 

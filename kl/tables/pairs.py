@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, FloatArray, IntArray, Positions, TopLists
-from kl.estimators.align import Aligned, align
+from kl.estimators.align import Aligned, align, with_hidden
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import MIN_LISTED, measure
 from kl.estimators.matching.trust import TrustedLists
@@ -98,11 +98,7 @@ class Pairs:
     def aligned(self) -> Aligned:
         """Their matched lists."""
         matched = align(self.p.lists, self.q.lists, self.sampled_p, self.sampled_q, self.is_stop, self.response)
-        return replace(
-            matched,
-            log_cap_p=np.maximum(matched.log_cap_p, self.p.hidden_caps()),
-            log_cap_q=np.maximum(matched.log_cap_q, self.q.hidden_caps()),
-        )
+        return with_hidden(matched, self.p.largest_hidden, self.q.largest_hidden)
 
 
 class Paired(NamedTuple):

@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, IntArray, TopLists
+from kl.estimators.rows import n_responses
 from kl.estimators.token_bytes import BytesOf, byte_functions, is_part, plain_reader
 from kl.pieces import REPLACEMENT
 from kl.records import Candidate
@@ -41,7 +42,7 @@ class Sides(NamedTuple):
     @property
     def n_responses(self) -> int:
         """Of how many responses the positions are, counted to the last one."""
-        return int(self.response[-1]) + 1 if len(self.response) else 0
+        return n_responses(self.response)
 
     def slice_of(self, response: int) -> slice:
         """The positions of one response."""
@@ -71,7 +72,6 @@ class Numbers:
     texts: pl.Series
     token_codes: IntArray
     _texts: dict[int, bytes] = field(default_factory=dict[int, bytes])
-    _partial: dict[bytes, int] = field(default_factory=dict[bytes, int])
     _codes: dict[bytes, int] = field(default_factory=dict[bytes, int])
 
     def of(self, known: Sequence[bytes | None]) -> Codes:
@@ -83,7 +83,7 @@ class Numbers:
             self._texts[code] = item
         for item in new:
             if item not in self._codes:
-                self._codes[item] = self._partial.setdefault(item, _PARTIAL + len(self._partial))
+                self._codes[item] = _PARTIAL + len(self._codes)
                 self._texts[self._codes[item]] = item
         return np.array([NO_KEY if item is None else self._codes[item] for item in known], dtype=np.int32)
 
@@ -114,14 +114,15 @@ def key_codes(sides: Sides) -> KeyCodes:
     ends = np.cumsum([len(part) for part in parts])
     of_p, of_q, of_sampled_p, of_sampled_q = np.split(kinds.of_entry, ends[:-1])
     numbers = Numbers(kinds.texts, kinds.token_codes)
-    signs_p = _Signs.of(kinds, of_p, sides.response[sides.lists_p.rows], sides.n_responses)
-    signs_q = _Signs.of(kinds, of_q, sides.response[sides.lists_q.rows], sides.n_responses)
+    response_p, response_q = sides.response[sides.lists_p.rows], sides.response[sides.lists_q.rows]
+    signs_p = _Signs.of(kinds, of_p, response_p, sides.n_responses)
+    signs_q = _Signs.of(kinds, of_q, response_q, sides.n_responses)
     keys = [kinds.plain_keys(numbers, hides=hides) for hides in (False, True)]
     found = [
         np.where(hides[response], keys[1][of_entry], keys[0][of_entry])
         for of_entry, hides, response in (
-            (of_p, signs_p.hides, sides.response[sides.lists_p.rows]),
-            (of_q, signs_q.hides, sides.response[sides.lists_q.rows]),
+            (of_p, signs_p.hides, response_p),
+            (of_q, signs_q.hides, response_q),
             (of_sampled_p, signs_p.hides, sides.response),
             (of_sampled_q, signs_q.hides, sides.response),
         )
@@ -190,8 +191,7 @@ class _Kinds:
         kinds = np.unique(of_entry[of_entry >= 0])
         texts = self.texts.gather(pl.Series(kinds, dtype=pl.UInt32)).to_list() if len(kinds) else []
         return [
-            Candidate(text, None, None, self.stated[kind] if self.stated[kind] is not None else None)
-            for text, kind in zip(texts, kinds.tolist(), strict=True)
+            Candidate(text, None, None, self.stated[kind]) for text, kind in zip(texts, kinds.tolist(), strict=True)
         ]
 
     def read(self, of_entry: IntArray, read: BytesOf, numbers: Numbers) -> Codes:
@@ -239,10 +239,7 @@ class _Signs(NamedTuple):
         states = np.array([stated is not None and is_part(stated) for stated in kinds.stated], dtype=np.bool_)
 
         def any_of(flags: BoolArray) -> BoolArray:
-            found = np.zeros(n_responses, dtype=np.bool_)
-            if flags.any():
-                found[response[flags[of_entry]]] = True
-            return found
+            return with_any(flags[of_entry], response, n_responses)
 
         return cls(
             any_of(_matches(texts, "^ .*[0-9A-Za-z]") | states),
@@ -251,6 +248,13 @@ class _Signs(NamedTuple):
             any_of(states),
             any_of(_matches(texts, r"\x{FFFD}|^(?:\\x[0-9A-Fa-f]{2})+$") | states),
         )
+
+
+def with_any(flags: BoolArray, response: IntArray, n_responses: int) -> BoolArray:
+    """Which responses have a flag, shape (R,), from the flags of entries and the response of each."""
+    found = np.zeros(n_responses, dtype=np.bool_)
+    found[response[flags]] = True
+    return found
 
 
 def _at_a_glance(p: _Signs, q: _Signs) -> BoolArray:

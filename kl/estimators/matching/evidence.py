@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kl.columns import NO_ID, BoolArray, IntArray
-from kl.estimators.matching.codes import NO_KEY, Codes, KeyCodes, Sides
+from kl.estimators.matching.codes import NO_KEY, Codes, KeyCodes, Sides, with_any
 from kl.estimators.matching.places import places_in, repeats
 from kl.estimators.token_keys import MAX_ID_MISMATCH, KeyChoice, choose_key, paired_texts
 
@@ -32,7 +32,7 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
     n = sides.n_responses
     of_p, of_q = sides.response[sides.lists_p.rows], sides.response[sides.lists_q.rows]
     has_ids = ~(
-        _lacking(sides.lists_p.entries.ids == NO_ID, of_p, n) | _lacking(sides.lists_q.entries.ids == NO_ID, of_q, n)
+        with_any(sides.lists_p.entries.ids == NO_ID, of_p, n) | with_any(sides.lists_q.entries.ids == NO_ID, of_q, n)
     )
     has_bytes = ~(_without_bytes(sides, 0, of_p, n) | _without_bytes(sides, 1, of_q, n))
     doubtful = np.zeros(len(sides.response), dtype=np.bool_)
@@ -63,16 +63,10 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
     return Evidence(tuple(choices), doubtful)
 
 
-def _lacking(lacks: BoolArray, response: IntArray, n: int) -> BoolArray:
-    found = np.zeros(n, dtype=np.bool_)
-    found[response[lacks]] = True
-    return found
-
-
 def _without_bytes(sides: Sides, side: int, response: IntArray, n: int) -> BoolArray:
     stated = (sides.lists_p, sides.lists_q)[side].entries.stated
     lacks = np.ones(len(response), dtype=np.bool_) if stated is None else stated.is_null().to_numpy()
-    return _lacking(lacks, response, n)
+    return with_any(lacks, response, n)
 
 
 def _doubtful(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> BoolArray:

@@ -18,17 +18,19 @@ from kl.estimators.list_checks import (
     FLOAT_NOISE,
     FLOOR_BELOW,
     MOST_TOKENS,
+    SUM_NOISE,
     TELLING,
     Trusted,
     is_common,
+    masses,
     trusted,
+    unusable,
     without_contradicted,
 )
 from kl.estimators.matching.places import repeats
+from kl.estimators.rows import n_responses
 from kl.estimators.token_keys import listed
-from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB
-
-_SUM_NOISE = 1e-9  # of a mass that is added in another order
+from kl.records import LARGEST_MASS
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +150,15 @@ class TrustedLists:
                 rows[row], changed[row] = after, True
         return self.with_rows(rows), changed
 
-    def hidden_caps(self) -> FloatArray:
-        """Logarithm of what one token outside each list may have where its smallest value is no limit, else -inf."""
-        hidden = np.where(self.largest_hidden > 0, self.largest_hidden, 0.0)
-        return np.log(hidden, out=np.full(len(hidden), -np.inf), where=hidden > 0)
-
-
-def masses(lists: TopLists) -> FloatArray:
-    """The listed probability of each list, shape (N,); an entry that is there twice counts twice."""
-    return np.bincount(lists.rows, np.exp(np.minimum(lists.entries.logprobs, 700.0)), len(lists)).astype(np.float64)
-
 
 def is_contradicted(mass: FloatArray, least: FloatArray) -> BoolArray:
     """Whether more is left over than any vocabulary of tokens as large as the least has, rounding left aside."""
-    return 1.0 - mass - FLOAT_NOISE + _SUM_NOISE > MOST_TOKENS * np.exp(least)
+    return 1.0 - mass - FLOAT_NOISE + SUM_NOISE > MOST_TOKENS * np.exp(least)
 
 
 def listed_columns(lists: TopLists) -> TopLists:
     """`kl.estimators.token_keys.listed` of each list."""
-    logs, rows = lists.entries.logprobs, lists.rows
-    wrong = ~(logs > UNKNOWN_LOGPROB)
-    wrong[1:] |= (rows[1:] == rows[:-1]) & ~(logs[1:] <= logs[:-1])
-    single = np.unique(rows[wrong])
+    single = unusable(lists)
     if not single.size:
         return lists
     return lists.replaced(single, TopLists.of([listed(lists[int(row)]).candidates for row in single]))
@@ -177,14 +166,14 @@ def listed_columns(lists: TopLists) -> TopLists:
 
 def _common_floors(lists: TopLists, response: IntArray) -> FloatArray:
     """`common_floors` of each response, shape (R,); NaN where there is none."""
-    n_responses = int(response[-1]) + 1 if len(response) else 0
+    n = n_responses(response)
     last = lists.last()
-    least = np.zeros(n_responses)
+    least = np.zeros(n)
     np.minimum.at(least, response, np.nan_to_num(last, nan=0.0))
     long = np.flatnonzero(lists.lengths > 2)
     ties = long[lists.entries.logprobs[lists.offsets[1:][long] - 3] == last[long]]
     ties = ties[last[ties] == least[response[ties]]]
-    n_ties, n_lists = np.bincount(response[ties], minlength=n_responses), np.bincount(response, minlength=n_responses)
+    n_ties, n_lists = np.bincount(response[ties], minlength=n), np.bincount(response, minlength=n)
     return np.where((least <= FLOOR_BELOW) & is_common(n_ties, n_lists), least, np.nan)
 
 
@@ -199,7 +188,7 @@ def _suspicious(lists: TopLists, mass: FloatArray, n_dropped: IntArray, floor: F
     clip = (last == floor[filled]) | ((last <= EXTREME) & ((last == np.trunc(last)) | (before == last)))
     one_floor = (n > ENOUGH) & (second == last) & (first > -1e-3)
     alone = (n == 1) & (n_dropped[filled] > 0) & (first > -CERTAIN)
-    above = mass[filled] > LARGEST_MASS - _SUM_NOISE
+    above = mass[filled] > LARGEST_MASS - SUM_NOISE
     found[filled] = clip | one_floor | alone | above | is_contradicted(mass[filled], last)
     # An entry that is there twice counts once.
     ties = np.unique(lists.rows[1:][(logs[1:] == logs[:-1]) & (lists.rows[1:] == lists.rows[:-1])])
@@ -213,7 +202,7 @@ def _truncated(found: TrustedLists, response: IntArray) -> BoolArray:
     """`kl.estimators.list_checks.truncated` within each response."""
     whole = np.abs(1.0 - found.mass) <= FLOAT_NOISE
     telling = (found.lists.lengths > 1) & (np.exp(found.lists.last()) >= TELLING)
-    n_responses = int(response[-1]) + 1 if len(response) else 0
-    n_whole = np.bincount(response[whole & telling], minlength=n_responses)
-    n_telling = np.bincount(response[telling], minlength=n_responses)
+    n_whole, n_telling = (
+        np.bincount(response[rows], minlength=n_responses(response)) for rows in (whole & telling, telling)
+    )
     return whole & ((n_whole > 0) & (2 * n_whole >= n_telling))[response]

@@ -220,7 +220,8 @@ def test_bounds_hold_where_values_that_the_mass_contradicts_were_taken_out(seed,
     found_p = trusted(tuple(sorted(spoilt, key=lambda c: -c.logprob)))
     assert found_p.n_clipped == len(wrong)
     known = align([found_p.candidates], [top_q])
-    lower = lower_bounds(cells(with_hidden(known, [found_p], [trusted(top_q)])))
+    hidden_p, hidden_q = (np.array([item.largest_hidden or 0.0]) for item in (found_p, trusted(top_q)))
+    lower = lower_bounds(cells(with_hidden(known, hidden_p, hidden_q)))
     kl, reverse, _, tv = true_divergences(logp, logq)
     assert lower.kl[0] <= kl[0] + 1e-6
     assert lower.reverse_kl[0] <= reverse[0] + 1e-6
