@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from benchmarks.baseline import floor_of, plain
 from benchmarks.token_rows import drawn_lists
 from kl.estimators.align import align
 from kl.estimators.divergence import floor
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_it_is_the_floor() -> None:
@@ -22,9 +20,7 @@ def test_it_is_the_floor() -> None:
 
 
 def test_either_kind_of_lists_has_its_rate() -> None:
-    command = [sys.executable, "benchmarks/baseline.py", "--positions", "50", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, _, flat, peaked = done.stdout.splitlines()
+    head, _, flat, peaked = printed("baseline", "--positions", "50", "--repeats", "1")
     assert head == "| lists | positions/s |"
     assert re.fullmatch(r"\| flat \| [\d,]+ \|", flat)
     assert re.fullmatch(r"\| peaked \| [\d,]+ \|", peaked)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_every_stage_has_its_figures_for_both_lengths() -> None:
-    command = [sys.executable, "benchmarks/batch_rows.py", "--short", "2", "--long", "60", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, rule, *lines = done.stdout.splitlines()
+    head, rule, *lines = printed("batch_rows", "--short", "2", "--long", "60", "--repeats", "1")
     assert head.startswith("| | responses × tokens | bytes a row |")
     assert rule == "|---|" + "---|" * 8
     assert [line.split("|")[1].strip() for line in lines] == ["build", "read", "store"] * 2

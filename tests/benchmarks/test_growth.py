@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_every_stage_has_a_figure_at_every_size() -> None:
-    command = [sys.executable, "benchmarks/growth.py", "--responses", "2", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, rule, *lines = done.stdout.splitlines()
+    head, rule, *lines = printed("growth", "--responses", "2", "--repeats", "1")
     assert head == "| ms a response | 2 responses | 8 responses | 32 responses |"
     assert rule == "|---|---|---|---|"
     assert [line.split("|")[1].strip() for line in lines] == ["plan", "rows", "ledger", "polling"]

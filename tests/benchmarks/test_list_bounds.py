@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.list_bounds import read_lists, write_lists
 from benchmarks.token_rows import drawn_lists
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_the_lists_come_back_from_the_file(tmp_path: Path) -> None:
@@ -19,9 +17,7 @@ def test_the_lists_come_back_from_the_file(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_its_rate_and_its_ratio() -> None:
-    command = [sys.executable, "benchmarks/list_bounds.py", "--positions", "60", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, _, *lines = done.stdout.splitlines()
+    head, _, *lines = printed("list_bounds", "--positions", "60", "--repeats", "1")
     assert head == "| positions/s (× baseline) | flat | peaked |"
     stages = ["read", "match", "floor and lower bounds", "all", "baseline"]
     assert [line.split("|")[1].strip() for line in lines] == stages

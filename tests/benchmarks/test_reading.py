@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_every_kind_of_file_has_its_figures() -> None:
-    command = [sys.executable, "benchmarks/reading.py", "--responses", "2", "--tokens", "5", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, rule, *lines = done.stdout.splitlines()
+    head, rule, *lines = printed("reading", "--responses", "2", "--tokens", "5", "--repeats", "1")
     assert head == "| file | MB/s | positions/s | × json.loads | share of a copy | peak, × file |"
     assert rule == "|---|---|---|---|---|---|"
     assert [line.split("|")[1].strip() for line in lines] == ["ids", "bytes", "masked tokens", "entry by entry"]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_every_stage_has_a_figure_for_either_kind() -> None:
-    command = [sys.executable, "benchmarks/token_rows.py", "--positions", "100", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, rule, *lines = done.stdout.splitlines()
+    head, rule, *lines = printed("token_rows", "--positions", "100", "--repeats", "1")
     assert head == "| positions a second, of 100 | flat | peaked |"
     assert rule == "|---|---|---|"
     assert [line.split("|")[1].strip() for line in lines] == [

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
-from tests import ROOT
+from tests.benchmarks.scripts import printed
 
 
 def test_every_stage_has_its_rates() -> None:
-    command = [sys.executable, "benchmarks/writing.py", "--positions", "400", "--length", "30", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    head, _, *lines = done.stdout.splitlines()
+    head, _, *lines = printed("writing", "--positions", "400", "--length", "30", "--repeats", "1")
     assert head == "| what | positions/s | MB/s | times json.dumps |"
     assert [line.split("|")[1].strip() for line in lines] == [
         "json.dumps of the rows",
