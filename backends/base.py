@@ -114,6 +114,46 @@ class ScoreRequest:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One response that a model is to write.
+
+    Attributes
+    ----------
+    key : str
+        Of this response; comes back in the result.
+    name : str
+        How it is called in logs and job files.
+    model : str
+        The model that writes.
+    prompt : Prompt
+        With the system text that this model is to see.
+    settings : SampleSettings
+    index : int
+        Its number among the responses to this prompt, from 0; its seed is ``settings.seed + index``.
+    prefix : str
+        How the response begins: the model goes on from there, and only what it adds is the response.
+    prefix_ids : tuple of int, optional
+        The token ids of the prefix, where they are known.
+    """
+
+    key: str
+    name: str
+    model: str
+    prompt: Prompt
+    settings: SampleSettings
+    index: int = 0
+    prefix: str = ""
+    prefix_ids: tuple[int, ...] | None = None
+
+
+class Sample(NamedTuple):
+    """A response that was written, under the key of its request; its ``source_file`` is empty."""
+
+    key: str
+    response: Response
+
+
 class Capabilities(NamedTuple):
     """What a backend can do, known without a call.
 
@@ -121,7 +161,9 @@ class Capabilities(NamedTuple):
     ``samples`` that it can write responses; ``token_ids`` that it feeds P's token ids, where they are its own, instead
     of the text (the ids then belong to the key of a score); ``remote`` that it sends texts to a service, which may cost
     money; ``deferred`` that its answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`);
-    ``exact_pairs`` that it compares the whole vocabularies of two of its models itself (`ScoreRequest.counterparts`).
+    ``exact_pairs`` that it compares the whole vocabularies of two of its models itself (`ScoreRequest.counterparts`);
+    ``one_pass`` that all positions of a response may be one request, so that a response's tokens are charged once;
+    ``discovers`` that what decides the identity of its answers is known to the service alone (`Backend.discover`).
     """
 
     max_top_logprobs: int
@@ -131,6 +173,8 @@ class Capabilities(NamedTuple):
     remote: bool = True
     deferred: bool = False
     exact_pairs: bool = False
+    one_pass: bool = False
+    discovers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +313,21 @@ class Backend(ABC):
         """As `interrupted`, for a run whose process is gone: by what is on record, with the same end if repeated."""
         return None
 
+    async def discover(self, model: str, *, call: bool = True) -> BackendOptions:
+        """Find out what decides the identity of answers and only the service knows; called before anything is planned.
+
+        Gives the options with it, which `identity` is then given. Only with the capability ``discovers``. It may send a
+        few tiny requests where nothing on record (in ``state_dir``) serves, and answers from the record where the
+        service cannot be reached, so that what was bought stays readable. Without ``call``, in a dry run, the backend
+        is not entered and only the record serves; the options are then given back as they are where there is none.
+
+        Raises
+        ------
+        ModelNotUsableError
+            If nothing is on record and the service does not say it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to discover")
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.
@@ -300,8 +359,11 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no jobs that outlive the process")
 
-    def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
-        """Write ``n`` responses to ``prompt``; ``source_file`` is left empty."""
+    def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        """Yield exactly one result for each response asked, in any order, as it is there.
+
+        Only with the capability ``samples``. A failure is of one response; what holds for all is raised.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not sample responses")
 
 

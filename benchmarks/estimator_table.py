@@ -26,7 +26,7 @@ from scipy.stats import rankdata
 if __name__ == "__main__":  # started as a file, the project itself is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backends.base import BackendOptions, SampleSettings, ScoreRequest
+from backends.base import BackendOptions, Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.local.backend import LocalBackend
 from kl.estimators.align import align
 from kl.estimators.censored import SpreadEvidence, pooled_prior
@@ -153,7 +153,8 @@ async def _sample(prompts: Sequence[Prompt], n_tokens: int, seed: int, k: int) -
     async with LocalBackend(BackendOptions()) as backend:
         for index, prompt in enumerate(prompts):
             settings = SampleSettings(max_tokens=n_tokens, top_logprobs=k, seed=seed + index)
-            found += [response async for response in backend.sample(prompt, MODEL_P, settings, 1)]
+            request = SampleRequest("", "", MODEL_P, prompt, settings)
+            found += [item.response async for item in backend.sample([request]) if isinstance(item, Sample)]
     return [response for response in found if response.positions]
 
 

@@ -21,8 +21,8 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed, State
 
-from backends.base import Backend, BackendOptions
-from backends.errors import ConfigError, TokenKLError
+from backends.base import Backend, BackendOptions, SampleRequest
+from backends.errors import BackendError, ConfigError, TokenKLError
 from backends.session import BackendSession
 from backends.storage import as_location, files_in, local_copies
 from flows.config.backend import resolve_backend
@@ -32,7 +32,7 @@ from flows.folder.output import prepare_output, write_json
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
 from kl.input.writer import response_document
-from kl.records import Prompt, Response, Turn
+from kl.records import Prompt, Response, ScoreFailure, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,16 @@ def sample(config: SampleConfig) -> list[str]:
 
 async def _write_responses(backend: Backend, config: SampleConfig, index: int) -> dict[str, Any]:
     prompt = Prompt((Turn("user", config.prompts[index]),), _system(config, backend.options))
-    found: list[Response] = [
-        response async for response in backend.sample(prompt, config.model1, config.sampling, config.num_responses)
+    requests = [
+        SampleRequest(f"{index}/{i}", f"{index:03d}#{i}", config.model1, prompt, config.sampling, i)
+        for i in range(config.num_responses)
     ]
-    return response_document(prompt, config.model1, _sampling(config), found)
+    found: dict[str, Response] = {}
+    async for result in backend.sample(requests):
+        if isinstance(result, ScoreFailure):
+            raise BackendError(f"prompt {index}: {result.message}")
+        found[result.key] = result.response
+    return response_document(prompt, config.model1, _sampling(config), [found[item.key] for item in requests])
 
 
 def _system(config: SampleConfig, options: BackendOptions) -> str | None:

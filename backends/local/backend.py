@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, TypeVar
 
-from backends.base import Backend, BackendOptions, Capabilities, SampleSettings, ScoreRequest
+from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import TokenKLError
 from backends.local.engine import ENGINE
 from backends.local.gguf import BACKEND
@@ -26,7 +26,7 @@ from backends.local.models import LocalModel, check_model, find_model, load_mode
 from backends.local.sampling import sample_steps
 from backends.local.tokenizer import PromptRefusedError, Tokenizer, split_text
 from backends.local.work import Asked, Prepared, steps, units_of
-from kl.records import Prompt, Response, Score, ScoreFailure
+from kl.records import Score, ScoreFailure
 from kl.tables.context_counts import RETOKENISED
 
 logger = logging.getLogger(__name__)
@@ -93,19 +93,17 @@ class LocalBackend(Backend):
                 for result in some:
                     yield result
 
-    async def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
-        """Write ``n`` responses. Their lists come from the same pass that `score` makes, so P against itself gives 0.
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        """Write responses. Their lists come from the same pass that `score` makes, so P against itself gives 0.
 
         Raises
         ------
-        PromptRefusedError
-            If the model has no form for the prompt, or no room for an answer.
         ModelNotUsableError, MissingDependencyError
-            If the model cannot be used.
+            If a model cannot be used.
         """
-        steps = sample_steps(prompt, model, settings, n)
-        while (response := await _in_worker(functools.partial(next, steps, None))) is not None:
-            yield response
+        steps = sample_steps(requests)
+        while (result := await _in_worker(functools.partial(next, steps, None))) is not None:
+            yield result
 
 
 @functools.cache

@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import SampleSettings
+from backends.base import Sample, SampleRequest, SampleSettings
 from backends.local.candidates import candidate, top_candidates
 from backends.local.engine import Cache
 from backends.local.gguf import BACKEND, FloatArray
 from backends.local.models import LocalModel, find_model, load_model
 from backends.local.tokenizer import PromptRefusedError, split_text
-from kl.records import Position, Prompt, Response, Sampling
+from kl.records import Position, Response, Sampling, ScoreFailure
 
 
-def sample_steps(prompt: Prompt, name: str, settings: SampleSettings, n: int) -> Iterator[Response]:
-    """``n`` responses of the model ``name``, one after the other.
+def sample_steps(requests: Sequence[SampleRequest]) -> Iterator[Sample | ScoreFailure]:
+    """The responses asked, one after the other; those to one prompt share its pass."""
+    for (name, prompt, prefix, prefix_ids), alike in groupby(requests, attrgetter(*_SHARED)):
+        model = load_model(find_model(name))
+        asked = list(alike)
+        try:
+            context = [*model.template.encode(prompt), *_prefix_ids(model, prefix, prefix_ids)]
+            _check_length(context, model, name)
+        except PromptRefusedError as error:
+            yield from (ScoreFailure(request.key, "prompt-refused", str(error), final=True) for request in asked)
+            continue
+        cache = Cache(model.engine.config)
+        first_logits = model.engine.feed(cache, context)
+        for request in asked:
+            del cache.ids[len(context) :]
+            yield Sample(request.key, _response(request, model, context, cache, first_logits))
 
-    Raises
-    ------
-    PromptRefusedError
-        If the model has no form for the prompt, or no room for an answer.
-    """
-    model = load_model(find_model(name))
-    prompt_ids = model.template.encode(prompt)
+
+_SHARED = ("model", "prompt", "prefix", "prefix_ids")
+
+
+def _prefix_ids(model: LocalModel, prefix: str, ids: tuple[int, ...] | None) -> Sequence[int]:
+    """The tokens of a prefix: those stated, if they are this model's own and are its text."""
+    if ids is not None and all(0 <= index < len(model.tokenizer) for index in ids):
+        said = b"".join(model.tokenizer.token_bytes(index) for index in ids)
+        if said.decode("utf-8", "replace") == prefix:
+            return ids
+    return model.tokenizer.encode(prefix) if prefix else ()
+
+
+def _check_length(context: Sequence[int], model: LocalModel, name: str) -> None:
     limit = model.engine.config.context_length
-    if not 0 < len(prompt_ids) <= limit:
+    if not 0 < len(context) <= limit:
         raise PromptRefusedError(
-            f"the prompt has {len(prompt_ids)} tokens, model {name!r} takes 1 to {limit}.", backend=BACKEND, model=name
+            f"the prompt has {len(context)} tokens, model {name!r} takes 1 to {limit}.", backend=BACKEND, model=name
         )
-    cache = Cache(model.engine.config)
-    first_logits = model.engine.feed(cache, prompt_ids)
-    for index in range(n):
-        del cache.ids[len(prompt_ids) :]
-        rng = np.random.default_rng(settings.seed + index)
-        ids, stop = _sample_ids(model, cache, first_logits, settings, rng)
-        yield Response(
-            source_file="",
-            response_idx=index,
-            prompt=prompt,
-            model=name,
-            text="".join(split_text([model.tokenizer.token_bytes(token) for token in ids])),
-            positions=_positions(model, prompt_ids, ids, stop, settings.top_logprobs),
-            finish_reason="MAX_TOKENS" if stop is None else "STOP",
-            sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
-            model_version=model.source.version,
-            has_stop=stop is not None,
-        )
+
+
+def _response(
+    request: SampleRequest, model: LocalModel, context: list[int], cache: Cache, first_logits: FloatArray
+) -> Response:
+    settings = request.settings
+    rng = np.random.default_rng(settings.seed + request.index)
+    ids, stop = _sample_ids(model, cache, first_logits, settings, rng)
+    return Response(
+        source_file="",
+        response_idx=request.index,
+        prompt=request.prompt,
+        model=request.model,
+        text="".join(split_text([model.tokenizer.token_bytes(token) for token in ids])),
+        positions=_positions(model, context, ids, stop, settings.top_logprobs),
+        finish_reason="MAX_TOKENS" if stop is None else "STOP",
+        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
+        model_version=model.source.version,
+        has_stop=stop is not None,
+    )
 
 
 def _sample_ids(

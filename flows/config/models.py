@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Estimator = Literal["censored", "floor", "lower", "bucket"]
 Stage = Literal["run", "submit", "collect"]
 
+_LONGEST_LIST = 1_000_000  # the backend has the bound that counts; no vocabulary is longer
+
 
 class BackendChoice(BaseModel):
     """Which backend is asked, and its own options."""
@@ -125,10 +127,10 @@ class RunConfig(CommonConfig):
         "fields such as {date}, as input_dir may."
     )
     model2: str = Field(min_length=1, description="Model Q, as its backend names it.")
-    top_logprobs: Annotated[int, Field(ge=1, le=20)] | Literal["full"] = Field(
+    top_logprobs: Annotated[int, Field(ge=1, le=_LONGEST_LIST)] | Literal["full"] = Field(
         default=20,
-        description="Candidates asked per position, 1 to 20; 'full' adds every token's log-probability of both models, "
-        "hence the exact KL (backends with a full vocabulary only).",
+        description="Candidates asked per position, 1 to what the backend reports (Vertex AI: 20); 'full' adds every "
+        "token's log-probability of both models, hence the exact KL (backends with a full vocabulary only).",
     )
     keep_vocabularies: bool = Field(
         default=False,
@@ -198,7 +200,11 @@ class RunConfig(CommonConfig):
     def _top_logprobs_range(cls, value: Any) -> Any:
         if value == "full":
             return value
-        return _whole_number(value, 20, "must be from 1 to 20 candidates per position, or 'full'")
+        return _whole_number(
+            value,
+            _LONGEST_LIST,
+            "must be 1 or more candidates per position, as many as the backend reports, or 'full'",
+        )
 
     @field_validator("responses_per_job", mode="before")
     @classmethod

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from backends.errors import ConfigError
+from backends.session import BackendSession
 from backends.vertex.prices import PRICES_AS_OF
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
@@ -28,7 +31,7 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
-    comparison = without_refused(comparison)
+    comparison = discovered(without_refused(comparison), call=False)
     scores = comparison.folder.stores().scores
     scores.prefetch()
     built = comparison.build_backend()
@@ -47,6 +50,28 @@ def without_refused(comparison: Comparison) -> Comparison:
             "try again", ", ".join(sorted(refused)), folder.refusals,
         )  # fmt: skip
     return comparison.without(refused)
+
+
+def discovered(comparison: Comparison, *, call: bool) -> Comparison:
+    """The same with complete options, which decide under which keys answers are kept.
+
+    Parameters
+    ----------
+    call : bool
+        Whether the service may be asked; otherwise only what is on record serves.
+
+    Raises
+    ------
+    ModelNotUsableError
+        If nothing is on record and the service does not say it.
+    """
+    if not comparison.backend.capabilities.discovers:
+        return comparison
+    built, model = comparison.build_backend(), comparison.config.model2
+    if not call:
+        return replace(comparison, options=asyncio.run(built.discover(model, call=False)))
+    with BackendSession(built) as session:
+        return replace(comparison, options=session.run(built.discover(model)))
 
 
 def check_cost(plan: Plan, max_cost_usd: float | None) -> None:

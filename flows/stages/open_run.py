@@ -33,7 +33,7 @@ from flows.folder.refusals import Refusal, note_refusals
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import ProgressReporter
-from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls, without_refused
+from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import parsed_files_kept
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
@@ -155,7 +155,7 @@ class OpenRun:
 
         Only when the folder's lock is held: a run that had it before may have written until then.
         """
-        self.comparison = without_refused(self.comparison)
+        self.comparison = discovered(without_refused(self.comparison), call=True)
         self.stores = self.comparison.folder.stores()
         self.backend = self.comparison.build_backend(flow_run.id)
         for note in self.comparison.notes:

@@ -83,7 +83,7 @@ def changed(*path: Any, to: Any) -> Callable[[], Any]:
         ),
         pytest.param(
             changed("quickstart-local", "parameters", "config", "top_logprobs", to=21),
-            ["top_logprobs", "from 1 to 20", "21"],
+            ["top_logprobs", "1 or more", "0"],
             id="a value out of bounds",
         ),
         pytest.param(

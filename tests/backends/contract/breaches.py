@@ -18,7 +18,8 @@ from backends.base import (
     Backend,
     BackendOptions,
     Capabilities,
-    SampleSettings,
+    Sample,
+    SampleRequest,
     ScoreRequest,
     WorkEstimate,
 )
@@ -100,17 +101,19 @@ class Toy(Backend):
         order = np.argsort(-logprobs, kind="stable")[:k].tolist()
         return tuple(Candidate(CHARACTERS[index], float(logprobs[index]), index) for index in order)
 
-    async def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
-        for index in range(n):
-            rng = np.random.default_rng(settings.seed + index)
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        for request in requests:
+            settings = request.settings
+            rng = np.random.default_rng(settings.seed + request.index)
             text, positions = "", []
             for _ in range(settings.max_tokens):
-                logprobs = self.logprobs(prompt.canonical() + text)
+                logprobs = self.logprobs(request.prompt.canonical() + text)
                 drawn = int(rng.choice(len(CHARACTERS), p=np.exp(logprobs)))
                 sampled = Candidate(CHARACTERS[drawn], float(logprobs[drawn]), drawn)
                 positions.append(Position(sampled, self.listed(logprobs, settings.top_logprobs)))
                 text += CHARACTERS[drawn]
-            yield Response("", index, prompt, model, text, tuple(positions), "MAX_TOKENS")
+            response = Response("", request.index, request.prompt, request.model, text, tuple(positions), "MAX_TOKENS")
+            yield Sample(request.key, response)
 
 
 # Breaches. Each class keeps the contract but for one thing.
@@ -430,15 +433,24 @@ class ReportsAList(Toy):
 
 
 class SamplesOthers(Toy):
-    async def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
-        async for response in super().sample(Prompt((Turn("user", "other"),)), model, settings, n):
-            yield replace(response, prompt=prompt)
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        others = [replace(request, prompt=Prompt((Turn("user", "other"),))) for request in requests]
+        async for result in super().sample(others):
+            assert isinstance(result, Sample)
+            yield Sample(result.key, replace(result.response, prompt=requests[0].prompt))
 
 
 class SamplesOne(Toy):
-    async def sample(self, prompt: Prompt, model: str, settings: SampleSettings, n: int) -> AsyncIterator[Response]:
-        async for response in super().sample(prompt, model, settings, 1):
-            yield replace(response, text=response.text + "!")
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        async for result in super().sample(requests[:1]):
+            yield result
+
+
+class SamplesOtherTexts(Toy):
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        async for result in super().sample(requests):
+            assert isinstance(result, Sample)
+            yield Sample(result.key, replace(result.response, text=result.response.text + "!"))
 
 
 class SubmitsNothing(Toy):
@@ -578,7 +590,8 @@ BREACHES = [
     Breach("ids that are not the index", FULL, mutated(other_ids), "which full_logprobs does not say"),
     Breach("foreign ids fed", "token ids of another model are not fed", FeedsAnyIds, "with ids from 0"),
     Breach("samples of something else", "samples are what score would say", SamplesOthers, "nats apart"),
-    Breach("fewer samples than asked", "samples are what score would say", SamplesOne, "1 responses where n was 2"),
+    Breach("fewer samples than asked", "samples are what score would say", SamplesOne, "1 results for 2 requests"),
+    Breach("samples with other texts", "samples are what score would say", SamplesOtherTexts, "do not add up"),
     Breach("an answer to nothing", "nothing asked is nothing answered", StopsAtNothing, "no requests: 1 results"),
     Breach("one queue for all calls", "calls at the same time keep apart", SharedQueue, "belong to another call"),
     Breach("a report of objects", "the report is json", ReportsObjects, "is not JSON"),
