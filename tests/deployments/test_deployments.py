@@ -82,7 +82,7 @@ def changed(*path: Any, to: Any) -> Callable[[], Any]:
             id="an option of the backend",
         ),
         pytest.param(
-            changed("quickstart-local", "parameters", "config", "top_logprobs", to=21),
+            changed("quickstart-local", "parameters", "config", "top_logprobs", to=0),
             ["top_logprobs", "1 or more", "0"],
             id="a value out of bounds",
         ),
