@@ -216,12 +216,15 @@ class Backend(ABC):
     ----------
     name : str or None
         What the class is registered as. It is not inherited: a subclass is another backend.
+    needs : tuple of str
+        What must be there beside the program, each in a few words for the list of backends.
     run_id : str or None
         The flow run that uses the backend, set before it is entered; a backend with remote jobs records it with them.
     """
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     capabilities: ClassVar[Capabilities]
+    needs: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str | None] = None
     run_id: str | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import pluggy
 from pydantic import ValidationError
@@ -16,10 +16,24 @@ from backends.base import Backend, BackendOptions, own_name
 from backends.errors import ConfigError, DuplicateBackendError, UnknownBackendError, did_you_mean
 
 ENTRY_POINT_GROUP = "tokenkl.backends"
+_BUILT_IN = "built in"
+_NUMBER = " ["
 
 
 def build_targets(plugins: Iterable[object] = ()) -> dict[str, str]:
-    """Name → ``module:Class`` of every backend: built-in, from entry points, and from ``plugins``.
+    """Name → ``module:Class`` of every backend, as `registered` finds them."""
+    return {name: found.target for name, found in registered(plugins).items()}
+
+
+class Registered(NamedTuple):
+    """Where a backend's class is, ``module:Class``, and who announced it: a distribution with its version."""
+
+    target: str
+    origin: str
+
+
+def registered(plugins: Iterable[object] = ()) -> dict[str, Registered]:
+    """Name → place of every backend: built-in, from entry points, and from ``plugins``.
 
     Raises
     ------
@@ -30,7 +44,7 @@ def build_targets(plugins: Iterable[object] = ()) -> dict[str, str]:
     """
     manager = pluggy.PluginManager(backends.hookspecs.PROJECT)
     manager.add_hookspecs(backends.hookspecs)
-    manager.register(backends.builtin, name="tokenkl built-in backends")
+    manager.register(backends.builtin, name=_BUILT_IN)
     _load_entry_points(manager)
     for plugin in plugins:
         _register(manager, plugin, getattr(plugin, "__name__", type(plugin).__name__))
@@ -48,7 +62,9 @@ def _load_entry_points(manager: pluggy.PluginManager) -> None:
     from importlib.metadata import entry_points
 
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        dist = entry_point.dist
         where = f"{entry_point.name} = {entry_point.value}"
+        origin = where if dist is None else f"{dist.name} {dist.version}"
         try:
             plugin = entry_point.load()
         except Exception as error:
@@ -56,32 +72,36 @@ def _load_entry_points(manager: pluggy.PluginManager) -> None:
                 f"the backend plugin {where!r} (entry-point group {ENTRY_POINT_GROUP}) cannot be imported: "
                 f"{type(error).__name__}: {error}. Repair or uninstall it."
             ) from error
-        _register(manager, plugin, where)
+        _register(manager, plugin, origin)
 
 
 def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
     # Registered under a name of our own, because pluggy skips a second plugin of one name without a word.
     try:
-        manager.register(plugin, name=f"{name} [{len(manager.get_plugins())}]")
+        manager.register(plugin, name=f"{name}{_NUMBER}{len(manager.get_plugins())}]")
     except pluggy.PluginValidationError as error:
         raise ConfigError(f"the backend plugin {name!r} does not fit the hook: {error}") from error
 
 
-def _collect(manager: pluggy.PluginManager) -> dict[str, str]:
-    targets: dict[str, str] = {}
+def _collect(manager: pluggy.PluginManager) -> dict[str, Registered]:
+    found: dict[str, Registered] = {}
+    origin = ""
 
     def register(name: str, target: str) -> None:
         module, _, attribute = target.partition(":")
         if not name or not module or not attribute:
             raise ConfigError(f"backend {name!r} has the target {target!r}; write it as 'module:Class'.")
-        if name in targets:
+        if name in found:
             raise DuplicateBackendError(
-                f"the backend name {name!r} is registered twice: {targets[name]} and {target}. Rename or remove one."
+                f"the backend name {name!r} is registered twice: {found[name].target} and {target}. "
+                "Rename or remove one."
             )
-        targets[name] = target
+        found[name] = Registered(target, origin)
 
-    manager.hook.register_backends(register=register)
-    return targets
+    for hook in reversed(manager.hook.register_backends.get_hookimpls()):  # as pluggy calls them, but one by one
+        origin = hook.plugin_name.partition(_NUMBER)[0]
+        hook.function(*(register for _ in hook.argnames))
+    return found
 
 
 def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backend]:

@@ -18,6 +18,14 @@ def code_blocks(document: Path, language: str) -> list[str]:
     return found
 
 
+def write_example(folder: Path) -> None:
+    """The document's distribution as its reader writes it down."""
+    (project,) = code_blocks(WRITING_A_BACKEND, "toml")
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
+    (module,) = tomllib.loads(project)["tool"]["setuptools"]["py-modules"]
+    (folder / f"{module}.py").write_text(code_blocks(WRITING_A_BACKEND, "python")[0], encoding="utf-8")
+
+
 def install_example(folder: Path) -> None:
     """The document's distribution as an installer leaves it: its module, and metadata with its entry points."""
     (project,) = (tomllib.loads(block) for block in code_blocks(WRITING_A_BACKEND, "toml"))

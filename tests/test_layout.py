@@ -28,7 +28,7 @@ kl.statistics           intervals / drift / clusters position_sampling / breakdo
 kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 
-backends                errors hookspecs settings / base builtin keys / registry session
+backends                errors hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing / __init__
 backends.scores         rows / chunk_log / journal raw_log / store
 backends.contract       subject / setup / answers / calls / __init__
@@ -53,8 +53,8 @@ flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending scorers
 flows.stages            open_run writing / tasks
-flows.commands          texts / arguments / sample / tables two_runs / run
-flows                   checkout notify / sample / analyze clean / run
+flows.commands          texts / arguments / backends sample / tables two_runs / run
+flows                   backends checkout notify / sample / analyze clean / run
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from tests import ROOT
+from tests.documents import WRITING_A_BACKEND, code_blocks, write_example
 from tests.programs import clean_environment
 
 ROOMS = ("flows", "backends", "kl")
@@ -51,7 +55,9 @@ def test_every_module_of_the_checkout_is_in_the_wheel_and_nothing_else(wheel: Pa
     assert packed == {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
 
 
-def test_the_quickstart_runs_where_nothing_but_the_wheel_is_installed(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def python(wheel: Path, tmp_path: Path) -> Path:
+    """The program of a fresh environment in which the wheel is installed."""
     uv("venv", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     uv("pip", "install", "--python", python, "--no-deps", wheel, cwd=tmp_path)
@@ -59,12 +65,58 @@ def test_the_quickstart_runs_where_nothing_but_the_wheel_is_installed(wheel: Pat
     # which the checkout is importable here, are not read.
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = clean_environment(tmp_path / "home")
-    environment.pop("PYTHONPATH", None)
+    return python
 
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """What a newcomer's programs see."""
+    found = clean_environment(tmp_path / "home")
+    found.pop("PYTHONPATH", None)
+    return found
+
+
+def test_the_quickstart_runs_where_nothing_but_the_wheel_is_installed(
+    python: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     show = "import flows, backends, kl; print(flows.__file__, backends.__file__, kl.__file__)"
     found = run([str(python), "-c", show], tmp_path, environment)
     assert [Path(file).parent.parent for file in found.split()] == [site] * len(ROOMS)
     command = [str(python), "-m", "flows.run", "--config", "examples/quickstart.yaml", "--dry-run"]
     assert "\nrequests " in run(command, tmp_path, environment)
+
+
+@pytest.mark.slow
+def test_a_backend_of_the_document_is_installed_and_runs_by_configuration_alone(
+    python: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    write_example(project)
+    uv("pip", "install", "--python", python, "--no-deps", project, cwd=tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "bigram.yaml").write_text(code_blocks(WRITING_A_BACKEND, "yaml")[0])
+
+    (listed,) = json.loads(run([str(python), "-m", "flows.backends", "bigram", "--json"], tmp_path, environment))
+    assert (listed["origin"], listed["roles"], listed["problem"]) == ("tokenkl-bigram 0.1.0", "Q", None)
+    command = [str(python), "-m", "flows.run", "--config", "bigram.yaml"]
+    smoothing = "backend.smoothing  (number, above 0; default 0.1)"
+    assert smoothing in run([*command, "--help"], tmp_path, environment)
+
+    run(command, tmp_path, environment)
+    output = tmp_path / "results" / "bigram"
+    tokens = pl.read_parquet(output / "tokens.parquet")
+    assert tokens["error"].null_count() == tokens.height > 0
+    assert tokens["kl_lower"].min() > 0
+    record = json.loads((output / "run.json").read_text())
+    assert record["config"]["backend"] == {"name": "bigram", "smoothing": 0.5}
+    assert record["model_versions_now"] == ["bigram 1"]
+
+    asked = re.compile(r"^requests +([\d,]+) in", re.MULTILINE)
+    again = asked.search(run([*command, "--dry-run"], tmp_path, environment))
+    other = asked.search(run([*command, "--dry-run", "--set", "backend.smoothing=2"], tmp_path, environment))
+    assert again is not None
+    assert other is not None
+    assert (int(again[1]), int(other[1].replace(",", ""))) == (0, record["contexts_asked"])

@@ -23,7 +23,7 @@ from backends.vertex.jobs.rounds import JobRounds
 from backends.vertex.jobs.rows import RowSet
 from backends.vertex.jobs.work import Stage
 from backends.vertex.merging import merged
-from backends.vertex.options import VertexBatchOptions
+from backends.vertex.options import NEEDS, VertexBatchOptions
 from backends.vertex.prices import BATCH_SHARE
 from backends.vertex.service.client import check_location, make_client, model_calls, require_project
 from kl.records import Score, ScoreFailure
@@ -38,6 +38,7 @@ class VertexBatchBackend(GeminiBackend):
 
     Options: ClassVar[type[BackendOptions]] = VertexBatchOptions
     name = "vertex_batch"
+    needs = (NEEDS,)
     capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS, deferred=True)
     options: VertexBatchOptions
     price_share = BATCH_SHARE

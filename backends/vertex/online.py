@@ -15,7 +15,7 @@ from backends.errors import BackendError, RetryableBackendError
 from backends.vertex import answers, wire
 from backends.vertex.gemini import GeminiBackend
 from backends.vertex.merging import merged
-from backends.vertex.options import VertexOnlineOptions
+from backends.vertex.options import NEEDS, VertexOnlineOptions
 from backends.vertex.service.client import check_location, developer_calls, model_calls, require_project
 from backends.vertex.service.limit import CallLimit
 from backends.vertex.service.model_calls import ModelCalls
@@ -34,6 +34,7 @@ class VertexOnlineBackend(GeminiBackend):
 
     Options: ClassVar[type[BackendOptions]] = VertexOnlineOptions
     name = "vertex_online"
+    needs = (f"{NEEDS}; or GOOGLE_API_KEY, for the Gemini Developer API",)
     capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS)
     options: VertexOnlineOptions
 

@@ -9,6 +9,8 @@ from pydantic import Field
 from backends.base import BackendOptions
 from backends.vertex.prices import Price
 
+NEEDS = "Application Default Credentials (gcloud auth application-default login) and a project (GOOGLE_CLOUD_PROJECT)"
+
 
 class GeminiOptions(BackendOptions):
     """Settings of both backends."""

@@ -14,12 +14,18 @@ from pydantic import BaseModel
 
 from backends.errors import ConfigError, TokenKLError
 from flows.config.models import CommonConfig
-from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model
+from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model, read_yaml
 from flows.watch.report import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line."""
+    """A parser whose mistakes are one line. The lines of ``appendix`` end its help as they are."""
+
+    appendix: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        """The help, and the appendix."""
+        return "\n".join([super().format_help(), *self.appendix])
 
     def error(self, message: str) -> NoReturn:
         """Refuse the call, with where the help is."""
@@ -41,7 +47,7 @@ _METAVARS = {
 
 def make_parser(
     prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = (), epilog: str = EXIT_CODES
-) -> argparse.ArgumentParser:
+) -> Parser:
     """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model.
 
     The fields in ``skip`` are no flags; the help says how to set them.
@@ -66,7 +72,7 @@ def make_parser(
         default=[],
         metavar="KEY=VALUE",
         help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others. "
-        f"{_settings_without_flags(model, skip)}A backend's own options are listed when one is misspelt.",
+        f"{_settings_without_flags(model, skip)}A backend's own options are shown by --backend NAME --help.",
     )
     return parser
 
@@ -105,7 +111,28 @@ def _metavar(name: str, field: Any) -> str:
     return "DIR" if any("Path" in kind for kind in kinds) else "TEXT"
 
 
-def parse_config(parser: argparse.ArgumentParser, model: type[ModelT], arguments: Sequence[str]) -> ModelT:
+def _options_of_chosen(arguments: Sequence[str]) -> list[str]:
+    """The options of the backend that a call names, by flag or in its file; nothing if it names none."""
+    from backends.catalogue import describe, full_text
+    from backends.registry import registered
+
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--backend")
+    chosen.add_argument("--config", type=Path)
+    called, _ = chosen.parse_known_args(arguments)
+    name = called.backend
+    if name is None and called.config is not None:
+        choice = read_yaml(called.config).get("backend")
+        name = choice.get("name") if isinstance(choice, dict) else None
+    known = registered()
+    if name is None:
+        return []
+    if name not in known:
+        raise ConfigError(f"unknown backend {name!r}. Known: {', '.join(sorted(known))}.")
+    return ["the chosen backend:", *full_text(describe(name, known[name]))]
+
+
+def parse_config(parser: Parser, model: type[ModelT], arguments: Sequence[str]) -> ModelT:
     """The configuration that flags, file and ``--set`` give.
 
     Raises
@@ -113,6 +140,8 @@ def parse_config(parser: argparse.ArgumentParser, model: type[ModelT], arguments
     ConfigError
         One line on what is wrong.
     """
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.appendix = _options_of_chosen(arguments)
     values = vars(parser.parse_args(arguments))
     config_file = values.pop("config")
     sets = values.pop("sets")
