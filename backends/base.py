@@ -148,10 +148,15 @@ class SampleRequest:
 
 
 class Sample(NamedTuple):
-    """A response that was written, under the key of its request; its ``source_file`` is empty."""
+    """A response that was written, under the key of its request; its ``source_file`` is empty.
+
+    The token counts are those of the service, for the bill; ``output_tokens`` is of the response alone.
+    """
 
     key: str
     response: Response
+    input_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 class Capabilities(NamedTuple):
@@ -279,6 +284,13 @@ class Backend(ABC):
         cost = cls.cost_usd(options, request.model, input_tokens, n)
         return WorkEstimate(n, cls.request_bytes(request), input_tokens, n, cost)
 
+    @classmethod
+    def estimate_sample(cls, options: BackendOptions, request: SampleRequest) -> WorkEstimate:
+        """What a response comes to at most, for it may end before ``max_tokens``; calls nothing."""
+        n_bytes = len(request.prompt.canonical().encode("utf-8")) + len(request.prefix.encode("utf-8"))
+        n_in, n_out = -(-n_bytes // _BYTES_PER_TOKEN), request.settings.max_tokens
+        return WorkEstimate(1, n_bytes, n_in, n_out, cls.cost_usd(options, request.model, n_in, n_out))
+
     def parallel_groups(self) -> int:
         """How many groups of responses may be at work at once."""
         return 4
@@ -342,6 +354,13 @@ class Backend(ABC):
         ModelNotUsableError
             If the model cannot be used, with the reason.
         """
+
+    async def preflight_sampling(self, model: str, settings: SampleSettings) -> str | None:
+        """Prove with a tiny request that ``model`` writes responses with log-probabilities; as `preflight` otherwise.
+
+        A model that writes need not continue a prefill. Overridden where `preflight` asks for more than that.
+        """
+        return await self.preflight(model)
 
     @abstractmethod
     def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:

@@ -39,7 +39,7 @@ prepare_environment()
 from backends.base import ScoreRequest  # noqa: E402 - the settings of Prefect were prepared above
 from backends.keys import context_keys  # noqa: E402
 from backends.vertex import wire  # noqa: E402
-from backends.vertex.jobs.rows import OutputReader, RowSet  # noqa: E402
+from backends.vertex.jobs.rows import OutputReader, RowSet, score_rows  # noqa: E402
 from flows.folder.layout import OutputFolder  # noqa: E402
 from flows.stages.scoring import store_answers  # noqa: E402
 from kl.records import Prompt, Score, ScoreFailure, Turn  # noqa: E402
@@ -105,7 +105,7 @@ def response(number: int) -> dict[str, Any]:
     }
 
 
-def write_output(rows: RowSet, path: Path) -> int:
+def write_output(rows: RowSet[Score], path: Path) -> int:
     """The output file of a job over some rows; its size."""
     with path.open("wb") as file:
         for number, line in enumerate(rows):
@@ -162,10 +162,10 @@ def build(asked: Sequence[ScoreRequest], size: int, repeats: int) -> Figures:
             for _, key, prefix in request.contexts():
                 json.dumps({"key": key, "request": wire.request_body(request.prompt, prefix, config)})
 
-    return measured(lambda: exhaust(iter(RowSet(asked))), plain, size, repeats)
+    return measured(lambda: exhaust(iter(score_rows(asked))), plain, size, repeats)
 
 
-def read(rows: RowSet, path: Path, size: int, repeats: int) -> Figures:
+def read(rows: RowSet[Score], path: Path, size: int, repeats: int) -> Figures:
     """Scores of an output file."""
 
     def plain() -> None:
@@ -178,7 +178,7 @@ def read(rows: RowSet, path: Path, size: int, repeats: int) -> Figures:
 
 def store(asked: Sequence[ScoreRequest], path: Path, folder: Path, size: int, repeats: int) -> Figures:
     """Scores on disk, a response a group."""
-    found = {score.key: score for score in OutputReader(RowSet(asked)).read(path)}
+    found = {score.key: score for score in OutputReader(score_rows(asked)).read(path)}
 
     async def answers(request: ScoreRequest) -> AsyncIterator[Score | ScoreFailure]:
         for key in request.keys:
@@ -199,7 +199,7 @@ def store(asked: Sequence[ScoreRequest], path: Path, folder: Path, size: int, re
 def lines_of(n_responses: int, n_tokens: int, repeats: int) -> list[str]:
     """The rows of the table for responses of one length."""
     asked = requests(n_responses, n_tokens)
-    rows = RowSet(asked)
+    rows = score_rows(asked)
     n = len(rows.keys)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "predictions.jsonl")

@@ -38,7 +38,7 @@ from backends.keys import context_keys  # noqa: E402
 from backends.vertex.jobs.bucket import BatchBucket  # noqa: E402
 from backends.vertex.jobs.ledger import JobLedger  # noqa: E402
 from backends.vertex.jobs.remote import BatchJobs  # noqa: E402
-from backends.vertex.jobs.rows import RowSet, split_rows  # noqa: E402
+from backends.vertex.jobs.rows import score_rows, split_rows  # noqa: E402
 from backends.vertex.service.client import make_client  # noqa: E402
 from benchmarks.stand_in import stand_in  # noqa: E402
 from flows.config.comparison import Comparison  # noqa: E402
@@ -123,7 +123,7 @@ def rows(n: int, folder: Path) -> float:
     asked = requests(n)
     jobs = {key: request.name for request in asked for key in request.keys}
     with timed() as spent:
-        everything = RowSet(asked)
+        everything = score_rows(asked)
         parts = list(split_rows(everything, TOKENS, MAX_FILE_BYTES))
         for part in parts:
             for _ in part:
@@ -171,7 +171,7 @@ async def look(n: int) -> float:
 
     try:
         await bucket.ensure()
-        uri = await bucket.upload_once("batch_input/x.jsonl", RowSet(requests(1)))
+        uri = await bucket.upload_once("batch_input/x.jsonl", score_rows(requests(1)))
         job = await jobs.create(MODEL, uri, f"gs://{bucket.name}/batch_output/x", "x")
         await asyncio.gather(*(once(job.name) for _ in range(20)))
         with timed() as spent:

@@ -33,7 +33,8 @@ def sample_steps(requests: Sequence[SampleRequest]) -> Iterator[Sample | ScoreFa
         first_logits = model.engine.feed(cache, context)
         for request in asked:
             del cache.ids[len(context) :]
-            yield Sample(request.key, _response(request, model, context, cache, first_logits))
+            response = _response(request, model, context, cache, first_logits)
+            yield Sample(request.key, response, len(context), len(response.positions) - response.has_stop)
 
 
 _SHARED = ("model", "prompt", "prefix", "prefix_ids")

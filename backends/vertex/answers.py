@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from backends.errors import BackendError
-from backends.vertex.status import error_in_text, read_error
+from backends.vertex.status import ServiceError, error_in_text, read_error
 from backends.vertex.wire import SHAPE_ERRORS
 from kl.records import Candidate, Score, ScoreFailure
 
 # Masked tokens are reported as float32 -2**100; a real log-probability is never near this.
 _SENTINEL_BELOW = -1e20
 # Answers that end for one of these reasons were refused, and would be again.
-_BLOCKING_REASONS = frozenset(
+BLOCKING_REASONS = frozenset(
     {"SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"}
 )
 
@@ -134,6 +134,12 @@ def parse_response(key: str, response: dict[str, Any] | None) -> Score | ScoreFa
     Absent ``token`` is the empty token (proto JSON drops empty strings); a candidate without ``logProbability`` or with
     the sentinel of a masked token is dropped and counted; ``content`` without ``parts`` is no error by itself.
     """
+    found = first_candidate(key, response)
+    return found if isinstance(found, ScoreFailure) else _parse_candidate(key, response or {}, found)
+
+
+def first_candidate(key: str, response: dict[str, Any] | None) -> dict[str, Any] | ScoreFailure:
+    """What the model wrote, or why there is nothing."""
     if not response:
         return ScoreFailure(key, "empty-answer", "the service answered this request with nothing; it is asked again.")
     blocked = (response.get("promptFeedback") or {}).get("blockReason")
@@ -142,7 +148,7 @@ def parse_response(key: str, response: dict[str, Any] | None) -> Score | ScoreFa
     candidates = response.get("candidates") or []
     if not candidates:
         return ScoreFailure(key, "empty-answer", "the answer has no candidates and gives no reason.")
-    return _parse_candidate(key, response, candidates[0])
+    return candidates[0]
 
 
 def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, Any]) -> Score | ScoreFailure:
@@ -150,14 +156,14 @@ def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, An
     logprobs = candidate.get("logprobsResult") or {}
     steps = [step.get("candidates") or [] for step in logprobs.get("topCandidates") or []]
     if not steps or not steps[0]:
-        if finish in _BLOCKING_REASONS:
+        if finish in BLOCKING_REASONS:
             return ScoreFailure(key, "blocked", f"the service blocked the answer: {finish}.", final=True)
         return ScoreFailure(key, "no-logprobs", f"the answer has no log-probabilities (finishReason {finish}).")
     if len(steps) > 1:
         return ScoreFailure(
             key, "unexpected-shape", f"the answer has {len(steps)} steps of log-probabilities where one was asked."
         )
-    top = [parsed for item in steps[0] if (parsed := _parse_token(item)) is not None]
+    top = [parsed for item in steps[0] if (parsed := parse_token(item)) is not None]
     if not top:
         return ScoreFailure(key, "no-logprobs", f"none of the {len(steps[0])} candidates has a log-probability.")
     usage = response.get("usageMetadata") or {}
@@ -165,7 +171,7 @@ def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, An
     return Score(
         key=key,
         top=tuple(sorted(top, key=lambda item: -(item.logprob or 0.0))),
-        sampled=_parse_token(chosen) if chosen else None,
+        sampled=parse_token(chosen) if chosen else None,
         model_version=response.get("modelVersion"),
         finish_reason=finish,
         input_tokens=usage.get("promptTokenCount"),
@@ -174,7 +180,7 @@ def _parse_candidate(key: str, response: dict[str, Any], candidate: dict[str, An
     )
 
 
-def _parse_token(item: dict[str, Any]) -> Candidate | None:
+def parse_token(item: dict[str, Any]) -> Candidate | None:
     """A token as it stands: an absent or empty text, or an absent id, says nothing of which token it is."""
     logprob = item.get("logProbability")
     if isinstance(logprob, bool) or not isinstance(logprob, int | float):
@@ -182,24 +188,36 @@ def _parse_token(item: dict[str, Any]) -> Candidate | None:
     if not math.isfinite(logprob) or logprob < _SENTINEL_BELOW:
         return None
     text = item.get("token")
-    return Candidate(text if isinstance(text, str) else "", float(logprob), _token_id(item.get("tokenId")))
+    return Candidate(text if isinstance(text, str) else "", float(logprob), token_id(item.get("tokenId")))
 
 
-def _token_id(value: Any) -> int | None:
+def token_id(value: Any) -> int | None:
+    """A token's number; None where none is stated."""
     # Some writers of JSON know floats only.
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 0:
         return None
     return int(value)
 
 
+def row_error(row: dict[str, Any]) -> ServiceError | None:
+    """What the service says of a row that it did not answer; None of one that it did."""
+    status = row.get("status")
+    return read_error(error_in_text(status) if isinstance(status, str) else status) if status else None
+
+
+def row_failure(key: str, row: dict[str, Any], said: ServiceError) -> ScoreFailure:
+    """The failure of a row with an error."""
+    status = row.get("status")
+    text = status if isinstance(status, str) else json.dumps(status)
+    reason = "daily-quota" if said.daily_quota else "row-error"
+    return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
+
+
 def read_row(key: str, row: dict[str, Any]) -> Score | ScoreFailure:
     """One output row: the service's error if it has one, else its answer."""
-    status = row.get("status")
-    if status:
-        said = read_error(error_in_text(status) if isinstance(status, str) else status)
-        text = status if isinstance(status, str) else json.dumps(status)
-        reason = "daily-quota" if said.daily_quota else "row-error"
-        return ScoreFailure(key, reason, f"the service answered this row with an error: {' '.join(text.split())[:300]}")
+    said = row_error(row)
+    if said is not None:
+        return row_failure(key, row, said)
     try:
         return parse_response(key, row.get("response"))
     except SHAPE_ERRORS as error:

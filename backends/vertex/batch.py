@@ -12,7 +12,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from backends.base import BackendOptions, Capabilities, ScoreRequest
+from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.errors import ConfigError
 from backends.vertex import wire
 from backends.vertex.gemini import GeminiBackend
@@ -20,7 +20,7 @@ from backends.vertex.jobs.bucket import BatchBucket, check_bucket_name
 from backends.vertex.jobs.ledger import JobLedger
 from backends.vertex.jobs.remote import PENDING_STATES, BatchJobs
 from backends.vertex.jobs.rounds import JobRounds
-from backends.vertex.jobs.rows import RowSet
+from backends.vertex.jobs.rows import A, RowSet, sample_rows, score_rows
 from backends.vertex.jobs.work import Stage
 from backends.vertex.merging import merged
 from backends.vertex.options import NEEDS, VertexBatchOptions
@@ -34,12 +34,14 @@ _PROOFS_AT_ONCE = 4  # calls that prove that a model can be used
 
 
 class VertexBatchBackend(GeminiBackend):
-    """Scores through batch prediction jobs."""
+    """Scores and samples through batch prediction jobs."""
 
     Options: ClassVar[type[BackendOptions]] = VertexBatchOptions
     name = "vertex_batch"
     needs = (NEEDS,)
-    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS, deferred=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        max_top_logprobs=wire.MAX_TOP_LOGPROBS, samples=True, deferred=True
+    )
     options: VertexBatchOptions
     price_share = BATCH_SHARE
 
@@ -132,27 +134,39 @@ class VertexBatchBackend(GeminiBackend):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for all positions in as few jobs as the limits allow, and follow up on what they leave out."""
-        async with aclosing(self._results(requests, "run")) as results:
+        async with aclosing(self._results(score_rows(requests), "run")) as results:
             async for result in results:
                 yield result
 
     async def submit(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Make the jobs that `score` would make first."""
-        async with aclosing(self._results(requests, "submit")) as results:
+        async with aclosing(self._results(score_rows(requests), "submit")) as results:
             async for result in results:
                 yield result
 
     async def collect(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Read the jobs that have ended, and make follow-up jobs for what they left out."""
         self._only_looks = True
-        async with aclosing(self._results(requests, "collect")) as results:
+        async with aclosing(self._results(score_rows(requests), "collect")) as results:
             async for result in results:
                 yield result
 
-    async def _results(self, requests: Sequence[ScoreRequest], stage: Stage) -> AsyncGenerator[Score | ScoreFailure]:
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        """Ask for all responses, a row each, in as few jobs as the limits allow; follow up on what they leave out."""
+        async with aclosing(self._results(sample_rows(requests), "run")) as results:
+            async for result in results:
+                yield result
+
+    async def preflight_sampling(self, model: str, settings: SampleSettings) -> str | None:
+        """One tiny online request for a response, and the bucket."""
+        version = await super().preflight_sampling(model, settings)
+        await self._bucket.ensure()
+        return version
+
+    async def _results(self, rows: RowSet[A], stage: Stage) -> AsyncGenerator[A | ScoreFailure]:
         assert self._rounds is not None, "enter the backend first"
         await self._bucket.ensure()
-        work = [self._rounds.results(part) for part in self._rounds.work(RowSet(requests), stage)]
+        work = [self._rounds.results(part) for part in self._rounds.work(rows, stage)]
         async with aclosing(merged(work)) as results:
             async for result in results:
                 yield result

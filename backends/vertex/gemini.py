@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from backends.base import Backend, BackendOptions, ScoreRequest
+from backends.base import Backend, BackendOptions, SampleSettings, ScoreRequest
 from backends.errors import ConfigError
 from backends.scores.raw_log import RawLog
 from backends.vertex import answers, wire
 from backends.vertex.options import GeminiOptions
 from backends.vertex.prices import price_of, token_cost
-from backends.vertex.service.calls import prove_usable
+from backends.vertex.service.calls import prove_usable, prove_writes
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError
 from kl.records import Score, ScoreFailure
@@ -61,8 +63,18 @@ class GeminiBackend(Backend):
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill."""
-        try:
+        with self._noting_quota(model):
             return await prove_usable(self._models, model, self._retry_deadline_s)
+
+    async def preflight_sampling(self, model: str, settings: SampleSettings) -> str | None:
+        """One tiny online request for a response."""
+        with self._noting_quota(model):
+            return await prove_writes(self._models, model, settings, self._retry_deadline_s)
+
+    @contextmanager
+    def _noting_quota(self, model: str) -> Generator[None]:
+        try:
+            yield
         except DailyQuotaError as error:
             self._quota_used[wire.model_id(model)] = str(error)
             raise

@@ -7,12 +7,13 @@ import os
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
-from backends.base import BackendOptions, Capabilities, ScoreRequest
+from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
-from backends.vertex import answers, wire
+from backends.vertex import answers, samples, wire
 from backends.vertex.gemini import GeminiBackend
 from backends.vertex.merging import merged
 from backends.vertex.options import NEEDS, VertexOnlineOptions
@@ -22,6 +23,7 @@ from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
 from kl.records import Score, ScoreFailure
 
+A = TypeVar("A", bound=Score | Sample)
 logger = logging.getLogger(__name__)
 
 _FIRST_WAIT_S = 0.1
@@ -29,13 +31,22 @@ _FEWEST_GROUPS = 8
 _MOST_GROUPS = 50
 
 
+class _Call(NamedTuple, Generic[A]):
+    """One call, and how its answer is read."""
+
+    model: str
+    key: str
+    body: bytes
+    read: Callable[[bytes], A | ScoreFailure]
+
+
 class VertexOnlineBackend(GeminiBackend):
-    """Scores through ``generateContent``, one call a context."""
+    """Scores and samples through ``generateContent``, one call a context or response."""
 
     Options: ClassVar[type[BackendOptions]] = VertexOnlineOptions
     name = "vertex_online"
     needs = (f"{NEEDS}; or GOOGLE_API_KEY, for the Gemini Developer API",)
-    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS)
+    capabilities: ClassVar[Capabilities] = Capabilities(max_top_logprobs=wire.MAX_TOP_LOGPROBS, samples=True)
     options: VertexOnlineOptions
 
     def __init__(self, options: VertexOnlineOptions, state_dir: Path | None = None) -> None:
@@ -72,24 +83,34 @@ class VertexOnlineBackend(GeminiBackend):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Ask for every context; as many calls are prepared as may be in flight."""
-        contexts = _contexts(requests)
+        n_contexts = sum(len(request.keys) for request in requests)
+        async with aclosing(self._answers(_contexts(requests), n_contexts)) as results:
+            async for result in results:
+                yield result
 
-        async def work() -> AsyncGenerator[Score | ScoreFailure]:
-            for model, key, body in contexts:
-                yield await self._ask(model, key, body)
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        """Ask for every response, as many at once as calls may be in flight."""
+        async with aclosing(self._answers(map(_sample_call, requests), len(requests))) as results:
+            async for result in results:
+                yield result
 
-        workers = min(self.options.max_concurrent, sum(len(request.keys) for request in requests))
+    async def _answers(self, calls: Iterator[_Call[A]], n_calls: int) -> AsyncGenerator[A | ScoreFailure]:
+        async def work() -> AsyncGenerator[A | ScoreFailure]:
+            for call in calls:
+                yield await self._ask(call)
+
+        workers = min(self.options.max_concurrent, n_calls)
         async with aclosing(merged([work() for _ in range(workers)])) as results:
             async for result in results:
                 yield result
 
-    async def _ask(self, model: str, key: str, body: bytes) -> Score | ScoreFailure:
-        base = wire.model_id(model)
+    async def _ask(self, call: _Call[A]) -> A | ScoreFailure:
+        base, key = wire.model_id(call.model), call.key
         if base in self._quota_used:
             return ScoreFailure(key, "daily-quota", self._quota_used[base])
         try:
             return await with_retries(
-                self._attempts(model, key, body),
+                self._attempts(call),
                 what=f"ask {base}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
@@ -106,27 +127,27 @@ class VertexOnlineBackend(GeminiBackend):
         except BackendError as error:
             return ScoreFailure(key, "unexpected-shape", str(error))
 
-    def _attempts(self, model: str, key: str, body: bytes) -> Callable[[], Awaitable[Score | ScoreFailure]]:
+    def _attempts(self, call: _Call[A]) -> Callable[[], Awaitable[A | ScoreFailure]]:
         """Each call starts an attempt; all but the first go before what waits."""
         again = False
 
-        async def attempt() -> Score | ScoreFailure:
+        async def attempt() -> A | ScoreFailure:
             nonlocal again
             before, again = again, True
-            return await self._call(model, key, body, again=before)
+            return await self._call(call, again=before)
 
         return attempt
 
-    async def _call(self, model: str, key: str, body: bytes, *, again: bool) -> Score | ScoreFailure:
+    async def _call(self, call: _Call[A], *, again: bool) -> A | ScoreFailure:
         async with self._limit.slot(first=again):
-            if (used := self._quota_used.get(wire.model_id(model))) is not None:
+            if (used := self._quota_used.get(wire.model_id(call.model))) is not None:
                 raise DailyQuotaError(used)
             try:
                 with translated("call"):
-                    content = await self._models.generate(model, body)
+                    content = await self._models.generate(call.model, call.body)
                     if self._raw is not None:  # before it is read, as it is paid for
-                        self._raw.add(key, {"response": answers.as_object(content)})
-                    result = answers.read_answer(key, content)
+                        self._raw.add(call.key, {"response": answers.as_object(content)})
+                    result = call.read(content)
             except RetryableBackendError as error:
                 self._calls["throttled" if error.status == 429 else "fault"] += 1
                 self._limit.note(throttled=error.status == 429)
@@ -139,11 +160,15 @@ class VertexOnlineBackend(GeminiBackend):
         return result
 
 
-def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[tuple[str, str, bytes]]:
-    """(model, key, body) of each distinct context; bodies are built when they are due."""
+def _contexts(requests: Sequence[ScoreRequest]) -> Iterator[_Call[Score]]:
+    """A call for each distinct context; bodies are built when they are due."""
     seen: set[str] = set()
     for request in requests:
         for key, body in wire.RequestBodies(request):
             if key not in seen:
                 seen.add(key)
-                yield request.model, key, body
+                yield _Call(request.model, key, body, partial(answers.read_answer, key))
+
+
+def _sample_call(request: SampleRequest) -> _Call[Sample]:
+    return _Call(request.model, request.key, samples.body(request), partial(samples.read_sample, request))

@@ -40,7 +40,8 @@ def thinking_config(model: str) -> dict[str, Any] | None:
     name = model_id(model)
     if re.match(r"gemini-2\.5-pro\b", name):
         raise ModelNotUsableError(
-            f"{name} always thinks (128 tokens or more), so one output token never reaches its answer. "
+            f"{name} always thinks (128 tokens or more): one output token never reaches its answer, and a longer one "
+            "follows from thoughts without lists. "
             "Use gemini-2.5-flash or gemini-2.5-flash-lite.",
             model=model,
         )

@@ -19,12 +19,12 @@ from backends.scores.raw_log import RawLog
 from backends.vertex.jobs.bucket import BatchBucket, OtherContentError, lacks_shards
 from backends.vertex.jobs.ledger import JobEntry, JobLedger, job_paths
 from backends.vertex.jobs.remote import DELETED, BatchJobs, RemoteJob
-from backends.vertex.jobs.rows import OutputReader, RowSet, split_rows
+from backends.vertex.jobs.rows import A, OutputReader, RowSet, split_rows
 from backends.vertex.jobs.work import BatchWork, Stage, ended_first
 from backends.vertex.options import VertexBatchOptions
 from backends.vertex.service.retry import DailyQuotaError, StatusError
 from backends.vertex.wire import model_id
-from kl.records import Score, ScoreFailure
+from kl.records import ScoreFailure
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class JobRounds:
         self._slots = asyncio.Semaphore(options.max_jobs_in_flight)
         self._quota_used = quota_used
 
-    def work(self, rows: RowSet, stage: Stage) -> Iterator[BatchWork]:
+    def work(self, rows: RowSet[A], stage: Stage) -> Iterator[BatchWork[A]]:
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
         by_job = rows.by(self._job_on_record)
         fresh = by_job.pop(None, None)
@@ -89,7 +89,7 @@ class JobRounds:
         entry = self._ledger.newest(self.place, key)
         return None if entry is None else entry.job_key
 
-    async def results(self, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
+    async def results(self, work: BatchWork[A]) -> AsyncGenerator[A | ScoreFailure]:
         """Every row's result; what befalls one job is a failure of its rows and of no others."""
         while work.rows.keys and not work.given_up:
             async with self._slots:
@@ -104,7 +104,7 @@ class JobRounds:
         for failure in work.unanswered():
             yield failure
 
-    async def _round(self, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
+    async def _round(self, work: BatchWork[A]) -> AsyncGenerator[A | ScoreFailure]:
         """Read the jobs that are to answer these rows, or make one; what they leave out stays in ``work``."""
         found = await self._jobs_for(work)
         if found is None:
@@ -129,14 +129,14 @@ class JobRounds:
         if is_news:
             self._note_quota(work)
 
-    def _note_quota(self, work: BatchWork) -> None:
+    def _note_quota(self, work: BatchWork[A]) -> None:
         quota = next((item for item in work.open_failures() if item.reason == "daily-quota"), None)
         model = model_id(work.rows.model) if quota is not None else ""
         if quota is not None and model not in self._quota_used:
             self._quota_used[model] = quota.message
             logger.error("%s No further batch job asks %s in this run; run again tomorrow.", quota.message, model)
 
-    async def _jobs_for(self, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]] | None:
+    async def _jobs_for(self, work: BatchWork[A]) -> tuple[JobEntry, list[RemoteJob]] | None:
         """All jobs there are for these rows, or the one that is made for them; None where ``work`` says why not."""
         while True:
             entry = await self._on_record(work)
@@ -149,10 +149,10 @@ class JobRounds:
             if entry == self._to_read(work) and not self._is_being_made(entry):  # still, after the look-ups
                 return await self._made(entry, work)
 
-    def _to_read(self, work: BatchWork) -> JobEntry | None:
+    def _to_read(self, work: BatchWork[A]) -> JobEntry | None:
         return self._ledger.to_read(self.place, work.rows.keys, work.read)
 
-    async def _on_record(self, work: BatchWork) -> JobEntry | None:
+    async def _on_record(self, work: BatchWork[A]) -> JobEntry | None:
         """The job on record that is to be read for these rows; one that is just being made is waited for."""
         while (entry := self._to_read(work)) is not None and self._is_being_made(entry):
             await self.making[entry.job_key].wait()
@@ -162,10 +162,10 @@ class JobRounds:
         made = self.making.get(entry.job_key) if entry is not None else None
         return made is not None and not made.is_set()
 
-    def _was_tried(self, work: BatchWork) -> bool:
+    def _was_tried(self, work: BatchWork[A]) -> bool:
         return any(self._ledger.tries(self.place, key) for key in work.rows.keys)
 
-    async def _by_name(self, work: BatchWork) -> JobEntry | None:
+    async def _by_name(self, work: BatchWork[A]) -> JobEntry | None:
         """A job of these rows that is not on record; it is put there."""
         job_key = self._ledger.job_key(self.place, work.rows.keys)
         if not await self._jobs.find(job_key):
@@ -187,7 +187,7 @@ class JobRounds:
     async def _update(self, entry: JobEntry, **changes: Any) -> JobEntry:
         return await asyncio.to_thread(self._ledger.update, replace(entry, **changes))
 
-    def _may_make(self, work: BatchWork) -> bool:
+    def _may_make(self, work: BatchWork[A]) -> bool:
         """Whether another job may be made; rows for which none may are closed or given up."""
         if work.stage == "collect":
             if not self._was_tried(work):
@@ -202,7 +202,7 @@ class JobRounds:
         work.given_up = work.attempts == self.options.max_attempts
         return not work.given_up
 
-    async def _made(self, left: JobEntry | None, work: BatchWork) -> tuple[JobEntry, list[RemoteJob]]:
+    async def _made(self, left: JobEntry | None, work: BatchWork[A]) -> tuple[JobEntry, list[RemoteJob]]:
         """A job for these rows: one that a killed run recorded and did not make, or a new one.
 
         It is on record before it is made. A job of its name may exist all the same, of a run that had another folder.
@@ -225,7 +225,7 @@ class JobRounds:
         del self.making[entry.job_key]
         return entry, found
 
-    def _give_up(self, work: BatchWork, error: BackendError) -> None:
+    def _give_up(self, work: BatchWork[A], error: BackendError) -> None:
         if isinstance(error, DailyQuotaError):
             self._quota_used.setdefault(model_id(work.rows.model), str(error))
         reason, message = self._why_given_up(error)
@@ -256,7 +256,7 @@ class JobRounds:
         job = await self._jobs.get(entry.job_name)
         return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
 
-    async def _make(self, entry: JobEntry, rows: RowSet) -> RemoteJob:
+    async def _make(self, entry: JobEntry, rows: RowSet[A]) -> RemoteJob:
         uri = await self._upload(entry, rows)
         destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
         job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
@@ -264,7 +264,7 @@ class JobRounds:
         logger.info("batch job %s: %d rows, %s", job.name, len(rows.keys), job.state)
         return job
 
-    async def _upload(self, entry: JobEntry, rows: RowSet) -> str:
+    async def _upload(self, entry: JobEntry, rows: RowSet[A]) -> str:
         # A name may be taken: by the same rows in another order, of a run that was killed before it made the job (files
         # were renamed since), or by an upload that went wrong. Rows are matched by key, so that any name will do.
         name, _, key = entry.input_path.rpartition("_")
@@ -298,7 +298,7 @@ class JobRounds:
             await asyncio.sleep(min(self.options.poll_interval_s, max(_FIRST_POLL_S, waited * _POLL_SHARE)))
             job = await self._jobs.get(job.name) or replace(job, state=DELETED, output_directory=None)
 
-    async def _read(self, entry: JobEntry, job: RemoteJob, work: BatchWork) -> AsyncGenerator[Score | ScoreFailure]:
+    async def _read(self, entry: JobEntry, job: RemoteJob, work: BatchWork[A]) -> AsyncGenerator[A | ScoreFailure]:
         reader = OutputReader(work.rows, self._raw)
         answered: set[str] = set()
         try:
@@ -307,7 +307,7 @@ class JobRounds:
                     local = Path(folder) / f"{index}.jsonl"
                     await self._bucket.download(path, local)
                     for result in reader.read(local):
-                        if isinstance(result, Score) or result.final:
+                        if not isinstance(result, ScoreFailure) or result.final:
                             answered.add(result.key)
                             yield result
                         else:

@@ -5,67 +5,223 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from backends.base import ScoreRequest
+from backends.base import Sample, SampleRequest, ScoreRequest
 from backends.scores.raw_log import RawLog
-from backends.vertex import answers, wire
+from backends.vertex import answers, samples, wire
 from backends.vertex.jobs.bucket import lines_of
 from kl.records import Score, ScoreFailure
 
 L = TypeVar("L")
+A = TypeVar("A", bound=Score | Sample)
+A_co = TypeVar("A_co", bound=Score | Sample, covariant=True)
 logger = logging.getLogger(__name__)
 
 
-class RowSet:
-    """Distinct contexts of one model, as the lines of a batch input file.
-
-    Iterating gives the lines; it can be done again, so that an upload can be repeated. Equal contexts are one row;
-    requests that are ``distinct``, as those of other rows are, need no look for them.
-    """
-
-    def __init__(self, requests: Sequence[ScoreRequest], *, distinct: bool = False) -> None:
-        seen: set[str] = set()
-        once = requests if distinct else [_first_of(request, seen) for request in requests]
-        self.requests = tuple(request for request in once if request.keys)
-        self.keys: tuple[str, ...] = tuple(key for request in self.requests for key in request.keys)
+class Rows(Protocol[A_co]):
+    """Rows of one model that belong together, and how their answers are read."""
 
     @property
     def model(self) -> str:
-        """The model that answers; one job has one model."""
+        """The model that answers."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """How they are called in the names of files."""
+        ...
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """One key a row."""
+        ...
+
+    def only(self, wanted: Container[str]) -> Self:
+        """Those of these keys."""
+        ...
+
+    def between(self, start: int, stop: int | None) -> Self:
+        """Those with these numbers."""
+        ...
+
+    def lines(self) -> Iterator[bytes]:
+        """The rows as lines of an input file."""
+        ...
+
+    def line_lengths(self) -> Iterator[int]:
+        """The length of each line in bytes."""
+        ...
+
+    def usual_row(self, line: bytes) -> A_co | None:
+        """The answer in an output line of the usual shape, quickly; None for any other line."""
+        ...
+
+    def read_row(self, key: str, row: dict[str, Any]) -> A_co | ScoreFailure:
+        """The answer in an output row of any shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRows:
+    """The contexts of one response."""
+
+    request: ScoreRequest
+
+    @property
+    def model(self) -> str:
+        """The model that is asked."""
+        return self.request.model
+
+    @property
+    def name(self) -> str:
+        """Of the response."""
+        return self.request.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """One a context."""
+        return self.request.keys
+
+    def only(self, wanted: Container[str]) -> ScoreRows:
+        """The contexts of these keys."""
+        return ScoreRows(self.request.only(wanted))
+
+    def between(self, start: int, stop: int | None) -> ScoreRows:
+        """The contexts with these numbers."""
+        keys, positions = self.request.keys[start:stop], self.request.positions[start:stop]
+        return ScoreRows(replace(self.request, positions=positions, keys=keys))
+
+    def lines(self) -> Iterator[bytes]:
+        """One a context."""
+        return wire.RequestBodies(self.request).lines()
+
+    def line_lengths(self) -> Iterator[int]:
+        """Without making the lines."""
+        return wire.RequestBodies(self.request).line_lengths()
+
+    def usual_row(self, line: bytes) -> Score | None:
+        """A score with its key, read straight into typed fields."""
+        return answers.usual_row(line)
+
+    def read_row(self, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
+        """A score."""
+        return answers.read_row(key, row)
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Responses that one model is to write, a row each."""
+
+    requests: tuple[SampleRequest, ...]
+
+    @property
+    def model(self) -> str:
+        """The model that writes."""
         return self.requests[0].model
 
     @property
     def name(self) -> str:
-        """The name of the first response."""
+        """Of the first response."""
         return self.requests[0].name
 
-    def __iter__(self) -> Iterator[bytes]:
-        for request in self.requests:
-            yield from wire.RequestBodies(request).lines()
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """One a response."""
+        return tuple(request.key for request in self.requests)
 
-    def only(self, keys: Collection[str]) -> RowSet:
+    def only(self, wanted: Container[str]) -> SampleRows:
+        """The responses of these keys."""
+        return SampleRows(tuple(request for request in self.requests if request.key in wanted))
+
+    def between(self, start: int, stop: int | None) -> SampleRows:
+        """The responses with these numbers."""
+        return SampleRows(self.requests[start:stop])
+
+    def lines(self) -> Iterator[bytes]:
+        """One a response."""
+        for request in self.requests:
+            yield b"".join((b'{"key":"', request.key.encode("ascii"), b'","request":', samples.body(request), b"}\n"))
+
+    def line_lengths(self) -> Iterator[int]:
+        """The length of each line."""
+        return (len(line) for line in self.lines())
+
+    def usual_row(self, line: bytes) -> None:
+        """None: a response is read in one way."""
+        return None
+
+    @cached_property
+    def _by_key(self) -> dict[str, SampleRequest]:
+        return {request.key: request for request in self.requests}
+
+    def read_row(self, key: str, row: dict[str, Any]) -> Sample | ScoreFailure:
+        """A response."""
+        return samples.read_row(self._by_key[key], row)
+
+
+class RowSet(Generic[A]):
+    """Distinct rows, as the lines of a batch input file.
+
+    Iterating gives the lines; it can be done again, so that an upload can be repeated. Equal keys are one row; parts
+    that are ``distinct``, as those of other rows are, need no look for them.
+    """
+
+    def __init__(self, parts: Sequence[Rows[A]], *, distinct: bool = False) -> None:
+        seen: set[str] = set()
+        once = parts if distinct else [_first_of(part, seen) for part in parts]
+        self.parts = tuple(part for part in once if part.keys)
+        self.keys: tuple[str, ...] = tuple(key for part in self.parts for key in part.keys)
+
+    @property
+    def model(self) -> str:
+        """The model that answers; one job has one model."""
+        return self.parts[0].model
+
+    @property
+    def name(self) -> str:
+        """The name of the first response."""
+        return self.parts[0].name
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.parts:
+            yield from part.lines()
+
+    def only(self, keys: Collection[str]) -> RowSet[A]:
         """The rows of these keys."""
         wanted = keys if isinstance(keys, Set) else frozenset(keys)
-        return RowSet([request.only(wanted) for request in self.requests], distinct=True)
+        return RowSet([part.only(wanted) for part in self.parts], distinct=True)
 
-    def by(self, label: Callable[[str], L]) -> dict[L, RowSet]:
+    def by(self, label: Callable[[str], L]) -> dict[L, RowSet[A]]:
         """The rows by what ``label`` says of their keys."""
-        parts: dict[L, list[ScoreRequest]] = {}
-        for request in self.requests:
+        parts: dict[L, list[Rows[A]]] = {}
+        for part in self.parts:
             keys: dict[L, set[str]] = {}
-            for key in request.keys:
+            for key in part.keys:
                 keys.setdefault(label(key), set()).add(key)
             for name, wanted in keys.items():
-                parts.setdefault(name, []).append(request.only(wanted))
-        return {name: RowSet(requests, distinct=True) for name, requests in parts.items()}
+                parts.setdefault(name, []).append(part.only(wanted))
+        return {name: RowSet(found, distinct=True) for name, found in parts.items()}
 
-    def without(self, keys: Collection[str]) -> RowSet:
+    def without(self, keys: Collection[str]) -> RowSet[A]:
         """The rows of all other keys."""
         return self.only(set(self.keys).difference(keys)) if keys else self
+
+    def usual_row(self, line: bytes) -> A | None:
+        """The answer in an output line of the usual shape, for whatever key; None for any other line."""
+        return self.parts[0].usual_row(line) if self.parts else None
+
+    @cached_property
+    def _part_of(self) -> dict[str, Rows[A]]:
+        return {key: part for part in self.parts for key in part.keys}
+
+    def read_row(self, key: str, row: dict[str, Any]) -> A | ScoreFailure:
+        """The answer to one of the rows, in an output row of any shape."""
+        return self._part_of[key].read_row(key, row)
 
     def key_by_request(self) -> dict[bytes, str]:
         """Digest of the canonical request → key, to recognise rows that came back without their key."""
@@ -76,42 +232,52 @@ def _digest(request: dict[str, Any]) -> bytes:
     return hashlib.blake2b(wire.canonical_request(request).encode("ascii"), digest_size=16).digest()
 
 
-def _first_of(request: ScoreRequest, seen: set[str]) -> ScoreRequest:
-    fresh = set(request.keys) - seen
-    seen |= fresh
-    return request if len(fresh) == len(request.keys) else request.only(fresh)
+def score_rows(requests: Iterable[ScoreRequest]) -> RowSet[Score]:
+    """The contexts of some responses, each distinct one a row."""
+    return RowSet([ScoreRows(request) for request in requests])
 
 
-def split_rows(rows: RowSet, max_rows: int, max_bytes: int) -> Iterator[RowSet]:
-    """Row sets of one model each, no larger than a job may be; only lengths are kept, never the lines."""
-    by_model: dict[str, list[ScoreRequest]] = {}
-    for request in rows.requests:
-        by_model.setdefault(request.model, []).append(request)
-    for requests in by_model.values():
-        yield from _split(requests, max_rows, max_bytes)
-
-
-def _split(requests: Iterable[ScoreRequest], max_rows: int, max_bytes: int) -> Iterator[RowSet]:
-    part: list[ScoreRequest] = []
-    n = size = 0
+def sample_rows(requests: Iterable[SampleRequest]) -> RowSet[Sample]:
+    """Responses that are to be written, each a row."""
+    by_model: dict[str, list[SampleRequest]] = {}
     for request in requests:
+        by_model.setdefault(request.model, []).append(request)
+    parts: list[Rows[Sample]] = [SampleRows(tuple(asked)) for asked in by_model.values()]
+    return RowSet(parts)
+
+
+def _first_of(part: Rows[A], seen: set[str]) -> Rows[A]:
+    fresh = set(part.keys) - seen
+    seen |= fresh
+    return part if len(fresh) == len(part.keys) else part.only(fresh)
+
+
+def split_rows(rows: RowSet[A], max_rows: int, max_bytes: int) -> Iterator[RowSet[A]]:
+    """Row sets of one model each, no larger than a job may be; only lengths are kept, never the lines."""
+    by_model: dict[str, list[Rows[A]]] = {}
+    for part in rows.parts:
+        by_model.setdefault(part.model, []).append(part)
+    for parts in by_model.values():
+        yield from _split(parts, max_rows, max_bytes)
+
+
+def _split(parts: Iterable[Rows[A]], max_rows: int, max_bytes: int) -> Iterator[RowSet[A]]:
+    taken: list[Rows[A]] = []
+    n = size = 0
+    for part in parts:
         start = 0
-        for index, length in enumerate(wire.RequestBodies(request).line_lengths()):
+        for index, length in enumerate(part.line_lengths()):
             if n and (n == max_rows or size + length > max_bytes):
-                yield RowSet([*part, _between(request, start, index)], distinct=True)
-                part, start, n, size = [], index, 0, 0
+                yield RowSet([*taken, part.between(start, index)], distinct=True)
+                taken, start, n, size = [], index, 0, 0
             n += 1
             size += length
-        part.append(_between(request, start, None))
+        taken.append(part.between(start, None))
     if n:
-        yield RowSet(part, distinct=True)
+        yield RowSet(taken, distinct=True)
 
 
-def _between(request: ScoreRequest, start: int, stop: int | None) -> ScoreRequest:
-    return replace(request, positions=request.positions[start:stop], keys=request.keys[start:stop])
-
-
-class OutputReader:
+class OutputReader(Generic[A]):
     """Matches output lines to the rows of a job: by our key, else by the echoed request, never by order.
 
     Parameters
@@ -122,7 +288,7 @@ class OutputReader:
         Keeps every row that answers one of them, as it came.
     """
 
-    def __init__(self, rows: RowSet, raw: RawLog | None = None) -> None:
+    def __init__(self, rows: RowSet[A], raw: RawLog | None = None) -> None:
         self._rows = rows
         self._raw = raw
         self._known = frozenset(rows.keys)
@@ -131,20 +297,20 @@ class OutputReader:
         self._unreadable = 0
         self._foreign = 0
 
-    def read(self, path: Path) -> Iterator[Score | ScoreFailure]:
+    def read(self, path: Path) -> Iterator[A | ScoreFailure]:
         """The results in one output file; the first success for a key counts."""
         for line in lines_of(path):
-            score = answers.usual_row(line) if self._raw is None else None
-            if score is not None and score.key in self._known:
-                if score.key in self._wanted:
-                    self._wanted.discard(score.key)
-                    yield score
+            answer = self._rows.usual_row(line) if self._raw is None else None
+            if answer is not None and answer.key in self._known:
+                if answer.key in self._wanted:
+                    self._wanted.discard(answer.key)
+                    yield answer
                 else:
                     self._foreign += 1
             elif line.strip():
                 yield from self._read_any(line)
 
-    def _read_any(self, line: bytes) -> Iterator[Score | ScoreFailure]:
+    def _read_any(self, line: bytes) -> Iterator[A | ScoreFailure]:
         """The result in a row of any shape, if it has one that is wanted."""
         try:
             row = json.loads(line)
@@ -157,8 +323,8 @@ class OutputReader:
             return
         if self._raw is not None:
             self._raw.add(key, row)
-        result = answers.read_row(key, row)
-        if isinstance(result, Score) or result.final:
+        result = self._rows.read_row(key, row)
+        if not isinstance(result, ScoreFailure) or result.final:
             self._wanted.discard(key)
         yield result
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal
 
 from backends.base import WAITING
 from backends.vertex.jobs.remote import DELETED, PENDING_STATES, TERMINAL_STATES, RemoteJob
-from backends.vertex.jobs.rows import RowSet
+from backends.vertex.jobs.rows import A, RowSet
 from kl.records import ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ Stage = Literal["run", "submit", "collect"]
 
 
 @dataclass(slots=True)
-class BatchWork:
+class BatchWork(Generic[A]):
     """Rows that still want an answer, why they have none yet, and what was tried.
 
     ``stage`` says whether jobs are waited for (``run``), only made (``submit``), or looked at once (``collect``).
@@ -29,7 +29,7 @@ class BatchWork:
     ``refused`` those that their last job refused for good. ``read`` are the jobs whose output was looked through.
     """
 
-    rows: RowSet
+    rows: RowSet[A]
     stage: Stage = "run"
     failures: dict[str, ScoreFailure] = field(default_factory=dict[str, ScoreFailure])
     attempts: int = 0

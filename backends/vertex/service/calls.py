@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from backends.base import Sample, SampleRequest, SampleSettings
 from backends.errors import BackendError, ModelNotUsableError
-from backends.vertex import answers, wire
+from backends.vertex import answers, samples, wire
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import StatusError, with_retries
 from kl.records import Prompt, Score, ScoreFailure, Turn
@@ -18,6 +19,7 @@ _PROBE = Prompt((Turn("user", "Continue the row: one, two, three"),))
 _PROBE_PREFIX, _WHITE_SPACE = "one, two", " "
 # An empty answer now and then says nothing of the model.
 _PROBES = 3
+_SHORT = {"max_tokens": 8}
 
 
 async def prove_usable(calls: ModelCalls, model: str, deadline_s: float) -> str | None:
@@ -44,6 +46,36 @@ async def prove_usable(calls: ModelCalls, model: str, deadline_s: float) -> str 
             return result.model_version
         if result.final or attempt == _PROBES - 1:
             raise ModelNotUsableError(f"{proof.name} cannot be scored: {result.message} {_USABLE}", model=model)
+    raise AssertionError("unreachable: the last probe returns or raises")
+
+
+async def prove_writes(calls: ModelCalls, model: str, settings: SampleSettings, deadline_s: float) -> str | None:
+    """One tiny request without a prefill: the model exists and writes a response with a list for every token.
+
+    Returns the version that the service reports.
+
+    Raises
+    ------
+    ModelNotUsableError
+        With what the model cannot do and which models can.
+    """
+    name = wire.model_id(model)
+    request = SampleRequest("preflight", "preflight", model, _PROBE, settings.model_copy(update=_SHORT))
+    body = samples.body(request)
+
+    async def attempt() -> Sample | ScoreFailure:
+        return samples.read_sample(request, await calls.generate(model, body))
+
+    for number in range(_PROBES):
+        try:
+            result = await with_retries(attempt, what=f"preflight of {name}", deadline_s=deadline_s)
+        except StatusError as error:
+            why, permanent = await _Proof(calls, model, deadline_s).why_not(error)
+            raise ModelNotUsableError(why, permanent=permanent, model=model) from error
+        if isinstance(result, Sample):
+            return result.response.model_version
+        if result.final or number == _PROBES - 1:
+            raise ModelNotUsableError(f"{name} cannot be sampled: {result.message} {_USABLE}", model=model)
     raise AssertionError("unreachable: the last probe returns or raises")
 
 

@@ -16,7 +16,7 @@ from backends.base import ScoreRequest
 from backends.errors import ConfigError, RetryableBackendError
 from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.jobs.ledger import JobLedger
-from backends.vertex.jobs.rows import RowSet
+from backends.vertex.jobs.rows import score_rows
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
 from tests.vertex_world.language_model import prompt_turns
@@ -362,7 +362,7 @@ def test_of_several_jobs_of_one_name_all_that_ended_are_read_and_none_is_made(
     world.faults.job_outcomes = [("FAILED", 0.0), ("EXPIRED", 0.5), None]
     request = request_for(responses(prompts=1, n=1)[0], VertexBatchBackend, options())
     backend = VertexBatchBackend(options(), tmp_path / "one")
-    rows = RowSet([request])
+    rows = score_rows([request])
     job_key = JobLedger(tmp_path / "none").job_key(backend._place, rows.keys)
 
     async def make_three() -> None:
@@ -384,7 +384,7 @@ def test_an_input_file_that_a_killed_run_left_in_another_order_is_no_obstacle(
     one, two = (request_for(response, VertexBatchBackend, options()) for response in asked)
     one, two = replace(one, name="same"), replace(two, name="same")
     backend = VertexBatchBackend(options(), tmp_path)
-    rows = RowSet([two, one])
+    rows = score_rows([two, one])
 
     async def upload_only() -> None:
         async with backend:

@@ -13,7 +13,7 @@ import pytest
 
 from backends.base import ScoreRequest
 from backends.vertex import wire
-from backends.vertex.jobs.rows import OutputReader, RowSet, split_rows
+from backends.vertex.jobs.rows import OutputReader, RowSet, score_rows, split_rows
 from kl.records import Prompt, Score, ScoreFailure, Turn
 
 TEXT = "Größe «x»\u2028🙂 end"
@@ -37,13 +37,13 @@ def answer(number: int) -> dict[str, Any]:
     }
 
 
-def output(rows: RowSet, change: Line) -> list[dict[str, Any]]:
+def output(rows: RowSet[Score], change: Line) -> list[dict[str, Any]]:
     """One answered line for each row; the token names the row."""
     lines = [json.loads(line) for line in rows]
     return [change({**line, "status": "", "response": answer(index)}) for index, line in enumerate(lines)]
 
 
-def read(rows: RowSet, lines: list[Any], folder: Path) -> list[Score | ScoreFailure]:
+def read(rows: RowSet[Score], lines: list[Any], folder: Path) -> list[Score | ScoreFailure]:
     path = folder / "predictions.jsonl"
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return list(OutputReader(rows).read(path))
@@ -73,7 +73,7 @@ CHANGES: dict[str, Line] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_row_finds_its_context_in_any_order(change: Line, tmp_path: Path) -> None:
-    rows = RowSet([request(), request(question="Another?")])
+    rows = score_rows([request(), request(question="Another?")])
     results = read(rows, list(reversed(output(rows, change))), tmp_path)
     assert {result.key: result.top[0].token for result in results if isinstance(result, Score)} == {
         key: str(index) for index, key in enumerate(rows.keys)
@@ -81,8 +81,8 @@ def test_every_row_finds_its_context_in_any_order(change: Line, tmp_path: Path) 
 
 
 def test_foreign_doubled_and_unreadable_lines_answer_nothing(tmp_path: Path) -> None:
-    rows = RowSet([request(text="abc")])
-    other = output(RowSet([request(text="xyz", question="Other?")]), without_key)
+    rows = score_rows([request(text="abc")])
+    other = output(score_rows([request(text="xyz", question="Other?")]), without_key)
     own = output(rows, lambda row: row)
     lines = ['{"key": "cut', "\n", "[1, 2]\n", "null\n", *other, own[0], own[0], {"key": own[1]["key"]}, own[1]]
     results = read(rows, lines, tmp_path)
@@ -91,7 +91,7 @@ def test_foreign_doubled_and_unreadable_lines_answer_nothing(tmp_path: Path) -> 
 
 
 def test_equal_contexts_are_one_row_and_models_do_not_share_a_file() -> None:
-    rows = RowSet([request(), request(), request(model="gemini-2.5-flash-lite")])
+    rows = score_rows([request(), request(), request(model="gemini-2.5-flash-lite")])
     assert len(rows.keys) == 2 * len(TEXT)
     parts = list(split_rows(rows, 1000, 10**9))
     assert [part.model for part in parts] == ["gemini-2.5-flash", "gemini-2.5-flash-lite"]
@@ -99,7 +99,7 @@ def test_equal_contexts_are_one_row_and_models_do_not_share_a_file() -> None:
 
 
 def test_rows_are_found_by_what_is_said_of_their_keys() -> None:
-    rows = RowSet([request(), request(question="Another?")])
+    rows = score_rows([request(), request(question="Another?")])
     number = {key: index for index, key in enumerate(rows.keys)}
     parts = rows.by(lambda key: number[key] % 3 == 0)
     assert {name: part.keys for name, part in parts.items()} == {
@@ -111,7 +111,7 @@ def test_rows_are_found_by_what_is_said_of_their_keys() -> None:
 
 @pytest.mark.parametrize(("max_rows", "max_bytes"), [(3, 10**9), (1000, 900), (1, 1)])
 def test_files_stay_within_both_limits(max_rows: int, max_bytes: int) -> None:
-    rows = RowSet([request(), request(question="Another, somewhat longer question?")])
+    rows = score_rows([request(), request(question="Another, somewhat longer question?")])
     parts = list(split_rows(rows, max_rows, max_bytes))
     assert sum((part.keys for part in parts), ()) == rows.keys
     assert all(len(part.keys) <= max_rows for part in parts)
