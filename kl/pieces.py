@@ -11,6 +11,7 @@ REPLACEMENT = "\ufffd"
 _LOSSY = REPLACEMENT.encode()
 _ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's byte pieces
 ESCAPES = ("<0x", "bytes:\\x")  # how tokens begin that are written as their bytes
+NAMED_BY_ID = "token_id:"  # vLLM, on request: the number in the place of the text
 _SPECIAL = re.compile(r"[▁Ġ ]?(<[^<>\n]+>|\[[^\[\]\n]+\])")
 _ESCAPED = re.compile(r"bytes:((?:\\x[0-9A-Fa-f]{2})+)")  # OpenAI, for a token that is a part of a character
 

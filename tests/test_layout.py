@@ -18,7 +18,9 @@ ROOMS = ("kl", "backends", "flows")
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
 kl                      pieces records / columns / scores
-kl.input                hidden problems / logprobs prompts shapes texts writer / contents / documents / responses
+kl.input                hidden problems / logprobs prompts texts writer / contents / documents
+kl.input.shapes         requests / completions gemini rows / answers
+kl.input                sources / responses
 kl.estimators           rows token_bytes / token_keys / list_checks
 kl.estimators.matching  aligned codes rows / places / evidence trust
 kl.estimators           align

@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,27 +16,47 @@ from typing import NamedTuple
 from backends.errors import ConfigError
 from backends.storage import COPIES, StoredFile, is_remote, is_within, list_remote, scratch_folder
 from flows.config.models import RunConfig
-from kl.input.responses import InputProblem, ResponseFile, check_pattern, list_files, read_responses
+from kl.input.responses import (
+    InputProblem,
+    ResponseFile,
+    check_pattern,
+    list_files,
+    parse_responses,
+    read_responses,
+)
+from kl.input.sources import SEVERAL_PROMPTS, Part, parts_of
 
 logger = logging.getLogger(__name__)
 
 _MOST_IN_MEMORY = 300_000_000  # bytes of JSON, which are less when they are parsed; what is more goes to the disk
 
 
+class Version(NamedTuple):
+    """When a local file was changed, and its bytes; of a remote one, which is known by its own version, these alone."""
+
+    changed: int
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class InputFile:
     """A file and what it is called in the outputs: its path below the input directory.
 
-    ``stored`` is set for a remote one: the file as it was when the run listed its input.
+    ``stored`` is set for a remote one: the file as it was when the run listed its input. ``part`` is set where the file
+    has answers to several prompts and this is one of them; ``version`` is then the file's.
     """
 
     path: Path
     source_file: str
     stored: StoredFile | None = None
+    part: Part | None = None
+    version: Version | None = None
 
     @property
     def size(self) -> int:
         """Bytes; 0 of a file that cannot be looked at."""
+        if self.part is not None:
+            return self.part.size
         if self.stored is not None:
             return self.stored.size
         try:
@@ -99,8 +119,34 @@ def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
 def read_ahead(files: Iterable[InputFile]) -> Iterator[InputFile]:
     """The same files; remote ones are fetched some ahead of their use, since each takes a while to come."""
     files = list(files)
-    stored = {file.stored: file for file in files if file.stored is not None}
-    return (stored[file] for file in COPIES.ahead(stored)) if len(stored) == len(files) else iter(files)
+    if any(file.stored is None for file in files):
+        return iter(files)
+    ahead = COPIES.ahead(file.stored for file in files if file.stored is not None)
+    return (file for file, _ in zip(files, ahead, strict=True))
+
+
+def read_inputs(files: Iterable[InputFile]) -> Iterator[tuple[InputFile, ResponseFile]]:
+    """Each file with what it says, parsed; one with answers to several prompts as so many files."""
+    for file in read_ahead(files):
+        parsed = read_input(file)
+        parts = _parts_of(file) if file.part is None and _has_parts(parsed) else []
+        for part in parts:
+            yield part, read_input(part)
+        if not parts:
+            yield file, parsed
+
+
+def _has_parts(parsed: ResponseFile) -> bool:
+    return any(problem.kind == SEVERAL_PROMPTS for problem in parsed.problems)
+
+
+def _parts_of(file: InputFile) -> list[InputFile]:
+    version = _version_of(file)
+    with _opened(file) as copy:
+        parts = parts_of(copy.read_bytes())
+    return [
+        replace(file, source_file=f"{file.source_file}#{part.number}", part=part, version=version) for part in parts
+    ]
 
 
 class ParsedFiles:
@@ -110,12 +156,12 @@ class ParsedFiles:
     """
 
     def __init__(self) -> None:
-        self._parsed: dict[InputFile, tuple[_Version, ResponseFile | Path]] = {}
+        self._parsed: dict[InputFile, tuple[Version, ResponseFile | Path]] = {}
         self._n_bytes = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
 
-    def read(self, file: InputFile, version: _Version) -> ResponseFile:
+    def read(self, file: InputFile, version: Version) -> ResponseFile:
         """The file as it is in this version."""
         with self._lock:
             known, parsed = self._parsed.get(file, (None, None))
@@ -126,8 +172,8 @@ class ParsedFiles:
             self._keep(file, version, found)
         return found
 
-    def _keep(self, file: InputFile, version: _Version, parsed: ResponseFile) -> None:
-        self._n_bytes += version.size
+    def _keep(self, file: InputFile, version: Version, parsed: ResponseFile) -> None:
+        self._n_bytes += file.size
         if self._n_bytes <= _MOST_IN_MEMORY:
             self._parsed[file] = version, parsed
             return
@@ -144,11 +190,6 @@ class ParsedFiles:
             if self._folder is not None:
                 self._folder.cleanup()
                 self._folder = None
-
-
-class _Version(NamedTuple):
-    changed: int
-    size: int
 
 
 _parsed_files = ParsedFiles()
@@ -171,25 +212,51 @@ def read_input(file: InputFile) -> ResponseFile:
     ConfigError, OSError
         If the storage of a remote file refuses or does not answer.
     """
+    return _parsed_files.read(file, _version_of(file))
+
+
+def _version_of(file: InputFile) -> Version:
     if file.stored is not None:
-        return _parsed_files.read(file, _Version(0, file.stored.size))
+        return Version(0, file.stored.size)
     try:
         stat = file.path.stat()
-        version = _Version(stat.st_mtime_ns, stat.st_size)
     except OSError:
-        version = _Version(0, 0)
-    return _parsed_files.read(file, version)
+        return Version(0, 0)
+    return Version(stat.st_mtime_ns, stat.st_size)
 
 
 def _parse(file: InputFile) -> ResponseFile:
-    if file.stored is None:
-        return read_responses(file.path, file.source_file)
+    if file.part is not None:
+        return _parse_part(file, file.part)
     try:
-        with COPIES.open(file.stored) as copy:
+        with _opened(file) as copy:
             return read_responses(copy, file.source_file)
     except FileNotFoundError:  # removed since it was listed: a file that cannot be read, as on a disk
         with scratch_folder() as nothing:
             return read_responses(nothing / "gone", file.source_file)
+
+
+def _parse_part(file: InputFile, part: Part) -> ResponseFile:
+    """Some objects of a file, which must be as it was when it was divided."""
+    if _version_of(file) != file.version:
+        raise ConfigError(f"{file.path} was changed while it was read; run again when it is whole.")
+    with _opened(file) as copy, copy.open("rb") as opened:
+
+        def read(start: int, size: int) -> bytes:
+            opened.seek(start)
+            return opened.read(size)
+
+        return parse_responses(part.text(read), file.source_file)
+
+
+@contextmanager
+def _opened(file: InputFile) -> Generator[Path]:
+    """The file on a local disk."""
+    if file.stored is None:
+        yield file.path
+        return
+    with COPIES.open(file.stored) as copy:
+        yield copy
 
 
 def file_defect(parsed: ResponseFile) -> InputProblem | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from backends.base import ScoreRequest, WorkEstimate, compares_pairs
 from backends.scores.store import Compared, ScoreStore
 from flows.config.comparison import Comparison, Side
-from flows.stages.inputs import InputFile, read_ahead, read_input
+from flows.stages.inputs import InputFile, read_ahead, read_input, read_inputs
 from kl.input.problems import InputProblem
 
 _REPEATS_TOGETHER = 1000  # responses of which a job asks some contexts again; their texts are in memory together
@@ -114,13 +114,13 @@ def make_plan(
     at_once : int
         How many groups may be at work at once (`Backend.parallel_groups`).
     """
-    plan = Plan(files)
+    plan = Plan([])
     seen: dict[str, set[int]] = {}
     by_job: dict[str, list[Selection]] = {}
     fresh: list[list[Selection]] = []
     repeats: list[Selection] = []
-    for file in read_ahead(files):
-        parsed = read_input(file)
+    for file, parsed in read_inputs(files):
+        plan.files.append(file)
         plan.problems += parsed.problems
         plan.n_unreadable += len(parsed.unreadable)
         if parsed.prompt is None:

@@ -11,7 +11,7 @@ from backends.scores.raw_log import holds_raw, read_raw
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison
 from flows.folder.layout import OutputFolder
-from flows.stages.inputs import InputFile, read_ahead, read_input
+from flows.stages.inputs import InputFile, read_inputs
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ def reuse_raw(source: Path, files: list[InputFile], comparison: Comparison, stor
 
 
 def _wanted(files: list[InputFile], comparison: Comparison, store: ScoreStore) -> Iterator[tuple[str, tuple[str, str]]]:
-    for file in read_ahead(files):
-        parsed = read_input(file)
+    for _, parsed in read_inputs(files):
         if parsed.prompt is None:
             continue
         prompt_id = parsed.prompt.prompt_id

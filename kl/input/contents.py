@@ -29,7 +29,7 @@ from kl.input.logprobs import (
     usual_length,
 )
 from kl.input.problems import KEPT_PER_KIND, Repair, number
-from kl.pieces import ESCAPES, REPLACEMENT
+from kl.pieces import ESCAPES, NAMED_BY_ID, REPLACEMENT
 from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate
 
 _AT_ONCE = 1 << 22  # bytes of JSON whose objects are in memory at one time
@@ -184,7 +184,8 @@ def _flat(raw: memoryview, rows: list[Any], fields: Callable[[Sequence[Any]], _F
     tops = [row.top_logprobs or () for row in rows]
     said, listed = fields(rows), fields(list(chain.from_iterable(tops)))
     n_keys = said.n_keys() + listed.n_keys() + sum([row.top_logprobs is not UNSET for row in rows])
-    if not rows or n_keys != _n_keys(raw, "".join(listed.texts) + "".join(said.texts)):
+    tokens = "".join(listed.texts) + "".join(said.texts)
+    if not rows or NAMED_BY_ID in tokens or n_keys != _n_keys(raw, tokens):
         return None
     return _Content(said, listed, [len(top) for top in tops])
 

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-from kl.input.problems import Notes, Overwritten, as_list, as_plain, encodable, is_encodable, number, show
+from kl.input.problems import Notes, as_list, as_plain, encodable, is_encodable, number, show
 from kl.pieces import is_whole, own_bytes
 from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB, Candidate, Defect, Position
 
@@ -26,6 +26,7 @@ _ID_END = 2**63
 # are more, lists and tokens have lost each other, and the other positions cannot be trusted either.
 _FEW_POSITIONS, _FEW_SHARE = 3, 0.1
 _LARGEST_SHARE = 0.125  # of a response's positions that may be unusable for whatever reason
+_LONGEST_REASON = 300  # characters of a text in a file
 _MIXED_UP = frozenset({"sampled-disagrees", "sampled-above-list"})
 
 
@@ -98,6 +99,8 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, h
     listed = _read_top(entry.get("top_logprobs"), index, notes)
     if sampled is None:
         return None
+    if isinstance(reason := entry.get("unusable"), str):
+        notes.defect_at(index, "unusable-list", " ".join(reason.split())[:_LONGEST_REASON])
     if listed is None or index in notes.unusable:
         return _unusable(sampled, index, notes)
     if not listed.top:
@@ -106,9 +109,9 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, h
         _no_list(entry, index, notes)
         return _unusable(sampled, index, notes)
     top, was_sorted = _sorted(listed.top, index, notes)
-    may_lack = isinstance(entry.get("top_logprobs"), Overwritten)
+    may_lack = entry.get("may_lack") is True
     if may_lack:
-        what = "`top_logprobs` is an object, in which tokens of one text overwrite each other, and may lack some"
+        what = "tokens of one text overwrote each other in `top_logprobs`, which may lack some"
         notes.repair("overwritten-entries", f"{what}; its smallest value is not taken as a limit for these", index)
     sampled = _agreed(sampled, top, index, notes, hides=hides or may_lack)
     if index in notes.unusable:

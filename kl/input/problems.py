@@ -21,7 +21,15 @@ WHAT_TO_DO = {
     "not-json": "Write the file again, or take it out of the input directory.",
     "nested-too-deeply": "Write the file in the documented form, or take it out of the input directory.",
     "not-an-object": 'The file must hold one object: {"prompt": …, "responses": […]}.',
-    "several-prompts": "A file holds the responses to one prompt: write those of each prompt to a file of their own.",
+    "several-prompts": "`python -m flows.convert IN OUT` writes a file for each prompt.",
+    "foreign-prompt-part": "Q is given turns of text alone: sample without it, or write it into the prompt.",
+    "chosen-tokens": "Sample with top_logprobs: what is not listed cannot be bounded otherwise.",
+    "no-boundary": "State `prompt` (which its text begins with) or the response's `text` beside the answer.",
+    "service-error": "Ask the service again.",
+    "hidden-thinking": "Its lists are of a context that nobody else can be given: sample without thinking.",
+    "after-sampling": "Sample again without post_sampling_probs.",
+    "missing-entries": "It cannot be said which entry belongs to which token; sample again with return_tokens.",
+    "unusable-list": "Sample again, from a source that has a list at every token.",
     "repeated-key": "It cannot be known which value is meant: keep one of them.",
     "no-prompt": "Add the prompt that the responses answer.",
     "bad-prompt": "Write the prompt as a text, or as a list of {role, content} turns.",
@@ -88,10 +96,6 @@ class RepeatedKeys(dict[str, object]):
     """A JSON object in which a key stands twice; ``repeated`` names the first such key."""
 
     repeated: str = ""
-
-
-class Overwritten(list[object]):
-    """A list of candidates that may have lost some to others of the same text."""
 
 
 class Notes:

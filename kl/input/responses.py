@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,8 @@ from kl.input.documents import load_documents
 from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
-from kl.input.shapes import as_document, as_response, json_lines, lacks_prompt
+from kl.input.shapes.answers import as_document, as_response, note_request
+from kl.input.sources import Load, several_objects
 from kl.input.texts import Settled, settle_text
 from kl.records import Candidate, Prompt, Response, Sampling
 
@@ -141,17 +141,10 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     """
     notes = Notes(source_file)
     load = partial(load_documents, in_columns=in_columns)
-    parsed = json_lines(data, load, notes)
-    if parsed is None and notes.first_defect is None:
-        parsed = _load_json(data, load, notes)
-    document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
+    document = _read_document(data, load, notes)
     if document is None:
         return _nothing(notes)
-    document = as_document(document)
-    bare = lacks_prompt(document)
-    if bare is not None:
-        notes.defect("no-prompt", f"{bare}, and `prompt` is missing")
-    prompt = None if bare else read_prompt(document, notes)
+    prompt = None if notes.first_defect else read_prompt(document, notes)
     items = _read_list(document, notes)
     model = _read_name(document, "model", None, notes)
     version = _read_name(document, "model_version", None, notes)
@@ -174,6 +167,20 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     return ResponseFile(source_file, prompt, model, len(items), tuple(responses), tuple(unreadable), tuple(problems))
 
 
+def _read_document(data: bytes, load: Load, notes: Notes) -> dict[str, object] | None:
+    """The file's object in the documented form; None where it has none."""
+    document = several_objects(data, load, notes)
+    if document is not None or notes.first_defect:
+        return document
+    parsed = _load_json(data, load, notes)
+    document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
+    if document is None:
+        return None
+    shaped = as_document(document)
+    note_request(document, shaped, notes)
+    return shaped
+
+
 def _nothing(
     notes: Notes, prompt: Prompt | None = None, model: str | None = None, items: list[object] | None = None
 ) -> ResponseFile:
@@ -189,7 +196,7 @@ def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
     return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
 
 
-def _load_json(data: bytes, load: Callable[[Sequence[bytes]], Sequence[object]], notes: Notes) -> object:
+def _load_json(data: bytes, load: Load, notes: Notes) -> object:
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
         return notes.defect("not-utf8", f"the file is written in {encoding.upper()}")

@@ -9,7 +9,7 @@ from backends.errors import ConfigError
 from backends.storage import as_location, remove_folder, write_bytes_atomic
 from flows.config.models import RunConfig
 from flows.config.reading import validate
-from flows.stages.inputs import file_defect, find_inputs, read_ahead, read_input
+from flows.stages.inputs import file_defect, find_inputs, read_ahead, read_input, read_inputs
 
 
 def test_results_below_the_input_folder_are_no_input_and_do_not_count_as_files(tmp_path: Path) -> None:
@@ -85,3 +85,30 @@ def test_a_remote_file_that_is_gone_is_a_file_that_cannot_be_read(remote_folder:
     remove_folder(remote_folder)
     (file,) = read_ahead([file])
     assert file_defect(read_input(file)).kind == "unreadable-file"
+
+
+@pytest.mark.parametrize("folder", ["disk", "bucket"])
+def test_a_file_with_several_prompts_is_so_many_files(folder: str, tmp_path: Path, remote_folder: Path) -> None:
+    place = tmp_path / "in" if folder == "disk" else remote_folder
+    lines = [f'{{"prompt": "{name}", "responses": []}}' for name in "abab"]
+    write_bytes_atomic(place / "x.jsonl", "\n".join(lines).encode())
+    write_bytes_atomic(place / "y.jsonl", RESPONSES)
+    values = {"input_dir": place, "output_dir": tmp_path / "out", "model2": "q", "pattern": "*.jsonl"}
+    found = list(read_inputs(find_inputs(validate(RunConfig, values))))
+    assert [(file.source_file, parsed.prompt and parsed.prompt.turns[0].content) for file, parsed in found] == [
+        ("x.jsonl#0", "a"), ("x.jsonl#1", "b"), ("y.jsonl", "p"),
+    ]  # fmt: skip
+    files = [file for file, _ in found]
+    assert [file.size for file in files[:2]] == [2 * len(lines[0])] * 2
+    assert list(read_inputs(files)) == found, "parts are taken as they are"
+    assert list(read_ahead(files)) == files
+
+
+def test_a_file_that_changes_while_its_parts_are_read_is_no_input(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(RESPONSES + b"\n" + RESPONSES.replace(b'"p"', b'"q"'))
+    values = {"input_dir": tmp_path, "output_dir": tmp_path / "out", "model2": "q", "pattern": "*.jsonl"}
+    (first, _), *_ = read_inputs(find_inputs(validate(RunConfig, values)))
+    path.write_bytes(RESPONSES + b"\n" + RESPONSES.replace(b'"p"', b'"longer"'))
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        read_input(first)

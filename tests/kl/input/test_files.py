@@ -64,7 +64,7 @@ BAD_FILES = [
     BadFile("Latin-1", '{"prompt": "é"}'.encode("latin-1"), "not-utf8", "byte 12 of the file (0xe9)"),
     BadFile("nested too deeply", b"[" * 200_000, "nested-too-deeply"),
     BadFile("lines for two prompts", b'{"prompt": "a", "responses": []}\n{"prompt": "b", "responses": []}\n',
-            "several-prompts", "JSONL, one object a line, for 2 prompts"),
+            "several-prompts", "2 objects (JSONL, one a line, or a list), for 2 prompts"),
     BadFile("a list", b"[]", "not-an-object", "an empty list"),
     BadFile("NaN alone", b"NaN", "not-an-object", "nan"),
     BadFile("null", b"null", "not-an-object", "null"),

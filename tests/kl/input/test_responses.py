@@ -634,10 +634,14 @@ FILE_KINDS = (
     "unreadable-file not-utf8 not-json nested-too-deeply not-an-object no-prompt bad-prompt empty-prompt unknown-role "
     "prompt-end two-system-texts bad-responses no-responses several-prompts"
 ).split()  # their cases are beside those of other whole files
+FOREIGN_KINDS = (
+    "foreign-prompt-part chosen-tokens no-boundary service-error hidden-thinking after-sampling missing-entries "
+    "unusable-list"
+).split()  # of other people's formats, with their cases
 
 
 def test_every_kind_of_defect_of_a_response_has_a_case() -> None:
-    assert {case.kind for case in DEFECTS} | {"repeated-key"} | set(FILE_KINDS) == set(WHAT_TO_DO)
+    assert {case.kind for case in DEFECTS} | {"repeated-key", *FILE_KINDS, *FOREIGN_KINDS} == set(WHAT_TO_DO)
 
 
 GOOD_TEXT = json.dumps(good_document())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kl.input.responses import ResponseFile, parse_responses
+from kl.input.sources import parts_of
 from kl.records import Candidate, Response, Sampling, Score
 from kl.tables.tokens import measure_response
 from tests import ROOT
@@ -74,6 +76,26 @@ GEMINI = {
         "topCandidates": [{"candidates": [gemini_token(entry) for entry in row["top_logprobs"]]} for row in CONTENT],
     },
 }
+
+
+def snake(value: Any) -> Any:
+    """The same with the names of the Python client."""
+    if isinstance(value, list):
+        return [snake(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {re.sub(r"(?=[A-Z])", "_", name).lower(): snake(item) for name, item in value.items()}
+
+
+def llama_cpp() -> dict[str, Any]:
+    rows = [{"id": row["token_id"], **row, "top_logprobs": list(map(renamed, row["top_logprobs"]))} for row in CONTENT]
+    return {"choices": [{"index": 0, "text": RESPONSE["text"], "logprobs": {"content": list(map(renamed, rows))}}]}
+
+
+def renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"id": entry["token_id"]} | {name: value for name, value in entry.items() if name != "token_id"}
+
+
 GEMINI_REQUEST = {"contents": [{"role": "user", "parts": [{"text": PROMPT}]}]}
 
 
@@ -192,15 +214,22 @@ def test_an_object_with_the_sampled_token_beside_the_best_lacks_none() -> None:
         pytest.param({"prompt": PROMPT, "responses": [{"candidates": [GEMINI]}]}, id="Gemini answers as responses"),
         pytest.param({"prompt": PROMPT, "candidates": [GEMINI]}, id="Gemini, prompt beside it"),
         pytest.param({"request": GEMINI_REQUEST, "response": {"candidates": [GEMINI]}}, id="Gemini batch row"),
+        pytest.param([chat(prompt=PROMPT)], id="in a list"),
+        pytest.param({"request": {"contents": PROMPT}, "response": snake({"candidates": [GEMINI]})}, id="snake"),
+        pytest.param({"prompt": PROMPT, **llama_cpp()}, id="llama.cpp"),
+        pytest.param({"prompt": PROMPT, "completion_probabilities": llama_cpp()["choices"][0]["logprobs"]["content"],
+                      "content": RESPONSE["text"], "stop_type": "eos"}, id="llama.cpp, own route"),
     ],
 )  # fmt: skip
 def test_a_raw_answer_is_read_with_the_prompt_beside_it_or_in_its_request(document: dict[str, Any]) -> None:
     file = read(document)
-    assert file.problems == ()
+    assert {problem.kind for problem in file.problems} <= {"raw-prompt"}
     (response,) = file.responses
     good = expected()
-    assert (response.prompt, response.text, response.positions) == (good.prompt, good.text, good.positions)
-    assert response.sampling.temperature == document.get("request", {}).get("temperature")
+    assert (response.prompt, response.text) == (good.prompt, good.text)
+    assert [position.top for position in response.positions] == [position.top for position in good.positions]
+    stated = {} if isinstance(document, list) else document.get("request", {})
+    assert response.sampling.temperature == stated.get("temperature")
 
 
 @pytest.mark.parametrize(
@@ -224,3 +253,206 @@ def test_what_a_format_lacks_is_said_in_a_line_that_names_it(document: dict[str,
     assert file.unreadable[0].kind == kind
     assert shown in file.unreadable[0].message
     assert "\n" not in file.unreadable[0].message
+
+
+# What the lists of a format hide, and where its response begins.
+
+
+def columns(*rows: tuple[str, float | None, dict[str, float] | None], **changes: Any) -> dict[str, Any]:
+    tokens, values, tops = zip(*rows, strict=True)
+    return {"tokens": [*tokens], "token_logprobs": [*values], "top_logprobs": [*tops], **changes}
+
+
+ECHO = [("Hi", None, None), (" you", -3.0, {" you": -3.0, "!": -0.1}), ("!", -0.2, {"!": -0.2, "?": -2.0})]
+ECHOED = {"index": 0, "text": "Hi you!", "logprobs": columns(*ECHO)}
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        pytest.param({"request": {"prompt": "Hi"}, "response": {"choices": [ECHOED]}}, " you!", id="asked"),
+        pytest.param({"prompt": "Hi you", "choices": [ECHOED]}, "!", id="stated"),
+        pytest.param({"prompt": "Greet.", "text": " you!", "choices": [ECHOED]}, " you!", id="response stated"),
+        pytest.param({"prompt": "x", "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, "!", id="ids"),
+    ],
+)  # fmt: skip
+def test_an_echoed_prompt_is_cut_off(document: dict[str, Any], text: str) -> None:
+    (response,) = read(document).responses
+    assert response.text == text
+    assert "".join(position.sampled.token for position in response.positions) == text
+    assert response.positions[-1].top == (Candidate("!", -0.2), Candidate("?", -2.0))
+
+
+def scored_item(*entries: tuple[int, str, float, int]) -> dict[str, Any]:
+    return {str(i): {"logprob": value, "rank": rank, "decoded_token": text} for i, text, value, rank in entries}
+
+
+SCORED = [
+    None,
+    scored_item((11, "Hi", -2.0, 9), (12, "Yo", -0.5, 1), (13, "He", -1.0, 2)),  # two best, and the prompt's own
+    scored_item((20, "", -0.9, 2), (21, "!", -0.7, 1)),
+    scored_item((22, "🌊", -0.3, 1), (23, "🌟", -1.5, 2)),
+    scored_item((24, ".", -0.9, 2), (25, "?", -0.6, 1)),
+]
+MORE = [*MESSAGES, {"role": "assistant", "content": "🌊."}]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param({"request": {"messages": MORE}, "response": {"choices": [{"index": 0, "logprobs": None}],
+                      "prompt_logprobs": SCORED, "prompt_token_ids": [1, 11, 20, 22, 24]}}, id="chat"),
+        pytest.param({"prompt": PROMPT, "text": "🌊.", "request": {"prompt": "…Hi🌊."}, "response": {"choices": [
+                      {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": SCORED}]}}, id="text"),
+    ],
+)  # fmt: skip
+def test_a_response_that_vllm_scored_as_its_prompt_has_its_lists(document: dict[str, Any]) -> None:
+    (response,) = read(document).responses
+    assert (response.prompt, response.text, response.finish_reason) == (expected().prompt, "🌊.", None)
+    assert [position.sampled.token_id for position in response.positions] == [20, 22, 24]
+    assert response.gaps == ((1, "partial-character"),)
+    # What is shown after a part of a character is that character, not the token: only its id says which it is.
+    assert [[(c.token, c.token_id) for c in position.top] for position in response.positions] == [
+        [("!", 21), ("", 20)], [("", 22), ("", 23)], [("?", 25), (".", 24)],
+    ]  # fmt: skip
+
+
+def test_a_token_beside_the_best_is_no_entry_of_vllms_list() -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Hi🌊."}]
+    file = read({"request": {"messages": messages}, "response": {"choices": [{"index": 0}], "prompt_logprobs": SCORED}})
+    first = file.responses[0].positions[0]
+    assert (first.sampled, first.top) == (
+        Candidate("Hi", -2.0, 11), (Candidate("Yo", -0.5, 12), Candidate("He", -1.0, 13)),
+    )  # fmt: skip
+
+
+def test_tokens_named_by_their_ids_are_known_by_these_alone() -> None:
+    def named(i: int, value: float, **more: Any) -> dict[str, Any]:
+        return {"token": f"token_id:{i}", "logprob": value, "bytes": [*f"token_id:{i}".encode()], **more}
+
+    rows = [
+        named(7, -0.5, bytes=[*b" The"], top_logprobs=[named(7, -0.5), named(8, -1.5)]),
+        named(9, -0.1, bytes=[*b"!"], top_logprobs=[named(9, -0.1), named(8, -3.0)]),
+    ]
+    answer = {"choices": [{"index": 0, "message": {"content": " The!"}, "logprobs": {"content": rows}}]}
+    (response,) = read({"messages": MESSAGES, **answer}).responses
+    assert [position.sampled.token for position in response.positions] == [" The", "!"]
+    assert response.positions[1].top == (Candidate("", -0.1, 9), Candidate("", -3.0, 8))
+
+    listed = columns(("token_id:9", -0.1, {"token_id:9": -0.1, "token_id:8": -3.0}))
+    (response,) = read({"prompt": "x", "choices": [{"index": 0, "text": "!", "logprobs": listed}]}).responses
+    assert response.positions[0] == replace(response.positions[0], may_lack=False, top=(
+        Candidate("", -0.1, 9), Candidate("", -3.0, 8)))  # fmt: skip
+
+
+def llama_row(i: int, token: str, value: float, *top: tuple[int, str, float]) -> dict[str, Any]:
+    def entry(i: int, token: str, value: float, own: bytes | None = None) -> dict[str, Any]:
+        return {"id": i, "token": token, "bytes": [*(own or token.encode())], "logprob": value}
+
+    listed = [entry(j, text, v, b"\x8a" if text == "\ufffd" else None) for j, text, v in top]
+    return {**entry(i, token, value), "top_logprobs": listed}
+
+
+def llama_answer(n_tokens: int, *rows: dict[str, Any]) -> dict[str, Any]:
+    text = "".join(row["token"] for row in rows)
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": {"content": [*rows]}}
+    return {"prompt": "x", "choices": [choice], "usage": {"completion_tokens": n_tokens}}
+
+
+PLAIN_ROWS = [llama_row(1, " a", -0.5, (1, " a", -0.5), (2, " b", -1.0))] * 8
+
+
+def test_an_entry_that_stands_for_several_tokens_of_llama_cpp_is_not_used() -> None:
+    merged = llama_row(228, " 🌊", -0.03, (228, "\ufffd", -0.03), (112, "\ufffd", -6.0))
+    file = read(llama_answer(11, *PLAIN_ROWS, merged))
+    (response,) = file.responses
+    assert response.text == " a" * 8 + " 🌊"
+    assert [position.defect is None for position in response.positions] == [True] * 8 + [False]
+    assert response.positions[8].sampled.token_id is None
+    assert [problem.kind for problem in file.problems] == ["unusable-list"]
+    beyond = llama_row(228, " 🌊", -7.0, (1, " a", -0.5), (112, "\ufffd", -6.0))  # the list does not have it
+    assert [p.defect is None for p in read(llama_answer(11, *PLAIN_ROWS, beyond)).responses[0].positions][8:] == [False]
+    assert [p.defect is None for p in read(llama_answer(9, *PLAIN_ROWS, beyond)).responses[0].positions][8:] == [True]
+
+
+@pytest.mark.parametrize(
+    ("document", "kind"),
+    [
+        pytest.param(llama_answer(11, *PLAIN_ROWS), "missing-entries", id="entries that nothing accounts for"),
+        pytest.param({"prompt": "Bye", "choices": [ECHOED]}, "no-boundary", id="another prompt"),
+        pytest.param({"prompt": "H", "choices": [ECHOED]}, "no-boundary", id="inside a token"),
+        pytest.param({"prompt": "Hi you!", "choices": [ECHOED]}, "no-boundary", id="nothing after the prompt"),
+        pytest.param({"prompt": "x", "text": "🌊.", "choices": [{"index": 0, "prompt_logprobs": SCORED[:4],
+                      "prompt_token_ids": [1, 11, 20, 22, 24]}]}, "no-logprobs", id="a scored prompt that was cut"),
+        pytest.param(chat(prompt=PROMPT, usage={"completion_tokens_details": {"reasoning_tokens": 9}}),
+                     "hidden-thinking", id="thoughts"),
+        pytest.param({"request": GEMINI_REQUEST, "response": {"candidates": [GEMINI], "usageMetadata":
+                      {"thoughtsTokenCount": 3}}}, "hidden-thinking", id="thoughts of Gemini"),
+        pytest.param(chat(request={"messages": MESSAGES, "tools": [{"type": "function"}]}), "foreign-prompt-part",
+                     id="tools"),
+        pytest.param(chat(request={"messages": MESSAGES, "logprob_token_ids": [1]}), "chosen-tokens", id="chosen ids"),
+        pytest.param({"prompt": "x", "choices": [{"index": 0, "text": "a", "logprobs": {"content": [
+                      {"id": 1, "token": "a", "prob": 0.9, "top_probs": []}]}}]}, "after-sampling", id="probabilities"),
+        pytest.param({"custom_id": "1", "request": {"messages": MESSAGES}, "response": {"status_code": 400, "body":
+                      {"error": {"message": "too long"}}}}, "service-error", id="a batch row that failed"),
+        pytest.param({"request": GEMINI_REQUEST, "status": "Bad Request: {}", "response": {}}, "service-error",
+                     id="a row of Gemini that failed"),
+        pytest.param({"request": GEMINI_REQUEST, "response": {"promptFeedback": {"blockReason": "SAFETY"}}},
+                     "service-error", id="blocked"),
+        pytest.param({"request": {"prompt": [1, 2]}, "response": chat()}, "no-prompt", id="a prompt of ids"),
+        pytest.param({"request": {"contents": [{"role": "user", "parts": [{"inlineData": {}}, {"text": "x"}]}]},
+                      "response": {"candidates": [GEMINI]}}, "bad-prompt", id="an image in the prompt"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_cannot_be_read_is_refused_with_the_reason(document: dict[str, Any], kind: str) -> None:
+    file = read(document)
+    assert (len(file.responses), [item.kind for item in file.unreadable]) == (0, [kind])
+    assert "\n" not in file.unreadable[0].message
+
+
+def test_settings_stand_in_the_request_in_the_words_of_its_service() -> None:
+    config = {"temperature": 0.5, "topP": 0.9, "topK": 40, "presencePenalty": 0.25}
+    row = {"request": {**GEMINI_REQUEST, "generationConfig": config}, "response": {"modelVersion": "g-1"}}
+    row["response"] |= {"candidates": [GEMINI]}
+    (response,) = read(row).responses
+    assert response.sampling == Sampling(0.5, 0.9, 40, presence_penalty=0.25)
+    assert response.model_version == "g-1"
+    native = {"content": " a", "completion_probabilities": PLAIN_ROWS[:1], "prompt": "x"}
+    native["generation_settings"] = {"temperature": 0.8, "top_k": 40, "repeat_penalty": 1.1, "logit_bias": []}
+    (response,) = read(native).responses
+    assert response.sampling == Sampling(0.8, None, 40, repetition_penalty=1.1, logit_bias=False)
+
+
+def test_a_file_says_by_itself_what_was_lost() -> None:
+    rows = [{**CONTENT[0], "may_lack": True}, {**CONTENT[1], "unusable": "the source has no list"}, *CONTENT[2:]]
+    rows = [*rows, *CONTENT]
+    file = read({**HEAD, "responses": [{**RESPONSE, "text": RESPONSE["text"] * 2, "logprobs": {"content": rows}}]})
+    positions = file.responses[0].positions
+    assert [position.may_lack for position in positions[:3]] == [True, False, False]
+    assert [position.defect is None for position in positions[:3]] == [True, False, True]
+    assert "position 1: the source has no list." in file.problems[1].message
+
+
+# Several objects in a file.
+
+
+def test_a_file_with_several_prompts_is_read_in_parts() -> None:
+    rows = [chat(custom_id=str(n), request={"messages": [{"role": "user", "content": f"{n % 2}"}]}) for n in range(4)]
+    lines = "\n".join(map(json.dumps, rows))
+    for data in (lines + "\n", f"\r\n {lines}\r\n\r\n", json.dumps(rows), json.dumps(rows, indent=1)):
+        whole = data.encode()
+        assert [problem.kind for problem in parse_responses(whole, "a").problems] == ["several-prompts"]
+        parts = parts_of(whole)
+        files = [parse_responses(part.text(lambda at, n: whole[at : at + n]), f"a#{part.number}") for part in parts]  # noqa: B023
+        assert [file.prompt and file.prompt.turns[0].content for file in files] == ["0", "1"]
+        assert [[response.text for response in file.responses] for file in files] == [[RESPONSE["text"]] * 2] * 2
+        assert all(piece.stop <= len(whole) for part in parts for piece in part.pieces)
+    assert parts_of(json.dumps(GOOD, indent=1).encode()) == parts_of(b"[]") == parts_of(b"[1, 2]") == []
+
+
+def test_a_line_that_is_no_json_is_a_part_of_its_own() -> None:
+    data = "\n".join([json.dumps(chat(prompt=PROMPT)), '{"prompt": "cut o', json.dumps(chat(prompt=PROMPT))]).encode()
+    files = [parse_responses(part.text(lambda at, n: data[at : at + n]), "a") for part in parts_of(data)]
+    assert [(len(file.responses), [p.kind for p in file.problems]) for file in files] == [
+        (2, ["json-lines"]), (0, ["not-json"]),
+    ]  # fmt: skip

@@ -1,0 +1,199 @@
+"""Files with several JSON objects, one a line (JSONL) or in a list: where each is, and which answer one prompt.
+
+A file's responses answer one prompt. One with answers to several is read in parts, each as a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from kl.input.problems import Notes, as_list, as_plain
+from kl.input.shapes.answers import as_document, note_request
+from kl.input.shapes.requests import ABOUT, Object, foreign_part, prompt_of
+
+Load = Callable[[Sequence[bytes]], Sequence[object]]
+SEVERAL_PROMPTS = "several-prompts"  # the kind of the problem of a file that is to be read in parts
+_SECOND_OBJECT = re.compile(rb"\s*\{")
+_BLANK = b" \t\r\n"
+_ON_ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON has line breaks between its values only
+
+
+class Piece(NamedTuple):
+    """Where one object stands in the bytes of a file."""
+
+    start: int
+    stop: int
+
+
+class Part(NamedTuple):
+    """The objects of a file that answer one prompt; ``number`` counts the prompts of the file from 0."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    def text(self, read: Callable[[int, int], bytes]) -> bytes:
+        """The part as a file of its own; ``read(start, size)`` gives bytes of the whole one."""
+        return b"\n".join(read(piece.start, piece.stop - piece.start).translate(_ON_ONE_LINE) for piece in self.pieces)
+
+
+def parts_of(data: bytes) -> list[Part]:
+    """The parts of a file with several objects, in the order in which their prompts come; none of any other file."""
+    groups: dict[str, list[Piece]] = {}
+    for piece in _pieces_of(data):
+        groups.setdefault(_question(data[piece.start : piece.stop]), []).append(piece)
+    return [Part(number, tuple(pieces)) for number, pieces in enumerate(groups.values())]
+
+
+def several_objects(data: bytes, load: Load, notes: Notes) -> Object | None:
+    """The document of a file with several objects; None if it is none, or a defect was noted.
+
+    Its responses are those of all objects, which must answer one prompt. What else an object states is of its own
+    responses alone.
+    """
+    parts = parts_of(data)
+    if len(parts) > 1:
+        n = sum(len(part.pieces) for part in parts)
+        what = f"the file holds {n} objects (JSONL, one a line, or a list), for {len(parts)} prompts"
+        return notes.defect(SEVERAL_PROMPTS, what)
+    if not parts:
+        return None
+    try:
+        values = load([data[piece.start : piece.stop] for piece in parts[0].pieces])
+    except (ValueError, RecursionError):
+        return None
+    documents = [notes.as_object(value, "not-an-object", f"object {at} of the file") for at, value in enumerate(values)]
+    whole = [document for document in documents if document is not None]
+    if len(whole) < len(values):
+        return None
+    if len(whole) > 1:
+        notes.repair("json-lines", f"the file holds {len(whole)} objects for one prompt; read as one")
+    return _joined(whole, notes)
+
+
+def _pieces_of(data: bytes) -> Sequence[Piece]:
+    body = data.lstrip(_BLANK)
+    if body.startswith(b"["):
+        return _items_of(data)
+    breaks = [at for end in (b"\n", b"\r") if (at := body.find(end)) >= 0]
+    if not breaks or not _SECOND_OBJECT.match(body, min(breaks)):
+        return []  # most files, at no cost
+    lines = list(_lines_of(data))
+    begins = all(data[line.start : line.start + 1] == b"{" for line in lines)
+    return lines if begins and len(lines) > 1 else []
+
+
+def _lines_of(data: bytes) -> Iterator[Piece]:
+    """The lines that are not blank, without white space around them."""
+    start = 0
+    for line in data.splitlines(keepends=True):
+        bare = line.strip(_BLANK)
+        if bare:
+            begin = start + line.index(bare)
+            yield Piece(begin, begin + len(bare))
+        start += len(line)
+
+
+def _items_of(data: bytes) -> list[Piece]:
+    """The items of a JSON list whose first one is an object."""
+    try:
+        items = _LIST.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []
+    pieces: list[Piece] = []
+    end = 0
+    for item in items:
+        text = bytes(item)
+        start = data.index(text, end)
+        end = start + len(text)
+        pieces.append(Piece(start, end))
+    return pieces if pieces and data[pieces[0].start : pieces[0].start + 1] == b"{" else []
+
+
+class _Choice(msgspec.Struct):
+    prompt_logprobs: msgspec.Raw = msgspec.Raw()
+
+
+class _Question(msgspec.Struct):
+    """What an object says of its prompt, of which its lists are no part."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+    request: msgspec.Raw = msgspec.Raw()
+    prompt_logprobs: msgspec.Raw = msgspec.Raw()
+    choices: list[_Choice] | None = None
+    response: _Question | None = None
+    body: _Question | None = None
+
+    def plain(self) -> Object:
+        """The same as the values of an object."""
+        found: Object = {}
+        for name in ("prompt", "messages", "system", "request"):
+            raw = bytes(getattr(self, name))
+            if raw:
+                found[name] = json.loads(raw)
+        for name, inner in (("response", self.response), ("body", self.body)):
+            if inner is not None:
+                found[name] = inner.plain()
+        if self.choices is not None:
+            found["choices"] = [{"prompt_logprobs": _is_list(choice.prompt_logprobs)} for choice in self.choices]
+        return {**found, "prompt_logprobs": _is_list(self.prompt_logprobs)}
+
+
+def _is_list(raw: msgspec.Raw) -> bool:
+    return bytes(memoryview(raw)[:1]) == b"["
+
+
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_QUESTION = msgspec.json.Decoder(_Question)
+
+
+def _question(text: bytes) -> str:
+    """A text by which objects that answer one prompt are known; "" for one that is no JSON."""
+    try:
+        document = _QUESTION.decode(text).plain()
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        try:
+            document = as_plain(json.loads(text)) or {}
+        except (ValueError, RecursionError):
+            return ""
+    prompt = prompt_of(document)
+    asked = [prompt.get("prompt"), prompt.get("system"), foreign_part(document)]
+    return json.dumps(asked, sort_keys=True, default=str)
+
+
+def _joined(documents: Sequence[Object], notes: Notes) -> Object:
+    """One document of several for one prompt."""
+    whole: list[Object] = []
+    for document in documents:
+        shaped = as_document(document)
+        note_request(document, shaped, notes)
+        whole.append(shaped)
+    responses: list[object] = []
+    for document in whole:
+        for item in as_list(document.get("responses")) or []:
+            response = as_plain(item)
+            responses.append(item if response is None else _with_line(response, document))
+    models = {json.dumps(item.get("model"), default=str) for item in whole}
+    shared = ("prompt", "system", "model") if len(models) == 1 else ("prompt", "system")
+    return {**{name: whole[0][name] for name in shared if name in whole[0]}, "responses": responses}
+
+
+def _with_line(response: Object, line: Object) -> Object:
+    """A response with what its line states, unless it states the same thing itself, in whichever place."""
+    nested, of_line = as_plain(response.get("sampling")) or {}, as_plain(line.get("sampling")) or {}
+    said = {name for place in (nested, response) for name, value in place.items() if value is not None}
+    own = {name: line[name] for name in ("sampling", *ABOUT) if name in line and name not in said}
+    both = {name: value for name, value in of_line.items() if name not in said} | nested
+    is_readable = response.get("sampling") in (None, nested)
+    return response | own | ({"sampling": both} if both and is_readable else {})
