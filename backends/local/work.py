@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from backends.base import ScoreRequest
 from backends.local.candidates import top_candidates
+from backends.local.contexts import Asked
 from backends.local.engine import (
     AT_ONCE,
     CHUNK,
@@ -31,19 +32,6 @@ from backends.local.gguf import FloatArray
 from backends.local.models import LocalModel
 from kl.estimators.divergence import exact_pair
 from kl.records import ExactPair, Score
-
-
-class Asked(NamedTuple):
-    """One context: the token after the first ``length`` of ``ids``; contexts may share one list."""
-
-    key: str
-    ids: Sequence[int]
-    length: int
-
-    @property
-    def start(self) -> int:
-        """The first row of the chunk that its last token is in."""
-        return (self.length - 1) // CHUNK * CHUNK
 
 
 class Prepared(NamedTuple):
@@ -65,7 +53,12 @@ class Side(NamedTuple):
     def chunk(self) -> Chunk:
         """Of the longest context: the others are beginnings of it, up to the chunk's start at least."""
         longest = max(self.asked, key=attrgetter("length"))
-        return Chunk(longest.ids[: longest.length], longest.start)
+        return Chunk(longest.ids[: longest.length], _start(longest))
+
+
+def _start(asked: Asked) -> int:
+    """The first row of the chunk that a context's last token is in."""
+    return (asked.length - 1) // CHUNK * CHUNK
 
 
 class Unit(NamedTuple):
@@ -94,7 +87,7 @@ def units_of(prepared: Sequence[Prepared]) -> list[Unit]:
             if asked.key not in by_key:
                 continue  # beside its counterpart
             pair = [by_key.pop(key) for key in (asked.key, other_of.get(asked.key, "")) if key in by_key]
-            place = tuple((number, id(one.ids), one.start) for number, one in pair)
+            place = tuple((number, id(one.ids), _start(one)) for number, one in pair)
             units.setdefault(place, []).append(tuple(one for _, one in pair))
     return [
         Unit(
@@ -171,7 +164,9 @@ def _scores_of(unit: Unit, hidden: Sequence[FloatArray]) -> list[Score]:
     logits = [side.model.engine.logits(rows) for side, rows in zip(unit.sides, hidden, strict=True)]
     scores: list[Score] = []
     for pair in zip(*(side.asked for side in unit.sides), strict=True):
-        logprobs = [log_softmax(rows[asked.length - 1 - asked.start]) for rows, asked in zip(logits, pair, strict=True)]
+        logprobs = [
+            log_softmax(rows[asked.length - 1 - _start(asked)]) for rows, asked in zip(logits, pair, strict=True)
+        ]
         exact: list[ExactPair | None] = [None]
         if len(logprobs) == 2 or unit.of_itself:
             figures = exact_pair(logprobs[0], logprobs[-1], pair[-1].key)

@@ -26,7 +26,8 @@ import threadpoolctl
 
 from backends.base import Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.errors import ModelNotUsableError
-from backends.local.backend import LocalBackend, own_token_ids
+from backends.local.backend import LocalBackend
+from backends.local.contexts import own_token_ids
 from backends.local.models import find_model, load_model
 from backends.local.tokenizer import Tokenizer, split_text
 from kl.input.responses import parse_responses
