@@ -10,7 +10,7 @@
     ├── BackendError                       the service or the model
     │   ├── RetryableBackendError          may succeed when repeated; `retry_after_s` if the service said
     │   ├── ModelNotUsableError (also ConfigError)  exists not, gives no logprobs, or refuses a prefill
-    │   ├── StatusError                    a refusal that repeating does not mend (backends.vertex.service.retry)
+    │   ├── StatusError                    a refusal that repeating does not mend (backends.service.retry)
     │   ├── DailyQuotaError                final for today (backends.vertex.service.retry)
     │   ├── JobGivenUpError                a job that is not waited for any more (backends.vertex.jobs.rounds)
     │   ├── OtherContentError              a name in the bucket is taken (backends.vertex.jobs.bucket)

@@ -35,8 +35,9 @@ backends.storage        parallel / locations / remote / files / copies lease lis
 backends.scores         rows / chunk_log / journal raw_log / store
 backends.contract       subject / setup / answers / calls / __init__
 backends.local          gguf / config tokenizer / candidates contexts engine / models / sampling work / backend
-backends.vertex         merging status / wire / answers prices / samples options
-backends.vertex.service limit access_token / retry model_calls / calls client
+backends.service        limit merging retry
+backends.vertex         status / wire / answers prices / samples options
+backends.vertex.service access_token / retry model_calls / calls client
 backends.vertex.jobs    bucket / remote / ledger
 backends.vertex         gemini
 backends.vertex.jobs    rows / work / rounds

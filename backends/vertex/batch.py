@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.errors import ConfigError
+from backends.service.merging import merged
 from backends.vertex import wire
 from backends.vertex.gemini import GeminiBackend
 from backends.vertex.jobs.bucket import BatchBucket, check_bucket_name
@@ -22,7 +23,6 @@ from backends.vertex.jobs.remote import PENDING_STATES, BatchJobs
 from backends.vertex.jobs.rounds import JobRounds
 from backends.vertex.jobs.rows import A, RowSet, sample_rows, score_rows
 from backends.vertex.jobs.work import Stage
-from backends.vertex.merging import merged
 from backends.vertex.options import NEEDS, VertexBatchOptions
 from backends.vertex.prices import BATCH_SHARE
 from backends.vertex.service.client import check_location, make_client, model_calls, require_project

@@ -13,14 +13,15 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
+from backends.service.limit import CallLimit
+from backends.service.merging import merged
+from backends.service.retry import StatusError
 from backends.vertex import answers, samples, wire
 from backends.vertex.gemini import GeminiBackend
-from backends.vertex.merging import merged
 from backends.vertex.options import NEEDS, VertexOnlineOptions
 from backends.vertex.service.client import check_location, developer_calls, model_calls, require_project
-from backends.vertex.service.limit import CallLimit
 from backends.vertex.service.model_calls import ModelCalls
-from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
+from backends.vertex.service.retry import DailyQuotaError, translated, with_retries
 from kl.records import Score, ScoreFailure
 
 A = TypeVar("A", bound=Score | Sample)

@@ -17,11 +17,12 @@ import google.api_core.exceptions
 from google.cloud import storage
 
 from backends.errors import BackendError, ConfigError
+from backends.service.retry import StatusError
 from backends.vertex.cleaning.inventory import PREFIXES, Action, BucketFile, Decision, Deletion, Inventory, Totals
 from backends.vertex.cleaning.lifecycle import LifecycleState, lifecycle_state, read_rules, write_rule
 from backends.vertex.jobs.remote import BatchJobs, RemoteJob
 from backends.vertex.service.client import make_client
-from backends.vertex.service.retry import StatusError, translated, with_retries
+from backends.vertex.service.retry import translated, with_retries
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from google.cloud.storage.exceptions import InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
-from backends.vertex.service.retry import StatusError, translated, with_retries
+from backends.service.retry import StatusError
+from backends.vertex.service.retry import translated, with_retries
 
 T = TypeVar("T")
 

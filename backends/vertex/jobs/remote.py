@@ -13,9 +13,10 @@ from google import genai
 from google.genai import types
 
 from backends.errors import BackendError, RetryableBackendError
+from backends.service.retry import StatusError
 from backends.vertex.service.access_token import SCOPE
 from backends.vertex.service.client import api_version, base_url
-from backends.vertex.service.retry import StatusError, with_retries
+from backends.vertex.service.retry import with_retries
 
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.

@@ -16,13 +16,14 @@ from typing import Any
 from backends.base import NOT_SUBMITTED, WAITING
 from backends.errors import BackendError, ModelNotUsableError, RetryableBackendError
 from backends.scores.raw_log import RawLog
+from backends.service.retry import StatusError
 from backends.vertex.jobs.bucket import BatchBucket, OtherContentError, lacks_shards
 from backends.vertex.jobs.ledger import JobEntry, JobLedger, job_paths
 from backends.vertex.jobs.remote import DELETED, BatchJobs, RemoteJob
 from backends.vertex.jobs.rows import A, OutputReader, RowSet, split_rows
 from backends.vertex.jobs.work import BatchWork, Stage, ended_first
 from backends.vertex.options import VertexBatchOptions
-from backends.vertex.service.retry import DailyQuotaError, StatusError
+from backends.vertex.service.retry import DailyQuotaError
 from backends.vertex.wire import model_id
 from kl.records import ScoreFailure
 

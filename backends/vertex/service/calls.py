@@ -6,9 +6,10 @@ import logging
 
 from backends.base import Sample, SampleRequest, SampleSettings
 from backends.errors import BackendError, ModelNotUsableError
+from backends.service.retry import StatusError
 from backends.vertex import answers, samples, wire
 from backends.vertex.service.model_calls import ModelCalls
-from backends.vertex.service.retry import StatusError, with_retries
+from backends.vertex.service.retry import with_retries
 from kl.records import Prompt, Score, ScoreFailure, Turn
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,10 @@ from backends.contract import CHECKS, Case, Check, ContractBreach, Subject, chec
 from backends.errors import BackendError, ConfigError, ModelNotUsableError, RetryableBackendError, TokenKLError
 from backends.local.backend import LocalBackend
 from backends.local.tokenizer import PromptRefusedError
+from backends.service.retry import StatusError
 from backends.vertex.batch import VertexBatchBackend
 from backends.vertex.online import VertexOnlineBackend
-from backends.vertex.service.retry import DailyQuotaError, StatusError
+from backends.vertex.service.retry import DailyQuotaError
 from kl.records import Prompt, Turn
 from tests.backends.contract.breaches import (
     BREACHES,

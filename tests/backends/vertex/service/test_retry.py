@@ -19,7 +19,8 @@ from google.cloud.storage.exceptions import InvalidResponse
 from google.genai import errors
 
 from backends.errors import ConfigError, RetryableBackendError
-from backends.vertex.service.retry import DailyQuotaError, StatusError, translated, with_retries
+from backends.service.retry import StatusError
+from backends.vertex.service.retry import DailyQuotaError, translated, with_retries
 from tests.vertex_world.wire import quota_details
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from backends.vertex.service.limit import CallLimit
+from backends.service.limit import CallLimit
 
 
 async def hold(limit: CallLimit, name: str, order: list[str], *, first: bool = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from backends.vertex.merging import merged
+from backends.service.merging import merged
 
 
 async def numbers(start: int, stop: int, closed: list[int], pause: float = 0.0) -> AsyncGenerator[int]:
