@@ -34,7 +34,8 @@ backends                errors hookspecs settings / base builtin keys / registry
 backends.storage        parallel / locations / remote / files / copies lease listing / __init__
 backends.scores         rows / chunk_log / journal raw_log / store
 backends.contract       subject / setup / answers / calls / __init__
-backends.local          gguf / config tokenizer / candidates contexts engine / models / sampling work / backend
+backends.local          gguf / config tokenizer / candidates contexts engine / models units
+backends.local          jobs sampling / work / backend
 backends.service        limit merging retry
 backends.vertex         status / wire / answers prices / samples options
 backends.vertex.service access_token / retry model_calls / calls client

@@ -17,9 +17,10 @@ from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleR
 from backends.local.contexts import caught, contexts_of, together
 from backends.local.engine import ENGINE
 from backends.local.gguf import BACKEND
-from backends.local.models import check_model, find_model, load_model
+from backends.local.models import LocalModel, check_model, find_model, load_model
 from backends.local.sampling import sample_steps
-from backends.local.work import Prepared, steps, units_of
+from backends.local.units import Prepared
+from backends.local.work import steps
 from kl.records import Score, ScoreFailure
 
 _ENGINE = "local engine"
@@ -111,14 +112,14 @@ async def _in_worker(work: Callable[[], T]) -> T:
 
 def _score_steps(requests: Sequence[ScoreRequest]) -> Iterator[list[Score | ScoreFailure]]:
     """Results step by step."""
-    prepared: list[Prepared] = []
+    prepared: list[Prepared[LocalModel]] = []
     for request in requests:
         yield from caught(request.name, request.keys, _prepare(request, prepared), _ENGINE)
     keys = [asked.key for each in prepared for asked in each.asked]
-    yield from caught(requests[0].name, keys, steps(units_of(prepared)), _ENGINE)
+    yield from caught(requests[0].name, keys, steps(prepared), _ENGINE)
 
 
-def _prepare(request: ScoreRequest, prepared: list[Prepared]) -> Iterator[list[ScoreFailure]]:
+def _prepare(request: ScoreRequest, prepared: list[Prepared[LocalModel]]) -> Iterator[list[ScoreFailure]]:
     """Find what is computed; gives the positions that cannot be."""
     model = load_model(find_model(request.model))
     contexts, refused = contexts_of(request, model.tokenizer, model.template, model.engine.config.context_length)
