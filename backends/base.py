@@ -343,6 +343,18 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to discover")
 
+    async def rendered_prompt(self, prompt: Prompt, model: str) -> str | None:
+        """The text that a model is given for a prompt, as its template writes it; None where nobody says.
+
+        The backend is entered. It may ask the service where that costs nothing.
+
+        Raises
+        ------
+        PromptRefusedError
+            If the model has no form for the prompt.
+        """
+        return None
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.

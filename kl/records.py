@@ -126,7 +126,8 @@ class Response:
     The texts of the sampled tokens, joined, are ``text``. With ``has_stop`` the last position is the end of the turn:
     what P might have said in place of stopping; the text of its token is no part of ``text``, unless the source shows
     it. ``gaps`` are (position, reason) of the positions whose prefix no text says, as tokens before it hide theirs.
-    ``model_version`` is what the service called the model.
+    ``model_version`` is what the service called the model; ``rendered_prompt_sha256`` is of the text that P was given
+    for the prompt, as its template writes it, where that is known.
     """
 
     source_file: str
@@ -140,6 +141,7 @@ class Response:
     model_version: str | None = None
     has_stop: bool = False
     gaps: tuple[tuple[int, str], ...] = ()
+    rendered_prompt_sha256: str | None = None
 
     @property
     def name(self) -> str:

@@ -55,14 +55,14 @@ flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
-flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending scorers
+flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.commands          texts / arguments / backends sample / tables two_runs / run
 flows                   backends checkout notify / sample / analyze clean / run
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened
-MOST_FILES_INSIDE = 12
+MOST_FILES_INSIDE = 13
 
 
 def modules() -> dict[str, Path]:

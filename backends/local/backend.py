@@ -17,11 +17,11 @@ from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleR
 from backends.local.contexts import caught, contexts_of, together
 from backends.local.engine import ENGINE
 from backends.local.gguf import BACKEND
-from backends.local.models import LocalModel, check_model, find_model, load_model
+from backends.local.models import LocalModel, check_model, find_model, load_model, template_of
 from backends.local.sampling import sample_steps
 from backends.local.units import Prepared
 from backends.local.work import steps
-from kl.records import Score, ScoreFailure
+from kl.records import Prompt, Score, ScoreFailure
 
 _ENGINE = "local engine"
 T = TypeVar("T")
@@ -70,6 +70,16 @@ class LocalBackend(Backend):
             return source.version
 
         return await _in_worker(check)
+
+    async def rendered_prompt(self, prompt: Prompt, model: str) -> str:
+        """The conversation as the chat template in the model file writes it.
+
+        Raises
+        ------
+        PromptRefusedError
+            If the model has no form for the prompt.
+        """
+        return await _in_worker(lambda: template_of(find_model(model)).text(prompt))
 
     def parallel_groups(self) -> int:
         """More than one, so that short responses, too, fill the matrices that go through the model."""

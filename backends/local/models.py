@@ -136,6 +136,18 @@ def check_model(source: ModelSource) -> None:
     _read_checked(source)
 
 
+def template_of(source: ModelSource) -> ChatTemplate:
+    """How a model's conversations are written, without reading its weights.
+
+    Raises
+    ------
+    MissingDependencyError, ModelNotUsableError
+        As `check_model`.
+    """
+    return _read_checked(source)[2]
+
+
+@functools.lru_cache(_KEPT)
 def _read_checked(source: ModelSource) -> tuple[GGUFFile, Tokenizer, ChatTemplate]:
     require_packages()
     file = read_gguf(source.path)

@@ -336,6 +336,16 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise unusable(file.path, f"its chat template is not valid: {error}.") from error
 
+    def text(self, prompt: Prompt) -> str:
+        """Everything before the answer as text, control tokens of the template by their names.
+
+        Raises
+        ------
+        PromptRefusedError
+            If there is no form for this prompt.
+        """
+        return self._text(self._messages(prompt))
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of everything before the answer.
 
@@ -347,18 +357,25 @@ class ChatTemplate:
         PromptRefusedError
             If there is no form for this prompt.
         """
+        messages = self._messages(prompt)
+        for message in messages:
+            message["content"] = self._tokenizer.hide_control(message["content"])
+        return self._tokenizer.encode_template(self._text(messages))
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
         messages = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
         messages += [
             {"role": "assistant" if turn.role == "model" else "user", "content": turn.content} for turn in prompt.turns
         ]
         if any(_MARK in message["content"] for message in messages):
             raise PromptRefusedError("the prompt holds the character U+FDD0, which is no text; remove it.")
+        return messages
+
+    def _text(self, messages: list[dict[str, str]]) -> str:
         if self._template is None:
             return self._plain(messages)
-        for message in messages:
-            message["content"] = self._tokenizer.hide_control(message["content"])
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=messages,
                 add_generation_prompt=True,
                 bos_token=self._tokenizer.bos,
@@ -366,14 +383,13 @@ class ChatTemplate:
             )
         except (self._errors, TypeError) as error:
             raise PromptRefusedError(f"the model's chat template cannot write this conversation: {error}.") from error
-        return self._tokenizer.encode_template(text)
 
-    def _plain(self, messages: list[dict[str, str]]) -> list[int]:
+    def _plain(self, messages: list[dict[str, str]]) -> str:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise PromptRefusedError(
                 "the model has no chat template: it continues one user turn, without system text and history."
             )
-        return self._tokenizer.encode_template(self._tokenizer.hide_control(messages[0]["content"]))
+        return messages[0]["content"]
 
 
 def _refuse(message: str) -> NoReturn:

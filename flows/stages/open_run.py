@@ -37,6 +37,7 @@ from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without
 from flows.stages.inputs import parsed_files_kept
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
+from flows.stages.prompts import rendered_before, rendered_prompts
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
 from flows.stages.scoring import GroupOutcome
 from flows.watch.artifacts import progress_artifact, show_plan, show_report
@@ -149,6 +150,7 @@ class OpenRun:
         self._error: Exception | None = None
         self._report: dict[str, Any] = {}
         self._was_unfinished = False
+        self._prompts: dict[str, Any] | None = None
 
     def begin(self) -> None:
         """Read what is on record, for the answers and for the end of the run.
@@ -188,6 +190,10 @@ class OpenRun:
         with self._session as session:
             plan = self._plan = self._preflight(plan, session)
             _log_plan(plan)
+            if plan.n_to_ask:
+                self._prompts = rendered_prompts(plan.files, self.comparison, session)
+            else:
+                self._prompts = rendered_before(self.comparison)
             with stop_on_signal(session) as stopped:
                 with self._scoring(plan, session):
                     yield plan
@@ -301,6 +307,7 @@ class OpenRun:
             "preflight_version": self._proven,
             "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
             "backend_report": self._report,
+            "rendered_prompts": self._prompts,
             "spent": self.spent(),
             "folders": folder_record(comparison.written, comparison.config),
         }

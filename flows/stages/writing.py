@@ -22,6 +22,7 @@ from flows.config.models import RunConfig
 from flows.folder.layout import OutputFolder
 from flows.folder.output import made_locally, publish_from
 from flows.stages.measuring import FileTexts, Measured
+from flows.stages.prompts import difference
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
@@ -162,6 +163,7 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
     warnings += _count_warnings(measured)
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]
+    warnings += difference(record)
     proven = record.get("preflight_version")
     versions = measured.versions_q | ({proven} if isinstance(proven, str) else set())
     if len(versions) > 1:

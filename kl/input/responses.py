@@ -65,6 +65,9 @@ class ResponseFile:
     problems: tuple[InputProblem, ...]
 
 
+_RENDERED = "rendered_prompt_sha256"
+
+
 class _FileFacts(NamedTuple):
     """What a response takes from its file."""
 
@@ -73,6 +76,7 @@ class _FileFacts(NamedTuple):
     model: str | None
     model_version: str | None
     sampling: Sampling
+    rendered: str | None
 
 
 def list_files(input_dir: Path, pattern: str, max_files: int | None) -> list[Path]:
@@ -151,7 +155,8 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     sampling = read_sampling(document, Sampling(), notes)
     if prompt is None or notes.first_defect:
         return _nothing(notes, prompt, model, items)
-    facts = _FileFacts(source_file, prompt, model, version, sampling)
+    rendered = _read_name(document, _RENDERED, None, notes)
+    facts = _FileFacts(source_file, prompt, model, version, sampling, rendered)
     responses: list[Response] = []
     unreadable: list[UnreadableResponse] = []
     problems = [*notes.problems()]
@@ -255,7 +260,8 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     has_stop = settled.has_stop and len(kept) == len(settled.tokens)
     gaps = tuple(gap for gap in settled.gaps if gap[0] < len(kept))
     place = (facts.source_file, index)
-    return Response(*place, facts.prompt, model, settled.text, kept, finish_reason, sampling, version, has_stop, gaps)
+    about = (finish_reason, sampling, version, has_stop, gaps, facts.rendered)
+    return Response(*place, facts.prompt, model, settled.text, kept, *about)
 
 
 class _Read(NamedTuple):

@@ -1,5 +1,6 @@
 """The whole job on a real model in this process: what anybody can try."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -98,6 +99,30 @@ def test_the_results_have_the_form_that_the_contract_says(example: Path, three_f
     assert run["config"]["model2"] == "smollm2-135m@int4"
     assert run["contexts_asked"] == run["contexts_scored_now"] == 2 * tokens.height
     assert not (example / ".parts").exists()
+
+
+def test_a_prompt_that_was_written_otherwise_for_p_is_named(
+    run_program: Run, tmp_path: Path, three_files: Path
+) -> None:
+    texts = [json.loads(path.read_text()) for path in sorted(three_files.glob("*.json"))]
+    written = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    systems = ("You are a helpful AI assistant named SmolLM, trained by Hugging Face", "Be short.", None)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, (document, system) in enumerate(zip(texts, systems, strict=True)):
+        if system is not None:
+            text = written.format(system, document["prompt"])
+            document["rendered_prompt_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        (folder / f"{number}.json").write_text(json.dumps(document))
+    flags = ("--input-dir", str(folder), "--set", "positions.per_response=2", "--top-logprobs", "20")
+    for _ in range(2):  # a second run asks nothing, and knows it still
+        tokens = run_example(run_program, tmp_path / "out", *flags)
+        assert tokens.height > 0
+        run = json.loads((tmp_path / "out/run.json").read_text())
+        found = run["rendered_prompts"]
+        assert (found["n"], found["stated_by_p"], found["differ"]) == (3, 2, ["1.json"])
+        (line,) = (line for line in run["warnings"] if "chat templates differ" in line)
+        assert "in 1 of 2 files (1.json)" in line
 
 
 def test_a_model_against_itself_differs_nowhere(run_program: Run, tmp_path: Path, three_files: Path) -> None:
