@@ -20,7 +20,7 @@ FLOORS = """
 kl                      pieces records / columns / scores
 kl.input                hidden problems / logprobs prompts texts writer / contents / documents
 kl.input.shapes         requests / completions gemini rows / answers
-kl.input                sources / responses
+kl.input                sources / responses / conversion
 kl.estimators           rows token_bytes / token_keys / list_checks
 kl.estimators.matching  aligned codes rows / places / evidence trust
 kl.estimators           align
@@ -57,8 +57,8 @@ flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
-flows.commands          texts / arguments / backends sample / tables two_runs / run
-flows                   backends checkout notify / sample / analyze clean / run
+flows.commands          texts / arguments / backends convert sample / tables two_runs / run
+flows                   backends checkout notify / convert sample / analyze clean / run
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened

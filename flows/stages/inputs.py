@@ -74,7 +74,7 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
         If the folder or the pattern cannot be used, or nothing matches.
     """
     try:
-        files = _remote_files(config) if is_remote(config.input_dir) else _local_files(config)
+        files = list_inputs(config.input_dir, config.pattern)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--input-dir/--pattern: {error}") from error
     # Results are not responses, and must not count among the files that max_files allows.
@@ -84,17 +84,26 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
     return files
 
 
-def _local_files(config: RunConfig) -> list[InputFile]:
-    paths = list_files(config.input_dir, config.pattern, None)
-    return [InputFile(path, path.relative_to(config.input_dir).as_posix()) for path in paths]
+def list_inputs(folder: Path, pattern: str) -> list[InputFile]:
+    """The files of a folder, local or remote, that match a pattern, sorted.
+
+    Raises
+    ------
+    ConfigError, OSError, ValueError
+        If the folder or the pattern cannot be used.
+    """
+    if is_remote(folder):
+        return _remote_files(folder, pattern)
+    paths = list_files(folder, pattern, None)
+    return [InputFile(path, path.relative_to(folder).as_posix()) for path in paths]
 
 
-def _remote_files(config: RunConfig) -> list[InputFile]:
-    check_pattern(config.pattern)
-    parts = PurePosixPath(config.pattern).parts
-    start = len(str(config.input_dir).rstrip("/")) + 1
+def _remote_files(folder: Path, pattern: str) -> list[InputFile]:
+    check_pattern(pattern)
+    parts = PurePosixPath(pattern).parts
+    start = len(str(folder).rstrip("/")) + 1
     files: list[InputFile] = []
-    for stored in list_remote(config.input_dir, recursive=len(parts) > 1):
+    for stored in list_remote(folder, recursive=len(parts) > 1):
         name = str(stored.path)[start:]
         if not _matches(name.split("/"), parts):
             continue
@@ -142,7 +151,7 @@ def _has_parts(parsed: ResponseFile) -> bool:
 
 def _parts_of(file: InputFile) -> list[InputFile]:
     version = _version_of(file)
-    with _opened(file) as copy:
+    with opened(file) as copy:
         parts = parts_of(copy.read_bytes())
     return [
         replace(file, source_file=f"{file.source_file}#{part.number}", part=part, version=version) for part in parts
@@ -229,7 +238,7 @@ def _parse(file: InputFile) -> ResponseFile:
     if file.part is not None:
         return _parse_part(file, file.part)
     try:
-        with _opened(file) as copy:
+        with opened(file) as copy:
             return read_responses(copy, file.source_file)
     except FileNotFoundError:  # removed since it was listed: a file that cannot be read, as on a disk
         with scratch_folder() as nothing:
@@ -240,18 +249,24 @@ def _parse_part(file: InputFile, part: Part) -> ResponseFile:
     """Some objects of a file, which must be as it was when it was divided."""
     if _version_of(file) != file.version:
         raise ConfigError(f"{file.path} was changed while it was read; run again when it is whole.")
-    with _opened(file) as copy, copy.open("rb") as opened:
+    with opened(file) as copy, copy.open("rb") as stream:
 
         def read(start: int, size: int) -> bytes:
-            opened.seek(start)
-            return opened.read(size)
+            stream.seek(start)
+            return stream.read(size)
 
         return parse_responses(part.text(read), file.source_file)
 
 
 @contextmanager
-def _opened(file: InputFile) -> Generator[Path]:
-    """The file on a local disk."""
+def opened(file: InputFile) -> Generator[Path]:
+    """The file on a local disk.
+
+    Raises
+    ------
+    ConfigError, OSError
+        If the storage of a remote file refuses or does not answer.
+    """
     if file.stored is None:
         yield file.path
         return

@@ -31,7 +31,8 @@ WHAT_TO_DO = {
     "missing-entries": "It cannot be said which entry belongs to which token; sample again with return_tokens.",
     "unusable-list": "Sample again, from a source that has a list at every token.",
     "repeated-key": "It cannot be known which value is meant: keep one of them.",
-    "no-prompt": "Add the prompt that the responses answer.",
+    "no-prompt": "Add the prompt that the responses answer; `python -m flows.convert IN OUT --requests FILE` does it "
+    "from a file of requests.",
     "bad-prompt": "Write the prompt as a text, or as a list of {role, content} turns.",
     "empty-prompt": "Give each turn of the prompt a text.",
     "unknown-role": "Known: user, model (or assistant), and system for the first turn.",

@@ -6,7 +6,6 @@ among the ``unreadable`` ones with its reason.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -20,8 +19,8 @@ from kl.input.documents import load_documents
 from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
-from kl.input.shapes.answers import as_document, as_response, note_request
-from kl.input.sources import Load, several_objects
+from kl.input.shapes.answers import as_response
+from kl.input.sources import read_document
 from kl.input.texts import Settled, settle_text
 from kl.records import Candidate, Prompt, Response, Sampling
 
@@ -145,7 +144,7 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     """
     notes = Notes(source_file)
     load = partial(load_documents, in_columns=in_columns)
-    document = _read_document(data, load, notes)
+    document = read_document(data, load, notes)
     if document is None:
         return _nothing(notes)
     prompt = None if notes.first_defect else read_prompt(document, notes)
@@ -172,20 +171,6 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     return ResponseFile(source_file, prompt, model, len(items), tuple(responses), tuple(unreadable), tuple(problems))
 
 
-def _read_document(data: bytes, load: Load, notes: Notes) -> dict[str, object] | None:
-    """The file's object in the documented form; None where it has none."""
-    document = several_objects(data, load, notes)
-    if document is not None or notes.first_defect:
-        return document
-    parsed = _load_json(data, load, notes)
-    document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
-    if document is None:
-        return None
-    shaped = as_document(document)
-    note_request(document, shaped, notes)
-    return shaped
-
-
 def _nothing(
     notes: Notes, prompt: Prompt | None = None, model: str | None = None, items: list[object] | None = None
 ) -> ResponseFile:
@@ -199,23 +184,6 @@ def _unreadable(index: int, item: object, notes: Notes) -> UnreadableResponse:
     assert defect is not None, "a response is skipped for a noted defect only"
     text = (as_plain(item) or {}).get("text")
     return UnreadableResponse(index, encodable(text) if isinstance(text, str) else None, defect.kind, defect.message)
-
-
-def _load_json(data: bytes, load: Load, notes: Notes) -> object:
-    encoding = json.detect_encoding(data)
-    if not encoding.startswith("utf-8"):
-        return notes.defect("not-utf8", f"the file is written in {encoding.upper()}")
-    try:
-        return load([data])[0]
-    except UnicodeDecodeError as error:
-        return notes.defect("not-utf8", f"byte {error.start} of the file (0x{data[error.start]:02x}) is not UTF-8")
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        return notes.defect(
-            "not-json", "the file is empty" if not data.strip() else f"not JSON: {error.msg} at {where}"
-        )
-    except RecursionError:
-        return notes.defect("nested-too-deeply", "lists or objects of the file are nested too deeply to be read")
 
 
 def _read_list(document: dict[str, object], notes: Notes) -> list[object]:

@@ -19,6 +19,7 @@ from kl.input.shapes.requests import ABOUT, Object, foreign_part, prompt_of
 Load = Callable[[Sequence[bytes]], Sequence[object]]
 SEVERAL_PROMPTS = "several-prompts"  # the kind of the problem of a file that is to be read in parts
 _SECOND_OBJECT = re.compile(rb"\s*\{")
+_BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _ON_ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON has line breaks between its values only
 
@@ -54,7 +55,45 @@ def parts_of(data: bytes) -> list[Part]:
     return [Part(number, tuple(pieces)) for number, pieces in enumerate(groups.values())]
 
 
-def several_objects(data: bytes, load: Load, notes: Notes) -> Object | None:
+def objects_of(data: bytes) -> Sequence[Piece]:
+    """Where the objects of a file are: its only one, or those of a file with several."""
+    pieces = _pieces_of(data)
+    bare = data.removeprefix(_BOM).strip(_BLANK)
+    return pieces if pieces or not bare.startswith(b"{") else [Piece(data.index(bare), data.index(bare) + len(bare))]
+
+
+def read_document(data: bytes, load: Load, notes: Notes) -> Object | None:
+    """The file's object in the documented form; None where it has none."""
+    document = _several_objects(data, load, notes)
+    if document is not None or notes.first_defect:
+        return document
+    parsed = _load_json(data, load, notes)
+    document = None if notes.first_defect else notes.as_object(parsed, "not-an-object", "the file")
+    if document is None:
+        return None
+    shaped = as_document(document)
+    note_request(document, shaped, notes)
+    return shaped
+
+
+def _load_json(data: bytes, load: Load, notes: Notes) -> object:
+    encoding = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        return notes.defect("not-utf8", f"the file is written in {encoding.upper()}")
+    try:
+        return load([data])[0]
+    except UnicodeDecodeError as error:
+        return notes.defect("not-utf8", f"byte {error.start} of the file (0x{data[error.start]:02x}) is not UTF-8")
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        return notes.defect(
+            "not-json", "the file is empty" if not data.strip() else f"not JSON: {error.msg} at {where}"
+        )
+    except RecursionError:
+        return notes.defect("nested-too-deeply", "lists or objects of the file are nested too deeply to be read")
+
+
+def _several_objects(data: bytes, load: Load, notes: Notes) -> Object | None:
     """The document of a file with several objects; None if it is none, or a defect was noted.
 
     Its responses are those of all objects, which must answer one prompt. What else an object states is of its own
@@ -81,7 +120,7 @@ def several_objects(data: bytes, load: Load, notes: Notes) -> Object | None:
 
 
 def _pieces_of(data: bytes) -> Sequence[Piece]:
-    body = data.lstrip(_BLANK)
+    body = data.lstrip(_BLANK).removeprefix(_BOM)
     if body.startswith(b"["):
         return _items_of(data)
     breaks = [at for end in (b"\n", b"\r") if (at := body.find(end)) >= 0]
@@ -96,7 +135,7 @@ def _lines_of(data: bytes) -> Iterator[Piece]:
     """The lines that are not blank, without white space around them."""
     start = 0
     for line in data.splitlines(keepends=True):
-        bare = line.strip(_BLANK)
+        bare = line.strip(_BLANK).removeprefix(_BOM)
         if bare:
             begin = start + line.index(bare)
             yield Piece(begin, begin + len(bare))
@@ -106,7 +145,7 @@ def _lines_of(data: bytes) -> Iterator[Piece]:
 def _items_of(data: bytes) -> list[Piece]:
     """The items of a JSON list whose first one is an object."""
     try:
-        items = _LIST.decode(data)
+        items = _LIST.decode(data.removeprefix(_BOM))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return []
     pieces: list[Piece] = []

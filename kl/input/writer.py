@@ -20,15 +20,16 @@ def response_document(
     sampling : mapping
         How the responses were drawn (temperature, top_p, seed, …); kept beside them.
     """
-    plain = len(prompt.turns) == 1 and prompt.turns[0].role == "user"
-    document: dict[str, Any] = {
-        "prompt": prompt.turns[0].content
-        if plain
-        else [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
-    }
-    if prompt.system is not None:
-        document["system"] = prompt.system
+    document = prompt_fields(prompt)
     return document | {"model": model, "sampling": dict(sampling), "responses": [_response(item) for item in responses]}
+
+
+def prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """``prompt``, and ``system`` where there is one, as a response file has them."""
+    plain = len(prompt.turns) == 1 and prompt.turns[0].role == "user"
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+    system = {} if prompt.system is None else {"system": prompt.system}
+    return {"prompt": prompt.turns[0].content if plain else turns, **system}
 
 
 def _response(response: Response) -> dict[str, Any]:
