@@ -168,7 +168,8 @@ class Capabilities(NamedTuple):
     money; ``deferred`` that its answers come from jobs that outlive the process (`Backend.submit`, `Backend.collect`);
     ``exact_pairs`` that it compares the whole vocabularies of two of its models itself (`ScoreRequest.counterparts`);
     ``one_pass`` that all positions of a response may be one request, so that a response's tokens are charged once;
-    ``discovers`` that what decides the identity of its answers is known to the service alone (`Backend.discover`).
+    ``discovers`` that what decides the identity of its answers is known to the service alone (`Backend.discover`);
+    ``recorded`` that its answers are on record, so that a context asked a second time gets the same one.
     """
 
     max_top_logprobs: int
@@ -180,6 +181,7 @@ class Capabilities(NamedTuple):
     exact_pairs: bool = False
     one_pass: bool = False
     discovers: bool = False
+    recorded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,3 +11,4 @@ def register_backends(register: Callable[[str, str], None]) -> None:
     register("vertex_batch", "backends.vertex.batch:VertexBatchBackend")
     register("vertex_online", "backends.vertex.online:VertexOnlineBackend")
     register("local", "backends.local.backend:LocalBackend")
+    register("files", "backends.files.backend:FilesBackend")

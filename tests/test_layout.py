@@ -31,9 +31,10 @@ kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue
-backends.storage        parallel / locations / remote / files / copies lease listing / __init__
+backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
 backends.scores         rows / chunk_log / journal raw_log / store
 backends.contract       subject / setup / answers / calls / __init__
+backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.service        limit merging retry

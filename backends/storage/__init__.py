@@ -20,6 +20,7 @@ from backends.storage.files import (
 from backends.storage.lease import Lease, LeaseHeldError, LeaseLostError
 from backends.storage.listing import RemoteListing
 from backends.storage.locations import Location, as_location, is_remote, is_within, resolved
+from backends.storage.matching import list_matching
 from backends.storage.parallel import PARALLEL, in_order, in_parallel
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "is_remote",
     "is_within",
     "kept_copy",
+    "list_matching",
     "list_remote",
     "local_copies",
     "publish",

@@ -61,6 +61,11 @@ def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
             f"stage is {config.stage!r}, but the backend {config.backend.name} has no jobs that outlive the process. "
             f"Leave the stage out, or set a backend that has: {', '.join(deferred_backends()) or 'none is installed'}."
         )
+    if config.noise_floor is not None and can.recorded:
+        raise ConfigError(
+            f"noise_floor asks contexts a second time, and the backend {config.backend.name} has one answer to each on "
+            "record: leave it out, and compare two logs of one model instead."
+        )
     if config.full_vocabulary and not can.full_vocabulary:
         raise ConfigError(
             f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "

@@ -43,7 +43,7 @@ class CommonConfig(BaseModel):
 
     backend: BackendChoice = Field(
         default=BackendChoice(),
-        description="Where log-probabilities come from: vertex_batch, vertex_online, local, or the name of an "
+        description="Where log-probabilities come from: vertex_batch, vertex_online, local, files, or the name of an "
         "installed plugin; in a file also a mapping with 'name' and the backend's options.",
     )
     project_id: str | None = Field(

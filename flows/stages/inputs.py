@@ -6,21 +6,18 @@ import logging
 import pickle
 import tempfile
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from backends.errors import ConfigError
-from backends.storage import COPIES, StoredFile, is_remote, is_within, list_remote, scratch_folder
+from backends.storage import COPIES, StoredFile, is_remote, is_within, list_matching, scratch_folder
 from flows.config.models import RunConfig
 from kl.input.responses import (
     InputProblem,
     ResponseFile,
-    check_pattern,
-    list_files,
     parse_responses,
     read_responses,
 )
@@ -92,37 +89,8 @@ def list_inputs(folder: Path, pattern: str) -> list[InputFile]:
     ConfigError, OSError, ValueError
         If the folder or the pattern cannot be used.
     """
-    if is_remote(folder):
-        return _remote_files(folder, pattern)
-    paths = list_files(folder, pattern, None)
-    return [InputFile(path, path.relative_to(folder).as_posix()) for path in paths]
-
-
-def _remote_files(folder: Path, pattern: str) -> list[InputFile]:
-    check_pattern(pattern)
-    parts = PurePosixPath(pattern).parts
-    start = len(str(folder).rstrip("/")) + 1
-    files: list[InputFile] = []
-    for stored in list_remote(folder, recursive=len(parts) > 1):
-        name = str(stored.path)[start:]
-        if not _matches(name.split("/"), parts):
-            continue
-        if PurePosixPath(name).as_posix() != name or ".." in name.split("/"):
-            logger.warning("%s is left out: its name has parts that no folder can have", stored.path)
-            continue
-        files.append(InputFile(stored.path, name, stored))
-    return files
-
-
-def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a file's name fit those of a pattern, as `pathlib.Path.glob` has it."""
-    if not pattern:
-        return not name
-    if pattern[0] == "**":
-        return any(_matches(name[skipped:], pattern[1:]) for skipped in range(len(name)))
-    if "**" in pattern[0]:
-        raise ValueError(f"pattern {'/'.join(pattern)!r} cannot be used: '**' can only be a whole part of it.")
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+    remote = is_remote(folder)
+    return [InputFile(stored.path, name, stored if remote else None) for name, stored in list_matching(folder, pattern)]
 
 
 def read_ahead(files: Iterable[InputFile]) -> Iterator[InputFile]:

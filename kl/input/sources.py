@@ -13,8 +13,10 @@ from typing import NamedTuple
 import msgspec
 
 from kl.input.problems import Notes, as_list, as_plain
+from kl.input.prompts import read_prompt
 from kl.input.shapes.answers import as_document, note_request
 from kl.input.shapes.requests import ABOUT, Object, foreign_part, prompt_of
+from kl.records import Prompt
 
 Load = Callable[[Sequence[bytes]], Sequence[object]]
 SEVERAL_PROMPTS = "several-prompts"  # the kind of the problem of a file that is to be read in parts
@@ -53,6 +55,19 @@ def parts_of(data: bytes) -> list[Part]:
     for piece in _pieces_of(data):
         groups.setdefault(_question(data[piece.start : piece.stop]), []).append(piece)
     return [Part(number, tuple(pieces)) for number, pieces in enumerate(groups.values())]
+
+
+def prompts_of(data: bytes) -> list[tuple[Part | None, Prompt]]:
+    """The usable prompts of a file, each with its part of it: None where that is the whole file."""
+    parts: Sequence[Part | None] = parts_of(data) or [None]
+    found: list[tuple[Part | None, Prompt]] = []
+    for part in parts:
+        text = data if part is None else data[part.pieces[0].start : part.pieces[0].stop]
+        document = _question_of(text.removeprefix(_BOM))
+        prompt = None if document is None else read_prompt(prompt_of(document), Notes(""))
+        if prompt is not None:
+            found.append((part, prompt))
+    return found
 
 
 def objects_of(data: bytes) -> Sequence[Piece]:
@@ -197,15 +212,23 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _QUESTION = msgspec.json.Decoder(_Question)
 
 
+def _question_of(text: bytes) -> Object | None:
+    """What an object says of its prompt, as an object without its lists; None for what is no JSON object."""
+    try:
+        return _QUESTION.decode(text).plain()
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        pass
+    try:
+        return as_plain(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _question(text: bytes) -> str:
     """A text by which objects that answer one prompt are known; "" for one that is no JSON."""
-    try:
-        document = _QUESTION.decode(text).plain()
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        try:
-            document = as_plain(json.loads(text)) or {}
-        except (ValueError, RecursionError):
-            return ""
+    document = _question_of(text)
+    if document is None:
+        return ""
     prompt = prompt_of(document)
     asked = [prompt.get("prompt"), prompt.get("system"), foreign_part(document)]
     return json.dumps(asked, sort_keys=True, default=str)
