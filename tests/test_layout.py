@@ -32,7 +32,7 @@ kl.output               atomic digits / kl_json / files headline
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
-backends.scores         rows / chunk_log / journal raw_log / store
+backends.scores         rows / chunk_log / lines raw_log / journal / store
 backends.contract       subject / setup / answers / calls / __init__
 backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
@@ -50,7 +50,7 @@ flows.runtime           environment logs server terminal
 flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
-flows.config            alert / models / backend
+flows.config            alert / models / backend sampling
 flows.folder            layout / finished lock refusals
 flows.config            folders / comparison
 flows.folder            answers / vocabularies
@@ -58,6 +58,7 @@ flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
+flows.sampling          prompts state / files / plan / asking
 flows.commands          texts / arguments / backends convert sample / tables two_runs / run
 flows                   backends checkout notify / convert sample / analyze clean / run
 """

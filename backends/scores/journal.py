@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
-import os
-import threading
-import time
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -16,19 +12,16 @@ from typing import Any
 
 import msgspec
 
-from backends.scores.chunk_log import ChunkLog
+from backends.scores.lines import SUFFIX, lines_in
 from backends.scores.rows import row_of
-from backends.storage import is_remote, local_copies
+from backends.storage import local_copies
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".jsonl"
-_SYNC_INTERVAL_S = 1.0
-_encode = msgspec.json.Encoder().encode
+__all__ = ["SUFFIX", "ScoreJournal", "recorded"]
 
-_logs: dict[tuple[int, str], ChunkLog] = {}
-_logs_lock = threading.Lock()
+_encode = msgspec.json.Encoder().encode
 
 
 class ScoreJournal:
@@ -49,7 +42,7 @@ class ScoreJournal:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._lines = _RemoteLines(folder, name) if is_remote(folder) else _LocalLines(folder / f"{name}{SUFFIX}")
+        self._lines = lines_in(folder, name)
 
     def add(self, prompt_id: str, model: str, result: Score | ScoreFailure) -> None:
         """Append one answer; failures that may pass are not kept."""
@@ -63,47 +56,6 @@ class ScoreJournal:
     def clear(self) -> None:
         """Forget the lines: they stand in a part now."""
         self._lines.clear()
-
-
-class _LocalLines:
-    """A file that lines are appended to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: io.BufferedWriter | None = None
-        self._synced = 0.0
-
-    def append(self, line: bytes) -> None:
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
-            self._synced = time.monotonic()
-        self._file.write(line)
-        self._file.flush()
-        if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
-
-    def clear(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._path.unlink(missing_ok=True)
-
-
-class _RemoteLines:
-    """A share in the one log that a process keeps in a remote folder."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._name = name
-        with _logs_lock:
-            self._log = _logs.setdefault((os.getpid(), str(folder)), ChunkLog(folder, SUFFIX))
-
-    def append(self, line: bytes) -> None:
-        self._log.add(self._name, line)
-
-    def clear(self) -> None:
-        self._log.forget(self._name)
 
 
 def recorded(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:

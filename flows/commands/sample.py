@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, show_life
-from flows.config.models import SampleConfig
+from flows.config.sampling import SampleConfig
+from flows.config.templates import RunValues
 from flows.runtime.environment import prepare_environment, start_own_server
 from flows.runtime.server import begin_server, load_with_server
-from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
+from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from flows.sampling.asking import SampleReport
 
 _DESCRIPTION = (
-    "Let model P (--model1) write responses to the prompts of the configuration file, one JSON file per prompt, with "
-    "its top log-probabilities at every position. Files that are there already are left alone."
+    "Let one model or several write responses to the prompts of the configuration file, one JSON file per prompt, with "
+    "the top log-probabilities at every position: what flows.run reads as P. Responses that are there already are left "
+    "alone, and each is on disk when it comes: run the same command again to go on after an interruption."
 )
-
-_EXIT_CODES = "exit codes: 0 all responses are written; 2 a mistake in the settings or the call; 1 anything else"
+_EXIT_CODES = (
+    "exit codes: 0 all responses are written; 3 some are missing, each with its reason; 2 a mistake in the settings or "
+    "the call; 130 stopped by a signal; 1 anything else"
+)
+NO_FLAGS = ("models", "prompts", "dataset", "sampling", "output", "api")
 
 
 def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -> int:
@@ -27,21 +36,52 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser(
-        "python -m flows.sample", _DESCRIPTION, SampleConfig, skip=("prompts", "sampling"), epilog=_EXIT_CODES
-    )
+    parser = make_parser("python -m flows.sample", _DESCRIPTION, SampleConfig, skip=NO_FLAGS, epilog=_EXIT_CODES)
     config = parse_config(parser, SampleConfig, arguments)
+    if config.dry_run:
+        return _dry_run(config)
     show_life()
     server = begin_server()
     # While it starts.
-    from flows.config.backend import resolve_backend
+    from flows.sampling.plan import resolve_sampling
 
-    resolve_backend(config)
+    resolve_sampling(config)
     sample_responses = load_with_server(load_flow, server)
     start_own_server()  # if there is none yet
-    result = result_of(sample_responses(config, return_state=True))
-    if not isinstance(result, list):
+
+    from flows.runtime.interrupts import InterruptedRunError
+
+    state = sample_responses(config, return_state=True)
+    stopped = state.result(raise_on_failure=False)
+    if isinstance(stopped, InterruptedRunError):
+        command = shlex.join(["python", "-m", "flows.sample", *arguments])
+        print(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    report: SampleReport | None = result_of(state)
+    if report is None:
         return EXIT_ERROR
-    for path in result:
-        print(path)  # noqa: T201
+    return show(report)
+
+
+def _dry_run(config: SampleConfig) -> int:
+    from flows.runtime.terminal import console, print_pairs
+    from flows.sampling.plan import check_cost, plan_rows, plan_sampling, with_folder
+
+    plan = plan_sampling(with_folder(config, RunValues.of_a_dry_run()), make_identity=False)
+    print_pairs(console(), plan_rows(plan))
+    check_cost(plan)
     return EXIT_COMPLETE
+
+
+def show(report: SampleReport) -> int:
+    """Print the files, and on standard error what is missing; returns the exit code."""
+    for path in report.paths:
+        print(path)  # noqa: T201
+    lines = [f"responses missing: {count:,} ({reason})" for reason, count in report.missing.items()]
+    if report.unreadable:
+        lines.append(f"responses that flows.run would skip: {report.unreadable:,}")
+    if report.n_unusable_prompts:
+        lines.append(f"prompts that cannot be used: {report.n_unusable_prompts:,}")
+    for line in lines:
+        print(line, file=sys.stderr)  # noqa: T201
+    return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE

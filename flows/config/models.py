@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from backends.settings import SampleSettings
 from backends.storage import Location, resolved
 from flows.config.alert import AlertConfig
 from flows.config.runner import TaskRunnerConfig
@@ -248,17 +247,3 @@ def _whole_number(value: Any, most: int, rule: str) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
         raise ValueError(rule)
     return number
-
-
-class SampleConfig(CommonConfig):
-    """Responses that model P is to write."""
-
-    model1: str = Field(min_length=1, description="Model P, as its backend names it.")
-    output_dir: Location = Field(
-        description="Folder for the response files, one JSON file per prompt; on a disk or in a bucket. May have "
-        "fields such as {date}."
-    )
-    prompts: tuple[str, ...] = Field(min_length=1, description="The prompts, at least 1.")
-    system: str | None = Field(default=None, description="System text that P is given; kept in the response files.")
-    num_responses: int = Field(default=1, ge=1, le=10_000, description="Responses per prompt, 1 to 10000.")
-    sampling: SampleSettings = Field(default=SampleSettings(), description="How responses are sampled.")

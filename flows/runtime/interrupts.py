@@ -12,7 +12,7 @@ from types import FrameType
 
 from backends.errors import TokenKLError
 from backends.session import BackendSession
-from flows.config.models import RunConfig
+from flows.config.models import CommonConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class InterruptedRunError(TokenKLError):
     ``config`` is that of the run, with its folders filled in.
     """
 
-    def __init__(self, message: str, config: RunConfig) -> None:
+    def __init__(self, message: str, config: CommonConfig) -> None:
         super().__init__(message, config)
         self.config = config
 

@@ -20,8 +20,12 @@ def response_document(
     sampling : mapping
         How the responses were drawn (temperature, top_p, seed, …); kept beside them.
     """
-    document = prompt_fields(prompt)
-    return document | {"model": model, "sampling": dict(sampling), "responses": [_response(item) for item in responses]}
+    return document_head(prompt, model, sampling) | {"responses": [response_entry(item) for item in responses]}
+
+
+def document_head(prompt: Prompt, model: str, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response file says beside its responses; parameters as of `response_document`."""
+    return prompt_fields(prompt) | {"model": model, "sampling": dict(sampling)}
 
 
 def prompt_fields(prompt: Prompt) -> dict[str, Any]:
@@ -32,7 +36,8 @@ def prompt_fields(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt.turns[0].content if plain else turns, **system}
 
 
-def _response(response: Response) -> dict[str, Any]:
+def response_entry(response: Response) -> dict[str, Any]:
+    """One response as it stands in a file."""
     split = any(_is_split(position.sampled) for position in response.positions)
     version = {} if response.model_version is None else {"model_version": response.model_version}
     return {

@@ -33,8 +33,9 @@ from pydantic import BaseModel, ValidationError
 
 from backends.errors import ConfigError
 from flows.config.backend import resolve_backend
-from flows.config.models import CommonConfig, RunConfig, SampleConfig
+from flows.config.models import CommonConfig, RunConfig
 from flows.config.reading import validate
+from flows.config.sampling import SampleConfig
 from tests import ROOT
 
 _PLACEHOLDER = re.compile(r"{{\s*([^}\s]+)\s*}}")

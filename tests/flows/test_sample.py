@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from backends.errors import ConfigError
-from flows.config.models import SampleConfig
 from flows.config.reading import validate
+from flows.config.sampling import SampleConfig
 from flows.sample import sample
 
 

@@ -1,0 +1,1 @@
+"""Sampling: which prompts, what is there already, asking the models, files of responses."""

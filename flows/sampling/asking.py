@@ -1,0 +1,189 @@
+"""Asking models for responses: each is on disk when it comes, and in its file when the file's others are there too."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from backends.base import Backend, Sample, SampleRequest
+from backends.session import BackendSession, SessionClosedError
+from flows.config.sampling import SampleConfig
+from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
+from flows.runtime.terminal import ProgressReporter
+from flows.sampling.files import Target
+from flows.sampling.plan import SamplePlan
+from kl.input.writer import response_entry
+from kl.records import ScoreFailure
+
+logger = logging.getLogger("flows.sample")
+
+# Reasons of failures that another request would meet at once.
+_NOT_AGAIN = frozenset({"daily-quota", "refused", "deadline"})
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReport:
+    """How a sampling ended: ``missing`` counts responses by reason, ``unreadable`` those that a run would skip.
+
+    ``paths`` are the files that are there, in their order.
+    """
+
+    paths: list[str]
+    n_responses: int
+    n_left_alone: int
+    n_unusable_prompts: int = 0
+    missing: dict[str, int] = field(default_factory=dict[str, int])
+    unreadable: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every response is there and can be read."""
+        return not (self.missing or self.unreadable or self.n_unusable_prompts)
+
+
+class Sampler:
+    """One sampling under way, which takes results in as they come.
+
+    Parameters
+    ----------
+    plan : SamplePlan
+    """
+
+    def __init__(self, plan: SamplePlan) -> None:
+        self.plan = plan
+        self.failures = dict(plan.failures)
+        self._unwritten: set[Target] = set()
+        self._unreadable: Counter[str] = Counter()
+
+    def run(self) -> SampleReport:
+        """Ask for what is missing; gives what is there at the end.
+
+        Raises
+        ------
+        InterruptedRunError
+            If the user stopped it.
+        TokenKLError, OSError
+            If nothing more can be asked, or written; what came before is on disk.
+        """
+        self._unwritten = {target for target, _ in self.plan.places.values() if target.entries}
+        for target in self.plan.targets:
+            if target in self._unwritten and not target.missing:
+                self._write(target)
+        if self.plan.requests:
+            self._ask()
+        for target in self.plan.targets:
+            if target in self._unwritten:
+                self._write(target)
+        return self._report()
+
+    def _ask(self) -> None:
+        config, session = self.plan.config, BackendSession(self.plan.build_backend())
+        with session:
+            with stop_on_signal(session) as stopped:
+                try:
+                    session.run(self._rounds(session.backend))
+                except SessionClosedError:
+                    if not stopped.is_set():
+                        raise
+            if stopped.is_set():
+                line = session.interrupt() or "nothing goes on elsewhere."
+                raise InterruptedRunError(line, config)
+
+    async def _rounds(self, backend: Backend) -> None:
+        """Ask, and ask again for what came without what it must have."""
+        config, left = self.plan.config, self.plan.requests
+        if config.preflight:
+            await _preflight(backend, config, left)
+        with ProgressReporter("responses sampled", len(left)) as progress:
+            for number in range(1 + config.sampling.max_retries):
+                if number:
+                    logger.info(
+                        "%d responses are asked again (%d of %d)", len(left), number, config.sampling.max_retries
+                    )
+                async for result in backend.sample(left):
+                    await asyncio.to_thread(self._take, result)
+                    progress.advance(int(isinstance(result, Sample)))
+                left = [request for request in left if self._may_ask_again(request)]
+                if not left:
+                    return
+
+    def _may_ask_again(self, request: SampleRequest) -> bool:
+        failure = self.failures.get(request.key)
+        return failure is not None and not failure.final and failure.reason not in _NOT_AGAIN
+
+    def _take(self, result: Sample | ScoreFailure) -> None:
+        target, index = self.plan.places[result.key]
+        if isinstance(result, ScoreFailure):
+            self.failures[result.key] = result
+            if result.final:
+                self.plan.state.add({"key": result.key, "reason": result.reason, "message": result.message})
+            return
+        entry = _entry(result, self.plan.config, index)
+        self.plan.state.add({"key": result.key, "response": entry})  # before anything else: it is paid for
+        self.failures.pop(result.key, None)
+        target.entries[index] = entry
+        self._unwritten.add(target)
+        if not target.missing:
+            self._write(target)
+
+    def _write(self, target: Target) -> None:
+        if not target.entries:
+            return
+        for line in target.write():
+            logger.warning("%s", line)
+            self._unreadable[str(target.path)] += 1
+        self._unwritten.discard(target)
+        target.let_go()
+
+    def _report(self) -> SampleReport:
+        targets, missing = self.plan.targets, Counter[str]()
+        lacking: dict[Target, list[ScoreFailure]] = {}
+        for key, (target, _) in self.plan.places.items():
+            if key in self.failures:
+                lacking.setdefault(target, []).append(self.failures[key])
+        for target, failures in lacking.items():
+            missing.update(failure.reason for failure in failures)
+            logger.warning(
+                "%s, %s: %d of %d responses are missing (%s): %s",
+                target.path.name, target.model, len(failures), target.n_wanted,
+                ", ".join(sorted({failure.reason for failure in failures})), failures[0].message,
+            )  # fmt: skip
+        return SampleReport(
+            [str(target.path) for target in targets if target.is_there],
+            sum(target.n_there for target in targets),
+            self.plan.n_left_alone,
+            self.plan.prompts.n_unusable,
+            dict(sorted(missing.items())),
+            sum(self._unreadable.values()),
+        )
+
+
+async def _preflight(backend: Backend, config: SampleConfig, requests: Sequence[SampleRequest]) -> None:
+    """Prove that each model can be used, once, before anything is bought.
+
+    Raises
+    ------
+    ModelNotUsableError
+        If one cannot.
+    """
+    for model in dict.fromkeys(request.model for request in requests):
+        if any(request.prefix for request in requests):
+            version = await backend.preflight(model)
+        else:
+            version = await backend.preflight_sampling(model, config.sampling.settings)
+        logger.info("%s can be sampled%s", model, f" ({version})" if version else "")
+
+
+def _entry(sample: Sample, config: SampleConfig, index: int) -> dict[str, Any]:
+    """A response as it stands in its file."""
+    counts = {"prompt_tokens": sample.input_tokens, "completion_tokens": sample.output_tokens}
+    known = [value for value in counts.values() if value is not None]
+    usage: dict[str, Any] = {**counts, "total_tokens": sum(known) if len(known) == len(counts) else None}
+    about = {"sample": index, "seed": config.sampling.seed + index, "usage": usage}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return response_entry(sample.response) | about | {"sampled_at": now}
