@@ -74,13 +74,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m flows.analyze", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",
                         help="Output folder of a finished run, local or in a bucket (gs://BUCKET/FOLDER).")  # fmt: skip
+    parser.add_argument("--result-dir", metavar="RUN_DIR", help="The same as RUN_DIR.")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="Output folders of two finished runs over the same responses of P.")  # fmt: skip
     parser.add_argument("--history", metavar="PATH", help="A history.parquet, or the folder that it is in.")
-    parser.add_argument("--top", type=int, metavar="N",
+    parser.add_argument("--top", "--top-k", dest="top", type=int, metavar="N",
                         help=f"Rows of each table of the worst, 1 to {TOP_ROWS}. Default: {_DEFAULT_TOP}.")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="Also write what is shown, unrounded, to this file.")
     options = parser.parse_args(arguments)
+    if None not in (options.run_dir, options.result_dir):
+        parser.error("RUN_DIR and --result-dir are one thing; give one of them")
+    options.run_dir = options.run_dir or options.result_dir
     if sum(given is not None for given in (options.run_dir, options.compare, options.history)) != 1:
         parser.error("give either RUN_DIR or --compare A B or --history PATH")
     if options.run_dir is None and options.top is not None:

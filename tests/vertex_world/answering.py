@@ -152,7 +152,8 @@ class Service:
     ) -> dict[str, Any]:
         config = request.get("generationConfig", {})
         budget = config.get("maxOutputTokens", _DEFAULT_MAX_TOKENS)
-        thoughts = min(budget, _THOUGHT_TOKENS) if _thinks(spec, config) else 0
+        thinks = _thinks(spec, config) or self.faults.hits(self.faults.thoughts_rate, "thoughts", request_hash)
+        thoughts = min(budget, _THOUGHT_TOKENS) if thinks else 0
         seed = config.get("seed", attempt)
         candidates: list[dict[str, Any]] = []
         visible = 0
@@ -190,7 +191,8 @@ class Service:
             known = self.language_model.distribution(model, turns, system, prefix + text)
             step = self._step(known, config, rng, request_hash)
             if step.ends_turn:
-                return steps or [step], "STOP"
+                always = self.faults.eos_logprobs == "always"
+                return [*steps, step] if always or not steps else steps, "STOP"
             steps.append(step)
             text += step.text
             if any(stop in text for stop in config.get("stopSequences", [])):
@@ -229,7 +231,9 @@ class Service:
         if channel == "batch":
             candidate["score"] = float32_json(mean * len(steps))
         if config.get("responseLogprobs") and not self._withheld(steps, request_hash, attempt):
-            candidate["logprobsResult"] = self._logprobs(steps, bool(config.get("logprobs")), request_hash)
+            is_short = len(steps) > 1 and self.faults.hits(self.faults.short_lists_rate, "short_lists", request_hash)
+            listed = steps[:-1] if is_short else steps
+            candidate["logprobsResult"] = self._logprobs(listed, bool(config.get("logprobs")), request_hash)
         return candidate
 
     def _withheld(self, steps: list[Step], request_hash: str, attempt: int) -> bool:

@@ -77,7 +77,10 @@ class Faults:
     sentinel_rate: float = 0.0  # permanent: the list ends with entries of -2**100
     no_logprobs_rate: float = 0.0  # transient: an answer without logprobsResult
     extra_fields: bool = False  # fields that no client knows
-    eos_logprobs: Literal["listed", "absent"] = "listed"  # when the first token ends the turn
+    # The list of the end of a turn: where the first token is it, never, or after every turn.
+    eos_logprobs: Literal["listed", "absent", "always"] = "listed"
+    thoughts_rate: float = 0.0  # permanent: the model thinks although it was told not to
+    short_lists_rate: float = 0.0  # permanent: the last token of a longer answer has no list
     logprobs_daily_quota: int | dict[str, int] | None = None  # of each model, answers with logprobs until 429
     quota_sentence: str | None = None  # in the place of the message and the details of that 429
     padded_lists: bool = False  # lists end with entries that are no tokens
