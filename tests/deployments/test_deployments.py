@@ -11,8 +11,9 @@ import yaml
 from backends.errors import ConfigError
 from flows.checkout import enter_checkout
 from flows.config.backend import resolve_backend
-from flows.config.models import RunConfig, SampleConfig
+from flows.config.models import RunConfig
 from flows.config.reading import validate
+from flows.config.sampling import SampleConfig
 from tests import ROOT
 from tests.deployments.prefect_files import events_of_the_code, keys_by_place, misspelt, problems_of_deployments
 
