@@ -23,7 +23,8 @@ from backends.vertex.cleaning.inventory import Action, Deletion, Inventory, Tota
 from backends.vertex.jobs.ledger import JobLedger
 from flows.commands.arguments import exit_code_of, make_parser, parse_config
 from flows.config.backend import resolve_backend
-from flows.config.models import CommonConfig, RunConfig, SampleConfig
+from flows.config.models import CommonConfig, RunConfig
+from flows.config.sampling import SampleConfig
 from flows.folder.layout import OutputFolder
 from flows.runtime.environment import prepare_environment
 from flows.runtime.terminal import ProgressReporter
