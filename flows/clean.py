@@ -28,6 +28,7 @@ from flows.config.sampling import SampleConfig
 from flows.folder.layout import OutputFolder
 from flows.runtime.environment import prepare_environment
 from flows.runtime.terminal import ProgressReporter
+from flows.sampling.state import SamplingState
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE
 
 if TYPE_CHECKING:
@@ -146,13 +147,15 @@ def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
     """
     unread: dict[str, str] = {}
     for output_dir in output_dirs:
-        folder = OutputFolder(output_dir).jobs
-        if not (exists(folder) if is_remote(folder) else folder.is_dir()):
+        places = (OutputFolder(output_dir).jobs, SamplingState(output_dir).jobs)
+        found = [folder for folder in places if (exists(folder) if is_remote(folder) else folder.is_dir())]
+        if not found:
             raise ConfigError(
-                f"--output-dir {output_dir}: there are no job records ({folder}), hence nothing to protect. "
-                "Give the output folder of a run with vertex_batch, or leave it out."
+                f"--output-dir {output_dir}: there are no job records ({places[0]}), hence nothing to protect. "
+                "Give the output folder of a run or of a sampling with vertex_batch, or leave it out."
             )
-        unread |= {entry.job_key: str(output_dir) for entry in JobLedger(folder).entries() if not entry.ended}
+        entries = (entry for folder in found for entry in JobLedger(folder).entries())
+        unread |= {entry.job_key: str(output_dir) for entry in entries if not entry.ended}
     return unread
 
 

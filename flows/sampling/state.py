@@ -38,6 +38,11 @@ class SamplingState:
         self._journal = self.folder / "journal"
         self._lines = lines_in(self._journal, uuid.uuid4().hex)
 
+    @property
+    def jobs(self) -> Path:
+        """The records of batch jobs."""
+        return self.folder / "jobs"
+
     def identity(self, *, make: bool = True) -> str:
         """The name of this sampling; empty where there is none yet and none is to be made."""
         try:
@@ -71,8 +76,8 @@ class SamplingState:
     def clear(self) -> None:
         """Everything is in the files: only rows that the backend was told to keep stay."""
         self._lines.clear()
-        for name in ("journal", "jobs"):
-            remove_folder(self.folder / name)
+        for folder in (self._journal, self.jobs):
+            remove_folder(folder)
         remove(self._identity)
 
 
