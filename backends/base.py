@@ -14,13 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from backends.errors import ConfigError
 from backends.settings import SampleSettings
 from kl.records import Prompt, Response, Score, ScoreFailure
+
+if TYPE_CHECKING:
+    from kl.columns import TopLists  # it loads Polars, which a command's help does not need
 
 # A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
 _BYTES_PER_TOKEN = 4
@@ -75,6 +79,10 @@ class ScoreRequest:
     gaps : tuple of (int, str)
         (position, reason) of positions whose prefix no text says, asked where token ids are given: a backend that must
         fall back to the text gives them a failure of that reason.
+    wanted : TopLists, of one list for each position asked, optional
+        Given only with the capability ``wanted_tokens``: tokens whose values are asked for beside the candidates (P's
+        listed ones and the one it sampled), as P names them; their log-probabilities are NaN. `Score.wanted` says those
+        that the model has and does not list; a token that is none of its own, or not certainly one, is left out.
     counterparts : tuple of str
         Given only with the capability ``exact_pairs``: for each position asked, the key under which the other model is
         asked about the same context, in the same call where it is asked now; empty where nobody is. The score of each
@@ -93,6 +101,7 @@ class ScoreRequest:
     full_vocabulary: bool = False
     gaps: tuple[tuple[int, str], ...] = ()
     counterparts: tuple[str, ...] = ()
+    wanted: TopLists | None = None
 
     def contexts(self) -> Iterator[tuple[int, str, str]]:
         """(position, key, prefix text) of each position asked."""
@@ -111,6 +120,7 @@ class ScoreRequest:
             positions=tuple(self.positions[index] for index in chosen),
             keys=tuple(first),
             counterparts=tuple(self.counterparts[index] for index in chosen) if self.counterparts else (),
+            wanted=None if self.wanted is None else self.wanted.take(np.array([*chosen], dtype=np.int64)),
         )
 
 
@@ -169,7 +179,8 @@ class Capabilities(NamedTuple):
     ``exact_pairs`` that it compares the whole vocabularies of two of its models itself (`ScoreRequest.counterparts`);
     ``one_pass`` that all positions of a response may be one request, so that a response's tokens are charged once;
     ``discovers`` that what decides the identity of its answers is known to the service alone (`Backend.discover`);
-    ``recorded`` that its answers are on record, so that a context asked a second time gets the same one.
+    ``recorded`` that its answers are on record, so that a context asked a second time gets the same one;
+    ``wanted_tokens`` that it gives values for tokens that are asked for by name (`ScoreRequest.wanted`).
     """
 
     max_top_logprobs: int
@@ -182,6 +193,7 @@ class Capabilities(NamedTuple):
     one_pass: bool = False
     discovers: bool = False
     recorded: bool = False
+    wanted_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)

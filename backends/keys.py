@@ -7,10 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import polars as pl
+
+from kl.columns import TopLists
 from kl.records import Prompt
 
 KEY_HEX_DIGITS = 32
 _FORMAT = "tokenkl-score-1"
+_WANTED_FORMAT = "tokenkl-wanted-1"
 
 
 def context_keys(
@@ -43,3 +47,31 @@ def context_keys(
         running.update(token.encode("utf-8"))
         if token_ids is not None:
             running.update(b"\x00%d\x00" % token_ids[index])
+
+
+def wanted_keys(keys: Sequence[str], wanted: TopLists) -> list[str]:
+    """The keys of contexts in which some tokens are asked for by name: hashes of their keys and of the tokens.
+
+    Order and repetition of the tokens do not matter. A context of which none is asked keeps its key.
+
+    Parameters
+    ----------
+    keys : sequence of str
+        From `context_keys`.
+    wanted : TopLists
+        One list for each key.
+    """
+    entries = wanted.entries
+    stated = pl.Series([None] * len(entries), dtype=pl.Binary) if entries.stated is None else entries.stated
+    # Neither number nor hexadecimal digits hold the blank that ends them, so that no two tokens are written alike.
+    written = pl.DataFrame(
+        {"list": wanted.rows, "id": entries.ids, "bytes": stated.bin.encode("hex"), "text": entries.tokens}
+    ).select(
+        "list", token=pl.concat_str("id", pl.col("bytes").fill_null("-"), pl.col("text").cast(pl.String), separator=" ")
+    )
+    tokens = written.group_by("list", maintain_order=True).agg(pl.col("token").unique().sort())
+    found = list(keys)
+    for number, of_list in zip(tokens["list"].to_list(), tokens["token"].to_list(), strict=True):
+        content = json.dumps([_WANTED_FORMAT, keys[number], of_list], ensure_ascii=True)
+        found[number] = hashlib.sha256(content.encode("ascii")).hexdigest()[:KEY_HEX_DIGITS]
+    return found

@@ -199,6 +199,11 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
         lengths = [part.lengths for part in parts]
         return cls(Entries.joined([part.entries for part in parts]), _offsets(np.concatenate([_NONE, *lengths])))
 
+    @classmethod
+    def empty(cls, n: int) -> TopLists:
+        """Of n empty lists."""
+        return cls(Entries.none(), np.zeros(n + 1, dtype=np.int64))
+
     @property
     def lengths(self) -> IntArray:
         """Entries of each list, shape (N,)."""
@@ -235,6 +240,16 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
         at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return TopLists(self.entries.take(at), offsets)
 
+    def followed_by(self, others: TopLists) -> TopLists:
+        """Each list with the other one of its number behind it."""
+        order = np.argsort(np.concatenate([self.rows, others.rows]), kind="stable")
+        entries = Entries.joined([self.entries, others.entries])
+        return TopLists(entries.take(order), _offsets(self.lengths + others.lengths))
+
+    def falling(self) -> TopLists:
+        """The same lists, each by falling log-probability, equals in their order; none is NaN."""
+        return TopLists(self.entries.take(np.lexsort((-self.entries.logprobs, self.rows))), self.offsets)
+
     def part(self, start: int, stop: int) -> TopLists:
         """The lists from one number to another."""
         offsets = self.offsets[start : stop + 1]
@@ -253,6 +268,13 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
         return TopLists(
             self.entries.take(np.flatnonzero(mask)), _offsets(np.bincount(self.rows[mask], minlength=len(self)))
         )
+
+    def first(self) -> FloatArray:
+        """The first log-probability of each list, shape (N,); NaN of an empty one."""
+        filled = self.lengths > 0
+        values = np.full(len(self), np.nan)
+        values[filled] = self.entries.logprobs[self.offsets[:-1][filled]]
+        return values
 
     def last(self) -> FloatArray:
         """The last log-probability of each list, shape (N,); NaN of an empty one."""

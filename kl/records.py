@@ -187,7 +187,8 @@ class Score:
     ``key`` is the content hash of the context. ``full_logprobs`` has shape (V,), float32, indexed by token id.
     ``n_dropped`` counts candidates that were not probabilities (masked tokens reported as -2**100).
     Token counts are those of the service: for the bill, and to tell a prefix that it tokenised otherwise. ``exact`` is
-    what a backend found that compares whole vocabularies itself.
+    what a backend found that compares whole vocabularies itself. ``wanted`` are, by falling log-probability, the tokens
+    that Q was asked for by name and that are not in ``top``; one that it gave no value for is missing.
     """
 
     key: str
@@ -200,6 +201,7 @@ class Score:
     n_dropped: int = 0
     full_logprobs: NDArray[np.float32] | None = None
     exact: ExactPair | None = None
+    wanted: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from kl.columns import BoolArray, Entries, IntArray, TopLists
-from kl.records import Score, ScoreFailure
+from kl.records import Candidate, Score, ScoreFailure
 
 NO_COUNT = -(1 << 62)
 FACTS = pl.Schema(
@@ -37,11 +37,14 @@ class ScoreTable:
         What Q reports beside its lists.
     facts : pl.DataFrame of N rows
         Schema `FACTS`.
+    wanted : TopLists, of N, or None
+        What Q was asked for by name and does not list; None where it was not asked.
     """
 
     tops: TopLists
     sampled: Entries
     facts: pl.DataFrame
+    wanted: TopLists | None = None
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> ScoreTable:
@@ -51,6 +54,7 @@ class ScoreTable:
             TopLists.of([score.top for score in scores]),
             Entries.of([score.sampled for score in scores]),
             pl.DataFrame(facts, schema=FACTS),
+            TopLists.of([score.wanted for score in scores]) if any(score.wanted for score in scores) else None,
         )
 
     @classmethod
@@ -60,6 +64,7 @@ class ScoreTable:
             TopLists.joined([part.tops for part in parts]),
             Entries.joined([part.sampled for part in parts]),
             pl.concat([pl.DataFrame(schema=FACTS), *(part.facts for part in parts)]),
+            _joined_wanted(parts),
         )
 
     def __len__(self) -> int:
@@ -84,6 +89,12 @@ class ScoreTable:
     def n_dropped(self) -> IntArray:
         """Candidates that were no probabilities, shape (N,)."""
         return self.facts["n_dropped"].to_numpy()
+
+
+def _joined_wanted(parts: Sequence[ScoreTable]) -> TopLists | None:
+    if all(part.wanted is None for part in parts):
+        return None
+    return TopLists.joined([TopLists.empty(len(part)) if part.wanted is None else part.wanted for part in parts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +157,11 @@ class Scores(Sequence[Score | ScoreFailure | None]):
         return self.table.sampled.or_none(self.rows)
 
     @property
+    def wanted(self) -> TopLists | None:
+        """What Q was asked for by name and does not list; None where it was not asked."""
+        return None if self.table.wanted is None else self.table.wanted.take(self.rows)
+
+    @property
     def n_dropped(self) -> IntArray:
         """Candidates that were no probabilities, shape (T,); 0 where there is no score."""
         return np.append(self.table.n_dropped, 0)[self.rows]
@@ -175,13 +191,20 @@ class Scores(Sequence[Score | ScoreFailure | None]):
         if row < 0:
             return self.failures.get(t)
         (sampled,) = self.table.sampled.take(np.array([row])).candidates()
-        return Score(top=self.table.tops[row], sampled=sampled, **self.table.facts.row(row, named=True))
+        wanted = () if self.table.wanted is None else self.table.wanted[row]
+        facts = self.table.facts.row(row, named=True)
+        return Score(top=self.table.tops[row], sampled=sampled, wanted=wanted, **facts)
 
     def __iter__(self) -> Iterator[Score | ScoreFailure | None]:
         tops, sampled = list(self.tops), self.sampled.candidates()  # all at once, which is quicker than one by one
+        wanted = self.wanted
+        beside: list[tuple[Candidate, ...]] = [()] * len(self) if wanted is None else list(wanted)
         facts = iter(self.table.facts[self.rows[self.is_score]].to_dicts())
         for t, row in enumerate(map(int, self.rows)):
-            yield self.failures.get(t) if row < 0 else Score(top=tops[t], sampled=sampled[t], **next(facts))
+            if row < 0:
+                yield self.failures.get(t)
+            else:
+                yield Score(top=tops[t], sampled=sampled[t], wanted=beside[t], **next(facts))
 
     def without(self, failures: Mapping[int, ScoreFailure | None]) -> Scores:
         """The same with failures, or nothing, in the place of some."""

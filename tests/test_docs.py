@@ -139,7 +139,7 @@ def test_every_capability_is_described() -> None:
 def test_every_field_of_a_score_is_described() -> None:
     assert table_after("### score") == [
         "key", "top", "sampled", "model_version", "finish_reason", "input_tokens", "output_tokens", "n_dropped",
-        "full_logprobs", "exact",
+        "full_logprobs", "exact", "wanted",
     ]  # fmt: skip
     assert set(table_after("### score")) == {field.name for field in fields(Score)}
 

@@ -28,6 +28,8 @@ from backends.contract.subject import (
     shown,
 )
 from backends.scores.store import ScoreStore
+from kl.columns import TopLists
+from kl.pieces import is_whole
 from kl.records import UNKNOWN_LOGPROB, Candidate, Prompt, Response, Score, ScoreFailure
 
 _LARGEST_LOGPROB = 1e-5  # of a certain token, in float32 arithmetic
@@ -159,7 +161,11 @@ def differences(found: Mapping[Place, Score], expected: Mapping[Place, Score], n
 
 
 def _by_token(score: Score) -> dict[tuple[str, int | None, bytes | None], float]:
-    return {(item.token, item.token_id, item.token_bytes): _value(item) for item in score.top}
+    return {_named(item): _value(item) for item in score.top}
+
+
+def _named(item: Candidate) -> tuple[str, int | None, bytes | None]:
+    return item.token, item.token_id, item.token_bytes
 
 
 @check()
@@ -257,6 +263,46 @@ def token_ids_of_another_model_are_not_fed(subject: Subject) -> Problems:
         found = subject.scores(planned([subject.request(case, token_ids=ids)]))
         for problem in differences(found, subject.answers, subject.noise_nats):
             yield f"with ids from {first}, {problem}"
+
+
+@check(lambda subject: subject.backend.capabilities.wanted_tokens)
+def wanted_tokens_have_the_models_values(subject: Subject) -> Problems:
+    """Asked for by name, a token that the list leaves out comes in wanted with its value; no other one does."""
+    case, answers = subject.cases[0], subject.answers
+    for place, score in answers.items():
+        if score.wanted:
+            yield f"{shown(place)}: {len(score.wanted)} wanted tokens came unasked."
+    tops = [answers[case.name, position].top for position in range(len(case.tokens))]
+    no_token = Candidate("no model has this as one token \u2042", None)
+    asked = [(*(item._replace(logprob=None) for item in top), no_token) for top in tops]
+    k = max(1, subject.top_logprobs // 4)
+    found = subject.scores(planned([subject.request(case, top_logprobs=k, wanted=TopLists.of(asked))]))
+    for place, score in found.items():
+        yield from (f"{shown(place)}: {problem}" for problem in _wanted_problems(score, tops[place[1]], subject))
+
+
+def _wanted_problems(score: Score, known: tuple[Candidate, ...], subject: Subject) -> Problems:
+    """What is wrong with a score that was asked for the tokens of a longer list."""
+    if not isinstance(cast(object, score.wanted), tuple):
+        raise ContractBreach(f"wanted is {score.wanted!r}; it is a tuple of candidates.")
+    yield from _list_problems(score.wanted, len(known)) if score.wanted else ()
+    listed, beside = _by_token(score), {_named(item): _value(item) for item in score.wanted}
+    if both := listed.keys() & beside.keys():
+        yield f"{len(both)} tokens of the list stand in wanted, too."
+    expected = {_named(item): item for item in known}
+    if others := beside.keys() - expected.keys():
+        yield f"{next(iter(others))[0]!r} is in wanted, and nobody asked for it."
+    for token, item in expected.items():
+        value = _value(item)
+        if token not in beside and token not in listed and not _may_be_several(item):
+            yield f"{item.token!r} was asked for, and is missing."
+        elif abs(beside.get(token, value) - value) > subject.noise_nats + _SAME_VALUE:
+            yield f"{item.token!r} has {beside[token]:.6g} in wanted, and {value:.6g} in a longer list."
+
+
+def _may_be_several(item: Candidate) -> bool:
+    """Whether several tokens may be written so: parts of characters, a byte beside a letter."""
+    return not is_whole(item.token) or (item.token_bytes is not None and len(item.token_bytes) == 1)
 
 
 @check(lambda subject: subject.backend.capabilities.samples)

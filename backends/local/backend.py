@@ -34,7 +34,13 @@ class LocalBackend(Backend):
     name = BACKEND
     needs = ("the extra local (uv sync --extra local), or a llama-architecture GGUF file named by its path",)
     capabilities: ClassVar[Capabilities] = Capabilities(
-        max_top_logprobs=1000, full_vocabulary=True, samples=True, token_ids=True, remote=False, exact_pairs=True
+        max_top_logprobs=1000,
+        full_vocabulary=True,
+        samples=True,
+        token_ids=True,
+        remote=False,
+        exact_pairs=True,
+        wanted_tokens=True,
     )
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from backends.local.gguf import FloatArray
@@ -30,3 +32,14 @@ def candidate(index: int, logprobs: FloatArray, tokenizer: Tokenizer, text: str 
     """A token of the vocabulary as a list has it, under ``text`` where its bytes alone are no text."""
     shown, exact = tokenizer.token(index)
     return Candidate(shown if text is None else text, float(logprobs[index]), index, exact)
+
+
+def candidates_of(
+    ids: Sequence[int], top: Sequence[Candidate], logprobs: FloatArray, tokenizer: Tokenizer
+) -> tuple[Candidate, ...]:
+    """Some tokens, by falling log-probability, without those that ``top`` lists."""
+    if not ids:
+        return ()
+    others = np.array([*{*ids}.difference(item.token_id for item in top)], dtype=np.int64)
+    order = np.lexsort((others, -logprobs[others]))
+    return tuple(candidate(int(index), logprobs, tokenizer) for index in others[order])

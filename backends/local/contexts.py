@@ -6,7 +6,9 @@ where they are this model's own (`own_token_ids`), else the tokenised text of th
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
@@ -14,7 +16,8 @@ from typing import NamedTuple, Protocol
 from backends.base import ScoreRequest
 from backends.errors import TokenKLError
 from backends.local.tokenizer import PromptRefusedError, split_text
-from kl.records import Prompt, Score, ScoreFailure
+from kl.pieces import escaped_bytes, is_whole
+from kl.records import Candidate, Prompt, Score, ScoreFailure
 from kl.tables.context_counts import RETOKENISED
 
 logger = logging.getLogger(__name__)
@@ -52,11 +55,15 @@ class Template(Protocol):
 
 
 class Asked(NamedTuple):
-    """One context: the token after the first ``length`` of ``ids``; contexts may share one list."""
+    """One context: the token after the first ``length`` of ``ids``; contexts may share one list.
+
+    ``wanted`` are the model's ids of the tokens that are asked for by name.
+    """
 
     key: str
     ids: Sequence[int]
     length: int
+    wanted: tuple[int, ...] = ()
 
 
 def together(requests: Sequence[ScoreRequest]) -> Iterator[list[ScoreRequest]]:
@@ -106,7 +113,9 @@ def contexts_of(
     """
     contexts, refused = _contexts(request, tokenizer, template)
     too_long = [_too_long(context, limit) for context in contexts if context.length > limit]
-    return _by_sequence([context for context in contexts if context.length <= limit]), [*refused, *too_long]
+    wanted = _wanted_ids(request, tokenizer)
+    fitting = [context._replace(wanted=wanted.get(context.key, ())) for context in contexts if context.length <= limit]
+    return _by_sequence(fitting), [*refused, *too_long]
 
 
 def _too_long(context: Asked, limit: int) -> ScoreFailure:
@@ -187,10 +196,50 @@ def _by_sequence(contexts: list[Asked]) -> list[Asked]:
     """
     lists: list[Sequence[int]] = []
     found: list[Asked] = []
-    for key, ids, length in sorted(contexts, key=lambda context: context.length, reverse=True):
+    for context in sorted(contexts, key=lambda context: context.length, reverse=True):
+        ids, length = context.ids, context.length
         tried = (*lists[:1], *lists[-1:])
         home = next((known for known in tried if known is ids or known[:length] == ids[:length]), None)
         if home is None:
             lists.append(home := ids)
-        found.append(Asked(key, home, length))
+        found.append(context._replace(ids=home))
     return found[::-1]
+
+
+# Tokens that are asked for by name.
+
+
+def _wanted_ids(request: ScoreRequest, tokenizer: Vocabulary) -> dict[str, tuple[int, ...]]:
+    """By key, this model's ids of the tokens that are asked for; what is not certainly one of them is left out.
+
+    P's id counts where P's ids are this vocabulary's, unless the token's text says otherwise; else the bytes.
+    """
+    if request.wanted is None:
+        return {}
+    by_id = own_token_ids(request, tokenizer) is not None
+    known: dict[Candidate, int | None] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for key, tokens in zip(request.keys, request.wanted, strict=True):
+        for token in tokens:
+            if token not in known:
+                known[token] = _own_id(token, tokenizer, by_id=by_id)
+        found[key] = tuple(index for token in tokens if (index := known[token]) is not None)
+    return found
+
+
+def _own_id(token: Candidate, tokenizer: Vocabulary, *, by_id: bool) -> int | None:
+    said = token.token_bytes or (token.token.encode("utf-8", "surrogatepass") if is_whole(token.token) else None)
+    if not by_id or token.token_id is None:
+        return None if said is None else ids_by_bytes(tokenizer).get(said)
+    if not 0 <= token.token_id < len(tokenizer):
+        return None
+    exact = tokenizer.token_bytes(token.token_id)
+    return token.token_id if said in (None, exact) or escaped_bytes(token.token) == exact else None
+
+
+@functools.lru_cache(maxsize=4)
+def ids_by_bytes(tokenizer: Vocabulary) -> dict[bytes, int]:
+    """The token that stands for some bytes, where it is the only one."""
+    known = [tokenizer.token_bytes(index) for index in range(len(tokenizer))]
+    counts = Counter(known)
+    return {token: index for index, token in enumerate(known) if counts[token] == 1}

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
-from backends.local.candidates import top_candidates
+from backends.local.candidates import candidates_of, top_candidates
 from backends.local.contexts import Asked
 from backends.local.engine import (
     AT_ONCE,
@@ -79,12 +79,14 @@ def _scores_of(unit: Unit[LocalModel], hidden: Sequence[FloatArray]) -> list[Sco
 
 def _score(side: Side[LocalModel], asked: Asked, logprobs: FloatArray, exact: ExactPair | None) -> Score:
     request, model = side.request, side.model
+    top = top_candidates(logprobs, request.top_logprobs, model.tokenizer)
     return Score(
         key=asked.key,
-        top=top_candidates(logprobs, request.top_logprobs, model.tokenizer),
+        top=top,
         model_version=model.source.version,
         input_tokens=asked.length,
         output_tokens=1,
         full_logprobs=logprobs if request.full_vocabulary and not request.counterparts else None,
         exact=exact,
+        wanted=candidates_of(asked.wanted, top, logprobs, model.tokenizer),
     )

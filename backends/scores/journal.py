@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["SUFFIX", "ScoreJournal", "recorded"]
 
+_BYTES = ("token_bytes", "wanted_bytes")  # columns of lists of bytes
 _encode = msgspec.json.Encoder().encode
 
 
@@ -77,20 +78,23 @@ def recorded(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 def _recorded(line: bytes) -> tuple[str, dict[str, Any]]:
     row = json.loads(line)
     row["scored_at"] = datetime.fromisoformat(row["scored_at"])
-    row["token_bytes"] = row["token_bytes"] and [item if item is None else bytes(item) for item in row["token_bytes"]]
+    for name in _BYTES:
+        row[name] = row.get(name) and [item if item is None else bytes(item) for item in row[name]]
     return row.pop("prompt_id"), row
 
 
 def _line(row: dict[str, Any]) -> bytes:
     row["scored_at"] = row["scored_at"].isoformat()
-    if (items := row["token_bytes"]) and any(item is not None for item in items):
-        row["token_bytes"] = [item if item is None else list(item) for item in items]
+    for name in _BYTES:
+        if (items := row[name]) and any(item is not None for item in items):
+            row[name] = [item if item is None else list(item) for item in items]
     return (_plain(row) or json.dumps(row).encode("ascii")) + b"\n"
 
 
 def _plain(row: dict[str, Any]) -> bytes | None:
     """A row as JSON; None where it holds what JSON has no word for: an infinite number, half a surrogate pair."""
     try:
-        return _encode(row) if math.isfinite(sum(row["logprobs"] or ())) else None
+        known = sum(row["logprobs"] or ()) + sum(row["wanted_logprobs"] or ())
+        return _encode(row) if math.isfinite(known) else None
     except (TypeError, ValueError):
         return None

@@ -42,12 +42,21 @@ SCORES = pl.Schema(
         "exact_tv": pl.Float64,
         "vocabulary": pl.Int32,  # tokens of this model and of the other
         "vocabulary_versus": pl.Int32,
+        # Tokens that the model was asked for by name and that are not among the candidates.
+        "wanted_tokens": pl.List(pl.String),
+        "wanted_logprobs": pl.List(pl.Float64),
+        "wanted_ids": pl.List(pl.Int64),
+        "wanted_bytes": pl.List(pl.Binary),
     }
 )
 _LISTS = ["tokens", "logprobs", "token_ids", "token_bytes"]  # of the candidates, equally long
+WANTED = ("wanted_tokens", "wanted_logprobs", "wanted_ids", "wanted_bytes")
 _EMPTY = dict.fromkeys(SCORES.names())
 
-EXACT = tuple(SCORES.names()[SCORES.names().index("exact_versus") :])  # parts of earlier versions lack them
+EXACT = (
+    "exact_versus", "exact_kl", "exact_reverse_kl", "exact_js", "exact_tv", "vocabulary", "vocabulary_versus",
+)  # fmt: skip
+ADDED = frozenset((*EXACT, *WANTED))  # parts of earlier versions lack them
 
 
 def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
@@ -65,6 +74,8 @@ def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
     row["n_dropped"], row["full_logprobs"] = result.n_dropped, result.full_logprobs
     if result.exact is not None:
         row |= _exact_values(result.exact)
+    if result.wanted:
+        row |= zip(WANTED, map(list, zip(*result.wanted, strict=True)), strict=True)
     return row
 
 
@@ -96,7 +107,7 @@ def _frame_by_columns(rows: Sequence[dict[str, Any]]) -> pl.DataFrame | None:
 def _column(name: str, dtype: Any, values: list[Any], longest: int) -> pl.Series:
     """A column; lists are put together first, filled up to the longest one: polars takes each list by itself slowly."""
     if name not in _LISTS:
-        return pl.Series(name, values, dtype=dtype)
+        return pl.Series(name, values, dtype=dtype)  # also those of wanted tokens: few, and mostly none
     flat = [item for value in values for item in (value if len(value) == longest else _filled(value, longest))]
     return pl.Series(name, flat, dtype=dtype.inner).reshape((len(values), longest)).cast(dtype)
 
@@ -135,22 +146,28 @@ def results_of(frame: pl.DataFrame) -> Stored:
         for key, reason, error in failed.select("key", "reason", "error").iter_rows()
     }
     frame = frame.filter(pl.col("reason").is_null())
-    lengths = frame["tokens"].list.len().fill_null(0).to_numpy()
-
-    def flat(name: str) -> pl.Series:
-        return frame[name].explode(empty_as_null=False, keep_nulls=False)
-
-    stated = flat("token_bytes")
-    top = Entries(
-        flat("tokens").cast(pl.Categorical),
-        flat("logprobs").cast(pl.Float64).fill_null(float("nan")).to_numpy(),
-        flat("token_ids").fill_null(NO_ID).to_numpy(),
-        None if stated.null_count() == len(stated) else stated,
-    )
     sampled = Entries(
         frame["sampled_token"].cast(pl.Categorical),
         frame["sampled_logprob"].fill_null(float("nan")).to_numpy(),
         frame["sampled_id"].fill_null(NO_ID).to_numpy(),
     )
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Stored(ScoreTable(TopLists(top, offsets), sampled, frame.select(FACTS.names()).cast(FACTS)), failures)
+    facts = frame.select(FACTS.names()).cast(FACTS)
+    has_wanted = WANTED[0] in frame.columns and frame[WANTED[0]].null_count() < frame.height
+    wanted = _lists_of(frame, *WANTED) if has_wanted else None
+    return Stored(ScoreTable(_lists_of(frame, *_LISTS), sampled, facts, wanted), failures)
+
+
+def _lists_of(frame: pl.DataFrame, tokens: str, logprobs: str, ids: str, stated: str) -> TopLists:
+    """Four columns of lists as candidate lists; a list that is null is empty."""
+
+    def flat(name: str) -> pl.Series:
+        return frame[name].explode(empty_as_null=False, keep_nulls=False)
+
+    lengths, known = frame[tokens].list.len().fill_null(0).to_numpy(), flat(stated)
+    entries = Entries(
+        flat(tokens).cast(pl.Categorical),
+        flat(logprobs).cast(pl.Float64).fill_null(float("nan")).to_numpy(),
+        flat(ids).fill_null(NO_ID).to_numpy(),
+        None if known.null_count() == len(known) else known,
+    )
+    return TopLists(entries, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))

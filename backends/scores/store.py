@@ -30,7 +30,7 @@ import polars as pl
 
 from backends.errors import ConfigError
 from backends.scores.journal import SUFFIX, ScoreJournal, recorded
-from backends.scores.rows import EXACT, SCORES, exact_of, frame_of, results_of, row_of
+from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
 from backends.storage import (
     COPIES,
     RemoteListing,
@@ -49,7 +49,7 @@ __all__ = ["SCORES", "ScoreJournal", "ScoreStore"]
 _JOURNALS = "journals"
 _PARTS_WORTH_MERGING = 4
 _JOURNALS_AT_ONCE = 500  # objects of a second each
-_LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in EXACT]
+_LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
 
 
 class Compared(NamedTuple):
@@ -94,18 +94,25 @@ class ScoreStore:
 
     def load(self, prompt_id: str, keys: Iterable[str]) -> dict[str, Score | ScoreFailure]:
         """The stored results among ``keys``, without full vocabularies."""
-        rows = self.rows(prompt_id, keys)
+        rows = self.rows(prompt_id, keys, wanted=True)
         stored = results_of(rows)
         scores = Scores(stored.table, np.arange(len(stored.table)))
         found: dict[str, Score | ScoreFailure] = {score.key: score for score in scores if score is not None}
         found |= stored.failures
         return {key: found[key] for key in rows["key"]}
 
-    def rows(self, prompt_id: str, keys: Iterable[str]) -> pl.DataFrame:
-        """The rows of the stored results among ``keys``, each key once, without full vocabularies."""
-        wanted = list(dict.fromkeys(keys))
-        none = pl.DataFrame(schema={name: SCORES[name] for name in _LIGHT})
-        found = pl.concat([none, *(self._read(part, _LIGHT, wanted) for part in self._parts(prompt_id))])
+    def rows(self, prompt_id: str, keys: Iterable[str], *, wanted: bool = False) -> pl.DataFrame:
+        """The rows of the stored results among ``keys``, each key once, without full vocabularies.
+
+        Parameters
+        ----------
+        wanted : bool
+            Also what was asked for by name.
+        """
+        asked = list(dict.fromkeys(keys))
+        columns = [*_LIGHT, *WANTED] if wanted else _LIGHT
+        none = pl.DataFrame(schema={name: SCORES[name] for name in columns})
+        found = pl.concat([none, *(self._read(part, columns, asked) for part in self._parts(prompt_id))])
         return found.unique("key", keep="first", maintain_order=True)
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -210,7 +217,7 @@ class ScoreStore:
     def _read(self, part: StoredFile, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
         with COPIES.open(part) as path:
             try:
-                added = set(EXACT).intersection(columns)  # parts of earlier versions lack them
+                added = ADDED.intersection(columns)  # parts of earlier versions lack them
                 absent = added - set(pl.read_parquet_schema(path)) if added else added
                 held = [name for name in columns if name not in absent]
                 frame = pl.read_parquet(path, columns=held, glob=False, hive_partitioning=False)

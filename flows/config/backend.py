@@ -71,6 +71,11 @@ def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
             f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "
             f"candidates per position. Set top_logprobs to {can.max_top_logprobs} or less."
         )
+    if config.wanted_tokens and not can.wanted_tokens:
+        raise ConfigError(
+            f"wanted_tokens is on, but the backend {config.backend.name} cannot be asked for tokens by name. "
+            "Leave it out."
+        )
     if config.k > can.max_top_logprobs:
         raise ConfigError(
             f"top_logprobs is {config.k}, but the backend {config.backend.name} reports at most {can.max_top_logprobs}."

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from backends.base import Backend, BackendOptions, ScoreRequest, compares_pairs
 from backends.errors import ModelNotUsableError
-from backends.keys import context_keys
+from backends.keys import context_keys, wanted_keys
 from backends.storage import is_remote
 from flows.config.backend import check_capabilities, resolve_backend
 from flows.config.folders import resolve_folders
@@ -17,7 +19,7 @@ from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.refusals import Refusal
-from kl.columns import NO_ID, Positions
+from kl.columns import NO_ID, Positions, TopLists
 from kl.records import Response
 from kl.statistics.noise_floor import AskedAgain
 from kl.statistics.position_sampling import Drawn, draw, draw_again
@@ -137,7 +139,14 @@ class Comparison:
 
     def _first_request(self, response: Response, side: AskedAgain) -> ScoreRequest | None:
         named = self._named(response, side, whole=self.config.full_vocabulary)
-        return None if named is None else self._request(response, named, self.drawn(response), {})
+        if named is None:
+            return None
+        made = self._request(response, named, self.drawn(response), {})
+        return self._with_wanted(made, response) if side == "q" and self.config.wanted_tokens else made
+
+    def _with_wanted(self, request: ScoreRequest, response: Response) -> ScoreRequest:
+        wanted = _named_by(Positions.of(response.positions), request.positions)
+        return replace(request, wanted=wanted, keys=tuple(wanted_keys(request.keys, wanted)))
 
     def _request(
         self, response: Response, named: tuple[ScoreRequest, dict[str, Any]], drawn: Drawn | None, more: dict[str, Any]
@@ -181,6 +190,19 @@ class Comparison:
             full_vocabulary=whole,
             gaps=response.gaps,
         )
+
+
+def _named_by(positions: Positions, asked: Sequence[int]) -> TopLists:
+    """The tokens that P lists at the positions asked, and the sampled one where it is none of them; without values."""
+    at = np.array(asked, dtype=np.int64)
+    lists, sampled = positions.tops.take(at), positions.sampled.take(at)
+    rows, ids = lists.rows, lists.entries.ids
+    same_text = lists.entries.codes() == sampled.codes()[rows]
+    same = same_text & ((ids == sampled.ids[rows]) | (ids == NO_ID) | (sampled.ids[rows] == NO_ID))
+    absent = np.bincount(rows[same], minlength=len(at)) == 0
+    others = TopLists(sampled, np.arange(len(at) + 1)).kept(absent)
+    both = lists.followed_by(others)
+    return TopLists(both.entries.with_logprobs(np.full(len(both.entries), np.nan)), both.offsets)
 
 
 def _askable(response: Response, by_ids: bool, drawn: Drawn | None) -> Sequence[int]:

@@ -136,6 +136,12 @@ class RunConfig(CommonConfig):
         description="With top_logprobs 'full', keep every token's log-probability of both models (4 bytes a token "
         "of the vocabulary, position and model) also where the backend reduces them to exact figures itself.",
     )
+    wanted_tokens: bool = Field(
+        default=False,
+        description="Ask Q for its value of every token that P lists, beside its own list (backends that can only): "
+        "then nothing that P lists is unknown. Such answers have keys of their own, so that contexts that were asked "
+        "without are asked again.",
+    )
     pattern: str = Field(default="*.json", min_length=1, description="Which files of the input folder are read (glob).")
     max_files: int | None = Field(default=None, ge=1, description="Read at most this many files, at least 1.")
     responses_per_job: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
@@ -223,6 +229,12 @@ class RunConfig(CommonConfig):
     def _drift_is_defined(self) -> RunConfig:
         if self.fail_on_drift and self.alert is None:
             raise ValueError("fail_on_drift needs alert.kl_per_token, which says what drift is")
+        return self
+
+    @model_validator(mode="after")
+    def _wanted_beside_a_list(self) -> RunConfig:
+        if self.wanted_tokens and self.full_vocabulary:
+            raise ValueError("wanted_tokens adds nothing to top_logprobs 'full', which has every token; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ class StoredAnswers:
                 of_prompt = keys.setdefault(item.prompt.prompt_id, set())
                 of_prompt.update(key for request in asked if request is not None for key in request.keys)
         frames = [
-            store.rows(prompt_id, wanted)
+            store.rows(prompt_id, wanted, wanted=comparison.config.wanted_tokens)
             for store in (stores.scores, stores.failures)
             for prompt_id, wanted in keys.items()
         ]

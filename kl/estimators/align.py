@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, FloatArray, IntArray, TopLists
-from kl.estimators.list_checks import check_lengths, check_lists, rounding_steps
+from kl.estimators.list_checks import check_lengths, check_lists, check_wanted, masses, rounding_steps
 from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
@@ -38,6 +38,7 @@ def align(
     sampled_q: Sequence[Candidate | None] | Entries | None = None,
     stops: Sequence[bool] | BoolArray | None = None,
     response: IntArray | None = None,
+    wanted_q: Sequence[Candidates] | None = None,
 ) -> Aligned:
     """Match the lists of P and Q, position by position.
 
@@ -55,11 +56,15 @@ def align(
     response : int64, shape (T,), optional
         The number of the response that a position belongs to, from 0 on and never falling; default one. What tokens are
         matched by is decided for each response by its own lists.
+    wanted_q : sequence of T candidate lists, optional
+        What Q was asked for by name beside its list, known values only, by falling log-probability; none need be there.
+        Such a token is matched as a listed one, and bounds none that Q says nothing of.
 
     Raises
     ------
     CandidateListError
-        If a list is empty, holds a value that is not known, does not fall, or has a mass above 1.
+        If a list is empty, holds a value that is not known, does not fall, or has a mass above 1, that of what Q was
+        asked for included.
     ValueError
         If there are not T of each.
     """
@@ -68,15 +73,18 @@ def align(
     check_lists(lists_p, "P")
     check_lists(lists_q, "Q")
     n = len(columns_p)
+    wanted = TopLists.empty(n) if wanted_q is None else TopLists.of(wanted_q)
+    if wanted_q is not None:
+        check_wanted(columns_q, wanted)
     sides = Sides(
         columns_p,
-        columns_q,
+        columns_q.followed_by(wanted) if len(wanted.entries) else columns_q,
         _entries(sampled_p, n),
         _entries(sampled_q, n),
         np.zeros(n, dtype=np.int64) if response is None else response,
     )
     is_stop = np.zeros(n, dtype=np.bool_) if stops is None else np.asarray(stops, dtype=np.bool_)
-    return _Matching(sides, is_stop).aligned()
+    return _Matching(sides, is_stop, columns_q, wanted).aligned()
 
 
 def _entries(sampled: Sequence[Candidate | None] | Entries | None, n: int) -> Entries:
@@ -106,9 +114,10 @@ def with_hidden(aligned: Aligned, hidden_p: FloatArray, hidden_q: FloatArray) ->
 class _Matching:
     """All positions at once; those that a rule for single cases may concern are matched by `match_row` instead."""
 
-    def __init__(self, sides: Sides, is_stop: BoolArray) -> None:
+    def __init__(self, sides: Sides, is_stop: BoolArray, best_q: TopLists, wanted_q: TopLists) -> None:
         self._sides = sides
         self._is_stop = is_stop
+        self._best_q, self._wanted_q = best_q, wanted_q
         self._codes = key_codes(sides)
         self._ids = _Ids(sides)
         ids = [self._ids.numbers(part.ids) for part in sides.parts()]
@@ -140,7 +149,8 @@ class _Matching:
 
     def aligned(self) -> Aligned:
         """What the rows have in common, and the special ones by all the rules."""
-        p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q)
+        n_best = self._best_q.lengths
+        p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q, n_best)
         repeated = repeats(p.all_keys) | repeats(q.all_keys)
         ambiguous = self._ambiguous(repeated)
         special = repeated | self._special(p, q, ambiguous)
@@ -154,9 +164,11 @@ class _Matching:
             "log_open_p": p.open_logs,
             "log_open_q": q.open_logs,
             "open_p": row_sums(np.exp(p.open_logs)),
-            "open_q": row_sums(np.exp(q.open_logs)),
+            "open_q": row_sums(np.exp(q.open_logs)) + q.open_wanted,
             "n_listed_p": self._sides.lists_p.lengths,
             "n_listed_q": self._sides.lists_q.lengths,
+            "n_wanted_q": q.n_wanted,
+            "wanted_mass_q": masses(self._wanted_q),
             "top_open": p.top_open | q.top_open,
             "n_duplicate_keys": np.zeros(len(special), dtype=np.int64),
             "logp_sampled": logp_sampled,
@@ -171,15 +183,18 @@ class _Matching:
             **arrays,
             index_p=index_p,
             log_cap_p=self._sides.lists_p.last(),
-            log_cap_q=self._sides.lists_q.last(),
+            log_cap_q=np.fmax(self._best_q.last(), self._wanted_q.first()),  # of two askings, the lists may disagree
             coverage_p=row_sums(np.exp(arrays["logp"])) + arrays["open_p"],
             coverage_q=row_sums(np.exp(arrays["logq"])) + arrays["open_q"],
             step_p=rounding_steps(self._sides.lists_p, self._sides.response)[self._sides.response],
-            step_q=rounding_steps(self._sides.lists_q, self._sides.response)[self._sides.response],
+            step_q=np.maximum(
+                rounding_steps(self._best_q, self._sides.response), rounding_steps(self._wanted_q, self._sides.response)
+            )[self._sides.response],
             response=self._sides.response,
             choices=self._evidence.choices,
             keys_p=self._all_keys(p, special) | {key for row in rows.values() for key in row.p.keys},
-            keys_q=self._all_keys(q, special) | {key for row in rows.values() for key in row.q.keys},
+            keys_q=self._all_keys(q, special)
+            | {key for row in rows.values() for key in row.q.keys[: len(row.q.keys) - row.q.n_wanted]},
         )
 
     def _sampled(self, p: _Padded, q: _Padded) -> tuple[FloatArray, FloatArray, BoolArray]:
@@ -231,7 +246,8 @@ class _Matching:
             response = int(self._sides.response[row])
             choice = self._evidence.choices[response]
             key_p, key_q = self._key_functions(row)
-            side_p, side_q = keyed(self._sides.lists_p[row], key_p), keyed(self._sides.lists_q[row], key_q)
+            side_p = keyed(self._sides.lists_p[row], key_p)
+            side_q = keyed(self._sides.lists_q[row], key_q, int(self._best_q.lengths[row]))
             unclear = ambiguous.get(response, frozenset[Key | None]())
             if choice.key == "id":
                 unclear |= contradicted_ids(side_p.candidates, side_q.candidates, *self._codes.readers[response])
@@ -243,7 +259,8 @@ class _Matching:
 
     def _all_keys(self, side: _Padded, special: BoolArray) -> frozenset[Key]:
         """What the lists name in the rows that no rule for single cases concerns."""
-        by_id, by_bytes = (distinct(side.keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
+        keys = side.best_keys()
+        by_id, by_bytes = (distinct(keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
         ids = self._ids.of(by_id[by_id >= 0]).tolist()
         return frozenset[Key](ids) | frozenset[Key](self._codes.numbers.bytes_of(by_bytes[by_bytes >= 0]))
 
@@ -270,6 +287,8 @@ class _Padded:
     """One side of T rows: keys and logarithms of the tokens that have a key, shape (T, K), and of the open ones.
 
     ``all_keys``, shape (T, L), are those of all entries. ``open_ties``, shape (T,): two open entries have one value.
+    ``n_wanted``, shape (T,): how many of the last tokens with a key are not of the k best. Those without a key that are
+    not are left out: ``open_wanted``, shape (T,), is their mass.
     """
 
     keys: Codes
@@ -277,17 +296,29 @@ class _Padded:
     open_logs: FloatArray
     all_keys: Codes
     open_ties: BoolArray
+    n_wanted: IntArray
+    open_wanted: FloatArray
 
     @classmethod
-    def of(cls, lists: TopLists, keys: Codes) -> _Padded:
+    def of(cls, lists: TopLists, keys: Codes, n_best: IntArray | None = None) -> _Padded:
         all_keys = lists.padded(keys, NO_KEY)
         logs = lists.entries.logprobs
         is_open = keys < 0
+        n_wanted = lists.lengths - (lists.lengths if n_best is None else n_best)
         if not is_open.any():
-            nothing = np.full((len(lists), 1), -np.inf)
-            return cls(all_keys, lists.padded(logs, -np.inf), nothing, all_keys, np.zeros(len(lists), dtype=np.bool_))
-        named, others = lists.kept(~is_open), lists.kept(is_open)
-        open_logs = others.padded(logs[is_open], -np.inf)
+            nothing, none = np.full((len(lists), 1), -np.inf), np.zeros(len(lists), dtype=np.bool_)
+            return cls(all_keys, lists.padded(logs, -np.inf), nothing, all_keys, none, n_wanted, np.zeros(len(lists)))
+        open_wanted = np.zeros(len(lists))
+        named, is_kept_open = lists.kept(~is_open), is_open
+        if n_wanted.any():
+            rows = lists.rows
+            is_wanted = np.arange(len(rows)) >= (lists.offsets[1:] - n_wanted)[rows]
+            left_out = is_wanted & is_open
+            n_wanted = n_wanted - np.bincount(rows[left_out], minlength=len(lists))
+            open_wanted = np.bincount(rows[left_out], np.exp(logs[left_out]), len(lists)).astype(np.float64)
+            is_kept_open = is_open & ~is_wanted
+        others = lists.kept(is_kept_open)
+        open_logs = others.padded(logs[is_kept_open], -np.inf)
         ties = (open_logs[:, 1:] == open_logs[:, :-1]) & np.isfinite(open_logs[:, 1:])  # they fall
         return cls(
             named.padded(keys[~is_open], NO_KEY),
@@ -295,7 +326,17 @@ class _Padded:
             open_logs,
             all_keys,
             ties.any(axis=1),
+            n_wanted,
+            open_wanted,
         )
+
+    def best_keys(self) -> Codes:
+        """The keys of the k best, shape (T, K)."""
+        if not self.n_wanted.any():
+            return self.keys
+        n_best = np.count_nonzero(self.keys >= 0, axis=1) - self.n_wanted
+        columns = np.arange(self.keys.shape[1], dtype=np.int64)
+        return np.where(columns < n_best[:, None], self.keys, NO_KEY).astype(np.int32)
 
     @property
     def top_open(self) -> BoolArray:
@@ -335,6 +376,8 @@ def _put(arrays: dict[str, Any], rows: dict[int, MatchedRow]) -> None:
         "open_q": [item.q.open_mass for item in found],
         "n_listed_p": [item.p.n_listed for item in found],
         "n_listed_q": [item.q.n_listed for item in found],
+        "n_wanted_q": [item.q.n_wanted for item in found],
+        "wanted_mass_q": [item.q.wanted_mass for item in found],
         "top_open": [item.p.top_open or item.q.top_open for item in found],
         "n_duplicate_keys": [item.p.n_repeats + item.q.n_repeats for item in found],
         "logp_sampled": [item.sampled[0] for item in found],

@@ -26,7 +26,7 @@ from scipy.special import erfcx, log_ndtr
 from scipy.special import polygamma as _polygamma  # pyright: ignore[reportUnknownVariableType]
 
 from kl.estimators.align import Aligned, BoolArray, FloatArray, IntArray
-from kl.estimators.rows import row_sums
+from kl.estimators.rows import row_counts, row_sums
 
 # Tokens that the data set's variance counts for. Measured on a 135M model: 6 is no better at k = 20 and puts more
 # positions off by a factor of two at k = 10; with 2 single large estimates go through (docs/decisions/0003).
@@ -74,7 +74,9 @@ class _Sides:
     """Both sides' log-ratios about ``centre``, the mean of the shared ones; Q's with their sign changed.
 
     So each censored one is known to be at least its ``limit``, shape (N,), P's before Q's, of ``row``, which is T more
-    for Q's. ``n`` counts the shared tokens, ``squares`` is the sum of their squares, shape (T,).
+    for Q's. ``n`` counts the shared tokens of each side, ``squares`` is the sum of their squares, shape (2, T). Those
+    that Q was asked for are of P's tokens, but not of those that Q lists: chosen by P, they would make Q's seem like
+    P's.
     """
 
     row: IntArray
@@ -85,17 +87,18 @@ class _Sides:
 
     @classmethod
     def of(cls, aligned: Aligned) -> _Sides:
-        n, (p, q) = aligned.overlap.astype(np.float64), (aligned.alone_p, aligned.alone_q)
-        centre = row_sums(aligned.log_ratio) / np.maximum(n, 1.0)
-        squares = row_sums(np.square((aligned.log_ratio - centre[:, None]) * aligned.shared))
-        limit_p = p.of_array(aligned.logp) - (aligned.log_limit_q + centre)[p.row]
-        limit_q = q.of_array(aligned.logq) - (aligned.log_limit_p - centre)[q.row]
-        rows = np.concatenate([p.row, q.row + len(n)])
+        p, q = aligned.alone_p, aligned.alone_q
+        of_p = _seen(aligned.log_ratio, aligned.shared)
+        of_q = _seen(aligned.log_ratio, aligned.shared_best) if aligned.n_wanted_q.any() else of_p
+        n, centre, squares = (np.stack(pair) for pair in zip(of_p, of_q, strict=True))
+        limit_p = p.of_array(aligned.logp) - (aligned.log_limit_q + centre[0])[p.row]
+        limit_q = q.of_array(aligned.logq) - (aligned.log_limit_p - centre[1])[q.row]
+        rows = np.concatenate([p.row, q.row + len(n[0])])
         return cls(rows, np.concatenate([limit_p, limit_q]), n, centre, squares)
 
     def sums(self, values: FloatArray) -> FloatArray:
         """Over the censored tokens of each side, shape (2, T)."""
-        return np.bincount(self.row, values, 2 * len(self.n)).astype(np.float64, copy=False).reshape(2, -1)
+        return np.bincount(self.row, values, self.n.size).astype(np.float64, copy=False).reshape(2, -1)
 
     def only(self, active: BoolArray) -> _Sides:
         """The censored tokens of some positions; shapes (T,) stay."""
@@ -112,6 +115,13 @@ class _Sides:
         """
         z = np.tile(inverse, 2)[self.row] * self.limit - mean.ravel()[self.row]
         return z, math.sqrt(2.0 / math.pi) / erfcx(z / math.sqrt(2.0))  # inverse Mills ratio, exact in both tails
+
+
+def _seen(log_ratio: FloatArray, chosen: BoolArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Number, mean and sum of squares about it of the chosen log-ratios of each row, shape (T,)."""
+    n = row_counts(chosen).astype(np.float64)
+    centre = row_sums(log_ratio * chosen) / np.maximum(n, 1.0)
+    return n, centre, row_sums(np.square((log_ratio - centre[:, None]) * chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,13 +279,14 @@ def fit(aligned: Aligned, prior: SpreadPrior | None) -> LogRatioModel:
     """
     sides = _Sides.of(aligned)
     if prior is None:
-        n, squares = 2.0 * sides.n - 1.0, 2.0 * sides.squares
+        n, squares = sides.n.sum(axis=0) - 1.0, sides.squares.sum(axis=0)
     else:
-        n, squares = 2.0 * (sides.n + PRIOR_WEIGHT), 2.0 * (sides.squares + PRIOR_WEIGHT * prior.at(aligned))
+        n = sides.n.sum(axis=0) + 2.0 * PRIOR_WEIGHT
+        squares = sides.squares.sum(axis=0) + 2.0 * PRIOR_WEIGHT * prior.at(aligned)
     means, inverse = _most_likely(sides, np.maximum(n, 1.0), squares)
     _, excess = sides.excess(means, inverse)
     s = 1.0 / inverse
-    mean_p, mean_q = sides.centre + means[0] * s, sides.centre - means[1] * s
+    mean_p, mean_q = sides.centre[0] + means[0] * s, sides.centre[1] - means[1] * s
     p, q = aligned.alone_p.row, aligned.alone_q.row
     return LogRatioModel(
         mean_p,
@@ -309,7 +320,7 @@ def _most_likely(sides: _Sides, n: FloatArray, squares: FloatArray) -> tuple[Flo
         steep = n_mean + part.sums(slope)
         to_mean = (part.sums(excess) - n_mean * mean) / steep
         # The anchor of positions without a shared token takes part in the means, and so in n here.
-        whole = n + anchor * np.square(mean).sum(axis=0)
+        whole = n + (anchor * np.square(mean)).sum(axis=0)
         pull = whole / inverse - inverse * squares - part.sums(excess * part.limit).sum(axis=0)
         tilt = across + 2.0 * anchor * mean / inverse
         bend = whole / np.square(inverse) + squares + part.sums(weighted * part.limit).sum(axis=0)

@@ -29,6 +29,8 @@ class AlignmentVerdict(NamedTuple):
 class AlignmentDiagnostic:
     """Counts over aligned positions. Add two of them to join their positions; `AlignmentDiagnostic()` has none.
 
+    They are of the k best of either side: tokens that Q was asked for by name would be shared in any context.
+
     Attributes
     ----------
     n_positions : int
@@ -163,12 +165,12 @@ def diagnose(aligned: Aligned) -> AlignmentDiagnostic:
     keys = [aligned.choices[number].key for number in map(int, aligned.response)]
     return AlignmentDiagnostic(
         n_positions=n_positions,
-        n_shared=int(aligned.overlap.sum()),
-        n_listed=int(np.minimum(aligned.n_listed_p, aligned.n_listed_q).sum()),
+        n_shared=int(np.count_nonzero(aligned.shared_best)),
+        n_listed=int(np.minimum(aligned.n_listed_p, aligned.n_listed_q - aligned.n_wanted_q).sum()),
         shared_mass_p=float(masses.shared_p.sum()),
         ambiguous_mass_p=float(masses.ambiguous_p.sum()),
         ambiguous_mass_q=float(masses.ambiguous_q.sum()),
-        n_top_absent=int(np.count_nonzero(~aligned.shared[:, 0] & ~aligned.top_open)),
+        n_top_absent=int(np.count_nonzero(~aligned.shared_best[:, 0] & ~aligned.top_open)),
         n_pairs=sum(choice.n_pairs for choice in aligned.choices),
         n_mismatches=sum(choice.n_mismatches for choice in aligned.choices),
         n_by_key=(keys.count("id"), keys.count("bytes"), keys.count("text")),
@@ -187,7 +189,7 @@ class Masses(NamedTuple):
 
 def response_masses(aligned: Aligned) -> Masses:
     """P's mass on shared tokens, and mass on keys that several tokens have; 0 for a response without a position."""
-    shared = row_sums(np.exp(np.where(aligned.shared, aligned.logp, -np.inf)))
+    shared = row_sums(np.exp(np.where(aligned.shared_best, aligned.logp, -np.inf)))
     sums = (np.bincount(aligned.response, values) for values in (shared, aligned.open_p, aligned.open_q))
     return Masses(*(values.astype(np.float64) for values in sums))
 

@@ -216,7 +216,7 @@ def floor(aligned: Aligned) -> PointEstimates:
     The sums are not of distributions, so that KL can come out negative. Nats, shape (T,); NaN where a list has an open
     entry: it may be any of the missing tokens.
     """
-    p, q = _Renormalised.of(aligned.logp), _Renormalised.of(aligned.logq)
+    p, q = _Renormalised.of(aligned.logp), _Renormalised.of(aligned.logq, aligned.best_q)
     a, b, shared = aligned.alone_p, aligned.alone_q, aligned.shared
     at_p = np.maximum((aligned.shared_logq - q.top[:, None]) * shared, _SMALLEST_LOG)
     ratio = (p.logs - at_p - (p.log_total - q.log_total)[:, None]) * shared
@@ -240,7 +240,7 @@ class _Renormalised(NamedTuple):
     """Lists scaled to 1, none of the listed at 0.
 
     ``logs``, shape (T, K), are those under the largest, ``top``, and ``probs`` what they are of all, 0 where there is
-    none. ``total`` is the sum of their exponentials; ``smallest`` is the smallest probability, shape (T,).
+    none. ``total`` is the sum of their exponentials; ``smallest`` the smallest probability of the k best, shape (T,).
     """
 
     logs: FloatArray
@@ -252,13 +252,13 @@ class _Renormalised(NamedTuple):
     log_smallest: FloatArray
 
     @classmethod
-    def of(cls, listed: FloatArray) -> _Renormalised:
+    def of(cls, listed: FloatArray, best: BoolArray | None = None) -> _Renormalised:
         top = np.maximum(listed.max(axis=1), np.finfo(np.float64).min)
         logs = np.maximum(listed - top[:, None], _SMALLEST_LOG)
         is_listed = listed > -np.inf
         weights = np.exp(logs) * is_listed
         total = np.maximum(row_sums(weights), SMALLEST)
-        least = (logs * is_listed).min(axis=1)  # the largest is at 0
+        least = (logs * (is_listed if best is None else best)).min(axis=1)  # the largest is at 0
         return cls(
             logs,
             weights / total[:, None],

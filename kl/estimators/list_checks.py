@@ -58,6 +58,28 @@ def check_lists(lists: Sequence[Candidates], side: Literal["P", "Q"]) -> None:
             raise CandidateListError(position, side, problem)
 
 
+def check_wanted(best: TopLists, wanted: TopLists) -> None:
+    """Refuse values that Q was asked for where one is unknown, they do not fall, or more than all would be listed.
+
+    Raises
+    ------
+    CandidateListError
+        For the first of these.
+    ValueError
+        If there is not one list for each of Q's.
+    """
+    if len(wanted) != len(best):
+        raise ValueError(f"{len(wanted)} lists of wanted tokens for {len(best)} lists of Q; give one for each.")
+    for position in unusable(wanted).tolist():
+        raise CandidateListError(position, "Q", "of wanted tokens has unknown values, or does not fall.")
+    mass = masses(best) + masses(wanted)
+    for position in np.flatnonzero((mass > LARGEST_MASS) & (wanted.lengths > 0)).tolist():
+        whole = listed_mass((*best[position], *wanted[position]))
+        if whole > LARGEST_MASS:
+            problem = f"adds up to {whole:.4f} with what was asked for beside it; give each token once."
+            raise CandidateListError(position, "Q", problem)
+
+
 def _suspicious(lists: TopLists) -> list[int]:
     """The lists that `_problem` may say something of."""
     found = (lists.lengths == 0) | (masses(lists) > LARGEST_MASS - SUM_NOISE)

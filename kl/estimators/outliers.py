@@ -330,7 +330,7 @@ class _Lists(NamedTuple):
     """One side's lists: all log-probabilities by falling value and where each stands in `_Entries`, shape (T, K).
 
     An open entry stands at -1: a gap and what is left over need no names. ``n`` and ``rest``, the mass left over, have
-    shape (T,).
+    shape (T,). What Q was asked for beside its list is none of them.
     """
 
     logs: FloatArray
@@ -344,7 +344,8 @@ class _Lists(NamedTuple):
             logs, unclear, coverage = aligned.logp, aligned.log_open_p, aligned.coverage_p
             entry = np.zeros(logs.shape, dtype=np.int64) + np.arange(logs.shape[1], dtype=np.int64)
         else:
-            logs, unclear, coverage = aligned.logq, aligned.log_open_q, aligned.coverage_q
+            logs, unclear = np.where(aligned.best_q, aligned.logq, -np.inf), aligned.log_open_q
+            coverage = aligned.coverage_q - aligned.wanted_mass_q
             own = aligned.logp.shape[1] + np.arange(logs.shape[1], dtype=np.int64)
             entry = np.where(aligned.index_p >= 0, aligned.index_p, own)
         logs = np.concatenate([logs, unclear], axis=1)
@@ -357,8 +358,10 @@ class _Lists(NamedTuple):
     @classmethod
     def without_open(cls, aligned: Aligned, side: Side) -> _Lists:
         """Right where a list has no open entries; places in `_Entries` are not looked up."""
-        logs, coverage = (aligned.logp, aligned.coverage_p) if side == "P" else (aligned.logq, aligned.coverage_q)
-        return cls(logs, np.zeros((0, 0), dtype=np.int64), row_counts(logs > -np.inf), 1.0 - coverage)
+        none = np.zeros((0, 0), dtype=np.int64)
+        if side == "P":
+            return cls(aligned.logp, none, row_counts(aligned.logp > -np.inf), 1.0 - aligned.coverage_p)
+        return cls(aligned.logq, none, aligned.n_best_q, 1.0 - (aligned.coverage_q - aligned.wanted_mass_q))
 
     def is_below_a_gap(self, n_wrong: int, other: _Lists) -> BoolArray:
         """Whether the last ``n_wrong`` entries may be below a gap that the other side does not have, shape (T,)."""

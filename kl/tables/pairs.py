@@ -14,7 +14,8 @@ from kl.columns import BoolArray, Entries, FloatArray, IntArray, Positions, TopL
 from kl.estimators.align import Aligned, align, with_hidden
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import MIN_LISTED, measure
-from kl.estimators.matching.trust import TrustedLists
+from kl.estimators.list_checks import masses
+from kl.estimators.matching.trust import TrustedLists, trusted_wanted
 from kl.estimators.outliers import Outlier, find_outliers
 from kl.estimators.token_keys import logprob_of
 from kl.records import LARGEST_MASS, Response, Score, ScoreFailure
@@ -61,7 +62,8 @@ class Answered(NamedTuple):
 class Pairs:
     """Positions with a usable list on both sides, N of them; arrays of shape (N,).
 
-    ``place`` counts the positions of all responses. ``n_dropped`` of Q's entries were not probabilities.
+    ``place`` counts the positions of all responses. ``n_dropped`` of Q's entries were not probabilities. ``wanted_q``
+    is what Q was asked for by name beside its lists; None if nothing was.
     """
 
     place: IntArray
@@ -73,6 +75,7 @@ class Pairs:
     n_dropped: IntArray
     is_stop: BoolArray
     flags: Flags
+    wanted_q: TopLists | None = None
 
     def __len__(self) -> int:
         return len(self.place)
@@ -89,6 +92,7 @@ class Pairs:
             self.n_dropped[rows],
             self.is_stop[rows],
             self.flags[rows],
+            None if self.wanted_q is None else self.wanted_q.take(rows),
         )
 
     def flagged(self, name: str, rows: BoolArray) -> Pairs:
@@ -97,7 +101,8 @@ class Pairs:
 
     def aligned(self) -> Aligned:
         """Their matched lists."""
-        matched = align(self.p.lists, self.q.lists, self.sampled_p, self.sampled_q, self.is_stop, self.response)
+        sampled = self.sampled_p, self.sampled_q
+        matched = align(self.p.lists, self.q.lists, *sampled, self.is_stop, self.response, self.wanted_q)
         return with_hidden(matched, self.p.largest_hidden, self.q.largest_hidden)
 
 
@@ -141,10 +146,11 @@ def pair_up(answered: Sequence[Answered]) -> Paired:
     has_q = scores.is_score
     p = _trusted([item.tops for item in positions], [item.n_dropped for item in positions], has_p, response)
     q = TrustedLists.of(scores.table.tops.take(scores.rows[has_q]), scores.n_dropped[has_q], response[has_q])
+    wanted = _wanted(scores, q, has_q, response)
     place_p, place_q = np.cumsum(has_p) - 1, np.cumsum(has_q) - 1  # of each position among the lists of its side
     missing = dict(_unscored(answered, drawn & ~(has_p & has_q), response, starts))
     both = np.flatnonzero(drawn & has_p & has_q)
-    refused = _refused(p, q, place_p[both], place_q[both])
+    refused = _above_1(q, wanted, place_q[both]) | _refused(p, q, place_p[both], place_q[both])
     missing |= {int(both[row]): why for row, why in refused.items()}
     usable = np.ones(len(both), dtype=np.bool_)
     usable[[*refused]] = False
@@ -160,12 +166,13 @@ def pair_up(answered: Sequence[Answered]) -> Paired:
         q=used_q,
         sampled_p=_above(Entries.joined([item.sampled for item in positions]).take(place), used_p.floor),
         sampled_q=scores.table.sampled.or_none(scores.rows[place]),
-        n_dropped=used_q.n_dropped + used_q.n_clipped,
+        n_dropped=used_q.n_dropped + used_q.n_clipped + wanted.n_dropped[place_q[place]],
         is_stop=is_stop[place],
         flags=flag("clipped-p", used_p.n_clipped > 0)
         | flag("clipped-q", used_q.n_clipped > 0)
         | flag("truncated-p", used_p.is_truncated)
         | flag("truncated-q", used_q.is_truncated),
+        wanted_q=None if wanted.lists is None else wanted.lists.take(place_q[place]),
     )
     missing = dict(sorted(missing.items()))
     return Paired(pairs, pairs.aligned() if len(pairs) else None, missing)
@@ -194,6 +201,38 @@ def _trusted(
     places = np.flatnonzero(has)
     dropped = np.concatenate([np.zeros(0, dtype=np.int64), *n_dropped])
     return TrustedLists.of(TopLists.joined(tops).take(places), dropped[places], response[places])
+
+
+class _Wanted(NamedTuple):
+    """What N scores say beside their lists, None if nothing, and how many entries were no probabilities."""
+
+    lists: TopLists | None
+    n_dropped: IntArray
+
+
+def _wanted(scores: Scores, q: TrustedLists, has: BoolArray, response: IntArray) -> _Wanted:
+    nothing = np.zeros(len(q), dtype=np.int64)
+    asked = scores.wanted
+    if asked is None:
+        return _Wanted(None, nothing)
+    asked = asked.take(np.flatnonzero(has))
+    lists = trusted_wanted(asked, q, response[has])
+    return _Wanted(lists, asked.lengths - lists.lengths)
+
+
+def _above_1(q: TrustedLists, wanted: _Wanted, rows: IntArray) -> dict[int, Missing]:
+    """The lists of Q that are no distribution with what it was asked for, by their number among the rows."""
+    if wanted.lists is None:
+        return {}
+    mass = (q.mass + masses(wanted.lists))[rows]
+    return {
+        row: Missing(
+            "mass-above-1-q",
+            f"Q's listed probabilities and those of the tokens that it was asked for add up to {mass[row]:.4f}; they "
+            f"are not one distribution. {_ADVICE_Q[1]}",
+        )
+        for row in np.flatnonzero(mass > LARGEST_MASS).tolist()
+    }
 
 
 def _unscored(
@@ -301,7 +340,8 @@ def _aligned_again(aligned: Aligned, pairs: Pairs, changed: BoolArray) -> Aligne
 def _contradiction(pairs: Pairs, row: int, outlier: Outlier, kl: float) -> str:
     logp, logq = outlier.logp, outlier.logq
     lists, value = (pairs.q.lists, logq) if math.isnan(logp) else (pairs.p.lists, logp)
-    token = min(lists[row], key=lambda candidate: abs(logprob_of(candidate) - value)).token
+    known = lists[row] if pairs.wanted_q is None else (*lists[row], *pairs.wanted_q[row])
+    token = min(known, key=lambda candidate: abs(logprob_of(candidate) - value)).token
     values = f"P {_shown(logp)}, Q {_shown(logq)}"
     if outlier.side is None:
         what = (

@@ -5,9 +5,10 @@ import importlib.util
 import pytest
 
 from backends.base import ScoreRequest
-from backends.keys import context_keys
+from backends.keys import KEY_HEX_DIGITS, context_keys, wanted_keys
 from backends.registry import load_backend
-from kl.records import Prompt, Turn
+from kl.columns import TopLists
+from kl.records import Candidate, Prompt, Turn
 
 PROMPT = Prompt((Turn("user", "Say hello"),))
 
@@ -86,3 +87,43 @@ def test_the_keys_of_the_built_in_backends_are_what_they_were(backend: str, mode
     asked = ScoreRequest("n", model, prompt, "".join(tokens), (0, 3, 8), ids, (), (), 20)
     identity = kind.identity(kind.Options(), asked)
     assert keys(model, prompt, identity, tokens, ids if kind.capabilities.token_ids else None) == KEYS[backend, model]
+
+
+# Contexts in which tokens are asked for by name.
+
+A, B = Candidate("a", -0.5, 7, b"a"), Candidate("b", -2.0, 9)
+
+
+def with_wanted(*lists: tuple[Candidate, ...]) -> list[str]:
+    return wanted_keys(["k1", "k2"][: len(lists)], TopLists.of(lists))
+
+
+def test_wanted_tokens_give_a_key_of_its_own_whatever_their_order_and_values() -> None:
+    (key,) = with_wanted((A, B))
+    assert len(key) == KEY_HEX_DIGITS
+    assert key != "k1"
+    assert with_wanted((B, A, B._replace(logprob=None))) == [key]
+    assert wanted_keys(["k2"], TopLists.of([(A, B)])) != [key]
+    others = [(A,), (A, B._replace(token_id=None)), (A, B._replace(token="c")), (A._replace(token_bytes=None), B)]
+    assert len({key, *(with_wanted(other)[0] for other in others)}) == 5
+
+
+def test_a_context_of_which_no_token_is_wanted_keeps_its_key() -> None:
+    assert with_wanted((), (A,))[0] == "k1"
+    assert with_wanted((), ()) == ["k1", "k2"]
+
+
+def test_no_two_lists_of_tokens_are_written_alike() -> None:
+    lists = [
+        (Candidate("7 - a", None), Candidate("b", None)),
+        (Candidate('7 - a", "-1 - b', None),),
+        (Candidate("- a", None, 7), Candidate("b", None)),
+        (Candidate("a", None, 7), Candidate("b", None)),
+        (Candidate("a", None, 7, b"-"), Candidate("b", None)),
+        (Candidate("", None, 7, b""), Candidate("b", None)),
+    ]
+    assert len({with_wanted(one)[0] for one in lists}) == len(lists)
+
+
+def test_wanted_keys_stay_what_they_were() -> None:
+    assert with_wanted((A, B)) == ["4bcaf0edc7d1a975a3a097d605862eab"]

@@ -25,16 +25,21 @@ class Aligned:
     index_q : int64, shape (T, K_p)
         Where P's token stands in Q's row, -1 where Q does not list it. ``index_p``, shape (T, K_q), is the inverse.
     log_open_p, log_open_q : float64, shapes (T, M_p) and (T, M_q)
-        Listed log-probabilities of the open entries, each as often as it is listed; ``-inf`` is padding.
+        Log-probabilities of the open entries of the k best, each as often as it is listed; ``-inf`` is padding.
     log_cap_p, log_cap_q : float64, shape (T,)
-        The smallest listed log-probability: no token that the side does not list has more. It may have as much, as
-        equal values are ordinary, and which of two is listed says nothing.
+        The smallest log-probability of the k best: no token that the side does not list has more. It may have as much,
+        as equal values are ordinary, and which of two is listed says nothing.
     coverage_p, coverage_q : float64, shape (T,)
         All listed mass, open mass included, as the source gives it; may exceed 1 by its rounding.
     open_p, open_q : float64, shape (T,)
         Mass of the open entries; one that is listed twice without an id counts once.
     n_listed_p, n_listed_q : int64, shape (T,)
         Listed tokens, an entry that is there twice counted once.
+    n_wanted_q : int64, shape (T,)
+        How many of Q's tokens with a key, the last ones of their row, are not of the k best: Q was asked for them. They
+        count as listed in all but the cap.
+    wanted_mass_q : float64, shape (T,)
+        Mass of what Q was asked for, that of open entries included; part of ``coverage_q``.
     top_open : bool, shape (T,)
         Whether an open entry of a side is as probable as its most probable token with a key.
     n_duplicate_keys : int64, shape (T,)
@@ -67,6 +72,8 @@ class Aligned:
     open_q: FloatArray
     n_listed_p: IntArray
     n_listed_q: IntArray
+    n_wanted_q: IntArray
+    wanted_mass_q: FloatArray
     top_open: BoolArray
     n_duplicate_keys: IntArray
     logp_sampled: FloatArray
@@ -146,6 +153,25 @@ class Aligned:
     def overlap(self) -> IntArray:
         """Tokens that both sides list, shape (T,)."""
         return row_counts(self.shared)
+
+    @cached_property
+    def n_best_q(self) -> IntArray:
+        """How many of Q's tokens with a key, the first ones of their row, are of its k best. Shape (T,)."""
+        return row_counts(self.logq > -np.inf) - self.n_wanted_q
+
+    @cached_property
+    def best_q(self) -> BoolArray:
+        """Which tokens of Q's row are of its k best; shape (T, K_q)."""
+        named = self.logq > -np.inf
+        if not self.n_wanted_q.any():
+            return named
+        columns = np.arange(named.shape[1], dtype=np.int64)
+        return named & (columns < self.n_best_q[:, None])
+
+    @cached_property
+    def shared_best(self) -> BoolArray:
+        """Whether P's token is one of Q's k best; shape (T, K_p)."""
+        return self.shared & (self.index_q < self.n_best_q[:, None]) if self.n_wanted_q.any() else self.shared
 
     @cached_property
     def shared_logq(self) -> FloatArray:

@@ -22,15 +22,22 @@ from kl.records import Candidate
 
 
 class KeyedList(NamedTuple):
-    """One list of one position: keys and log-probabilities, still with repeated keys and keys of several tokens."""
+    """One list of one position: keys and log-probabilities, still with repeated keys and keys of several tokens.
+
+    The first ``n_best`` entries are the k best, the others what the side was asked for beside them.
+    """
 
     keys: list[Key | None]
     logs: list[float]
     candidates: Candidates
+    n_best: int
 
 
 class Split(NamedTuple):
-    """One list of one position: tokens with a key of their own, the values and the mass of the others."""
+    """One list of one position: tokens with a key of their own, the values and the mass of the others.
+
+    The last ``n_wanted`` keys are not of the k best; open entries that are not have a mass only.
+    """
 
     keys: list[Key]
     logs: list[float]
@@ -38,6 +45,8 @@ class Split(NamedTuple):
     open_mass: float
     n_listed: int
     n_repeats: int
+    n_wanted: int
+    wanted_mass: float
 
     @property
     def top_open(self) -> bool:
@@ -53,9 +62,10 @@ class MatchedRow(NamedTuple):
     sampled: tuple[float, float, bool]
 
 
-def keyed(candidates: Candidates, key_of: KeyFunction) -> KeyedList:
+def keyed(candidates: Candidates, key_of: KeyFunction, n_best: int | None = None) -> KeyedList:
     """A list with the keys of its entries."""
-    return KeyedList([key_of(c) for c in candidates], [logprob_of(c) for c in candidates], candidates)
+    n = len(candidates) if n_best is None else n_best
+    return KeyedList([key_of(c) for c in candidates], [logprob_of(c) for c in candidates], candidates, n)
 
 
 class Sample(NamedTuple):
@@ -102,8 +112,9 @@ def match_row(
     by_role: bool,
 ) -> MatchedRow:
     """One position. Entries with an ``unclear`` key are open; end tokens may be matched ``by_role``."""
-    ends = end_roles(side_p.keys, side_q.keys) if by_role else frozenset[Key]()
+    ends = end_roles(side_p.keys, side_q.keys[: side_q.n_best]) if by_role else frozenset[Key]()
     if ends:
+        side_q = _without_wanted(side_q, ends)
         side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
     several = unclear | _several(side_p) | _several(side_q)
     split_p, split_q = _split(side_p, several), _split(side_q, several)
@@ -113,6 +124,16 @@ def match_row(
     logp = _lookup(sample_p.candidate, wanted, clear, split_p)
     logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
     return MatchedRow(split_p, split_q, (logp, logq, clear))
+
+
+def _without_wanted(side: KeyedList, keys: frozenset[Key]) -> KeyedList:
+    """The same without what was asked for under some keys: a token that another one stands for by its role."""
+    kept = [place for place, key in enumerate(side.keys) if place < side.n_best or key not in keys]
+    return side._replace(
+        keys=[side.keys[place] for place in kept],
+        logs=[side.logs[place] for place in kept],
+        candidates=tuple(side.candidates[place] for place in kept),
+    )
 
 
 def keys_of_several(side: KeyedList) -> set[Key | None]:
@@ -140,26 +161,34 @@ def _several(side: KeyedList) -> set[Key | None]:
 
 def _split(side: KeyedList, several: frozenset[Key | None]) -> Split:
     if not several and len(set(side.keys)) == len(side.keys):
-        return Split([key for key in side.keys if key is not None], side.logs, [], 0.0, len(side.keys), 0)
+        wanted = side.logs[side.n_best :]
+        keys = [key for key in side.keys if key is not None]
+        return Split(keys, side.logs, [], 0.0, len(keys), 0, len(wanted), math.fsum(map(math.exp, wanted)))
     clear: dict[Key, float] = {}
     other: dict[tuple[Key | None, str, int | None, float], float] = {}
     open_logs: list[float] = []
-    for key, logprob, candidate in zip(side.keys, side.logs, side.candidates, strict=True):
+    n_best, best_mass = 0, 0.0
+    for place, (key, logprob, candidate) in enumerate(zip(side.keys, side.logs, side.candidates, strict=True)):
         if key is None or key in several:
             # Listed twice to the last bit may be one token or two that tie: the mass counts once, the values twice.
             other[key, candidate.token, candidate.token_id, logprob] = math.exp(logprob)
-            open_logs.append(logprob)
+            if place < side.n_best:
+                open_logs.append(logprob)
         else:
             clear.setdefault(key, logprob)
+        if place == side.n_best - 1:
+            n_best, best_mass = len(clear), math.fsum(other.values())
     keyed = [key for key in side.keys if key is not None]
-    n_listed = len(clear) + len(other)
+    logs, open_mass = list(clear.values()), math.fsum(other.values())
     return Split(
         list(clear),
-        list(clear.values()),
+        logs,
         open_logs,
-        math.fsum(other.values()),
-        n_listed,
+        open_mass,
+        len(clear) + len(other),
         len(keyed) - len(set(keyed)),
+        len(clear) - n_best,
+        math.fsum(map(math.exp, logs[n_best:])) + open_mass - best_mass,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kl.columns import BoolArray, FloatArray, IntArray, TopLists
+from kl.columns import NO_ID, BoolArray, FloatArray, IntArray, TopLists
 from kl.estimators.list_checks import (
     CERTAIN,
     ENOUGH,
@@ -30,7 +30,7 @@ from kl.estimators.list_checks import (
 from kl.estimators.matching.places import repeats
 from kl.estimators.rows import n_responses
 from kl.estimators.token_keys import listed
-from kl.records import LARGEST_MASS
+from kl.records import LARGEST_MASS, UNKNOWN_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,44 @@ class TrustedLists:
             if after is not before:
                 rows[row], changed[row] = after, True
         return self.with_rows(rows), changed
+
+
+def trusted_wanted(wanted: TopLists, best: TrustedLists, response: IntArray) -> TopLists:
+    """What a side was asked for beside its k best, by falling value, without marks in place of probabilities.
+
+    Such values lie far below those of the k best: nothing is left over that could contradict one. Left out are unknown
+    ones, those at or below a mark of the k best, and any that is a mark itself: as `trusted` has it for a smallest one.
+    So is a token that is one of the k best.
+
+    Parameters
+    ----------
+    wanted : TopLists, of N
+    best : TrustedLists, of N
+    response : int64, shape (N,)
+        The number of the response of each list; never falls.
+    """
+    logs, rows = wanted.entries.logprobs, wanted.rows
+    is_value = (logs > UNKNOWN_LOGPROB) & ~(logs <= best.floor[rows])
+    kept = wanted.kept(is_value & ~_is_listed(wanted, best.lists)).falling()
+    logs, rows = kept.entries.logprobs, kept.rows
+    twice = np.zeros(len(logs), dtype=np.bool_)
+    twice[1:] = (rows[1:] == rows[:-1]) & (logs[1:] == logs[:-1])
+    twice[:-1] |= twice[1:]
+    mark = (logs <= EXTREME) & ((logs == np.trunc(logs)) | twice)
+    return kept.kept(~(mark | (logs <= _common_floors(kept, response)[response[rows]])))
+
+
+def _is_listed(wanted: TopLists, best: TopLists) -> BoolArray:
+    """Which entries are one of the k best: by their id, or where they have none by text and value; shape (E,)."""
+    rows, found = wanted.rows, np.zeros(len(wanted.entries), dtype=np.bool_)
+    ids, logs, codes = wanted.entries.ids, wanted.entries.logprobs, wanted.entries.codes()
+    best_ids: IntArray = best.padded(best.entries.ids, NO_ID)
+    best_codes: IntArray = best.padded(best.entries.codes(), -1)
+    best_logs: FloatArray = best.padded(best.entries.logprobs, -np.inf)
+    for column in range(best_ids.shape[1]):
+        same = (best_codes[rows, column] == codes) & (best_logs[rows, column] == logs)
+        found |= ((ids == NO_ID) & same) | ((ids != NO_ID) & (best_ids[rows, column] == ids))
+    return found
 
 
 def is_contradicted(mass: FloatArray, least: FloatArray) -> BoolArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,7 @@ class Toy(Backend):
         token_ids=True,
         remote=False,
         deferred=True,
+        wanted_tokens=True,
     )
 
     @classmethod
@@ -87,7 +88,18 @@ class Toy(Backend):
     def results(self, request: ScoreRequest, position: int, key: str, prefix: str) -> Iterator[Any]:
         logprobs = self.logprobs(self.context(request, position, prefix))
         full = logprobs.astype(np.float32) if request.full_vocabulary else None
-        yield Score(key, self.listed(logprobs, request.top_logprobs), model_version="counts-1", full_logprobs=full)
+        top = self.listed(logprobs, request.top_logprobs)
+        wanted = self.wanted(request, key, top, logprobs)
+        yield Score(key, top, model_version="counts-1", full_logprobs=full, wanted=wanted)
+
+    def wanted(
+        self, request: ScoreRequest, key: str, top: Sequence[Candidate], logprobs: np.ndarray
+    ) -> tuple[Candidate, ...]:
+        if request.wanted is None:
+            return ()
+        named = {item.token for item in request.wanted[request.keys.index(key)]} - {item.token for item in top}
+        whole = self.listed(logprobs, len(CHARACTERS))
+        return tuple(item for item in whole if item.token in named)
 
     def context(self, request: ScoreRequest, position: int, prefix: str) -> str:
         return request.prompt.canonical() + prefix
@@ -485,6 +497,25 @@ def other_ids(score: Score, request: ScoreRequest) -> list[Score]:
     return [replace(score, top=tuple(top))]
 
 
+def wanted_as(change: Callable[[tuple[Candidate, ...], ScoreRequest], tuple[Candidate, ...]]) -> type[Toy]:
+    return mutated(lambda score, request: [replace(score, wanted=change(score.wanted, request))])
+
+
+def with_other_values(wanted: tuple[Candidate, ...], request: ScoreRequest) -> tuple[Candidate, ...]:
+    return tuple(item._replace(logprob=(item.logprob or 0.0) - 0.1) for item in wanted)
+
+
+def with_another(wanted: tuple[Candidate, ...], request: ScoreRequest) -> tuple[Candidate, ...]:
+    return (*wanted, Candidate("~", -90.0)) if request.wanted else ()
+
+
+class ListsWhatIsWanted(Toy):
+    def wanted(
+        self, request: ScoreRequest, key: str, top: Sequence[Candidate], logprobs: np.ndarray
+    ) -> tuple[Candidate, ...]:
+        return super().wanted(request, key, (), logprobs)
+
+
 @dataclass(frozen=True)
 class Breach:
     """A backend, the check that finds what is wrong with it, and words of its message."""
@@ -508,6 +539,7 @@ BUILT, ESTIMATE = "a backend can be built without being entered", "an estimate n
 REFUSES, CANCELLED = "preflight refuses an unknown model", "a cancelled call ends and can be taken up again"
 CLOSED = "closing the results early leaves the backend usable"
 DEFERRED = "what is submitted is collected later"
+WANTED = "wanted tokens have the models values"
 
 BREACHES = [
     Breach("options that can be set", OPTIONS, NotFrozen, "could be set"),
@@ -588,6 +620,13 @@ BREACHES = [
     Breach("no full vocabulary", FULL, mutated(lambda s, r: [replace(s, full_logprobs=None)]), "is None"),
     Breach("half of the vocabulary", FULL, mutated(half_of_the_vocabulary), "the whole vocabulary adds up to 0."),
     Breach("ids that are not the index", FULL, mutated(other_ids), "which full_logprobs does not say"),
+    Breach("a wanted token left out", WANTED, wanted_as(lambda w, r: w[:-1]), "was asked for, and is missing"),
+    Breach("no wanted token", WANTED, wanted_as(lambda w, r: ()), "was asked for, and is missing"),
+    Breach("wanted tokens by rank", WANTED, wanted_as(lambda w, r: w[::-1]), "the list does not fall"),
+    Breach("other values for wanted tokens", WANTED, wanted_as(with_other_values), "in a longer list"),
+    Breach("wanted tokens that are listed", WANTED, ListsWhatIsWanted, "tokens of the list stand in wanted, too"),
+    Breach("a token that nobody wanted", WANTED, wanted_as(with_another), "nobody asked for it"),
+    Breach("wanted tokens unasked", WANTED, wanted_as(lambda w, r: w or (Candidate("~", -9.0),)), "came unasked"),
     Breach("foreign ids fed", "token ids of another model are not fed", FeedsAnyIds, "with ids from 0"),
     Breach("samples of something else", "samples are what score would say", SamplesOthers, "nats apart"),
     Breach("fewer samples than asked", "samples are what score would say", SamplesOne, "1 results for 2 requests"),

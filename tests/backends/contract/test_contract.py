@@ -57,6 +57,7 @@ def test_a_backend_that_can_do_everything_passes(check: Check) -> None:
         ({"token_ids": False}, {"token ids of another model are not fed"}),
         ({"samples": False}, {"samples are what score would say"}),
         ({"deferred": False}, {"what is submitted is collected later"}),
+        ({"wanted_tokens": False}, {"wanted tokens have the models values"}),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ import threadpoolctl
 from backends.base import Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.errors import ModelNotUsableError
 from backends.local.backend import LocalBackend
-from backends.local.contexts import own_token_ids
+from backends.local.contexts import ids_by_bytes, own_token_ids
 from backends.local.models import find_model, load_model
 from backends.local.tokenizer import Tokenizer, split_text
+from kl.columns import TopLists
 from kl.input.responses import parse_responses
 from kl.input.writer import response_document
-from kl.records import Prompt, Response, Score, ScoreFailure, Turn
+from kl.records import Candidate, Prompt, Response, Score, ScoreFailure, Turn
 
 _spec = importlib.util.spec_from_file_location("tiny_llama", Path(__file__).with_name("tiny_llama.py"))
 assert _spec is not None
@@ -567,3 +569,76 @@ def _run_blocked(blocked: list[str], model: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True, timeout=60
     ).stdout
+
+
+# Tokens that are asked for by name.
+
+
+def wanted_of(response: Response, positions: Sequence[int], change: Callable[[Candidate], Candidate]) -> TopLists:
+    """What P lists and samples there."""
+    of = [response.positions[position] for position in positions]
+    return TopLists.of([tuple(map(change, (*item.top, item.sampled))) for item in of])
+
+
+def without_value(token: Candidate) -> Candidate:
+    return token._replace(logprob=None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "change"),
+    [
+        (True, without_value),
+        (True, lambda token: token._replace(logprob=None, token_bytes=None)),
+        (False, lambda token: token._replace(logprob=None, token_id=None)),
+    ],
+    ids=["ids and bytes", "ids", "bytes"],
+)
+def test_wanted_tokens_come_with_their_values(
+    responses: list[Response], tokenizer: Tokenizer, ids: bool, change: Callable[[Candidate], Candidate]
+) -> None:
+    positions = tuple(range(0, 24, 3))
+    made = request(responses[0], f"{MODEL}@int4", ids=ids, positions=positions, top_logprobs=5)
+    plain = scores(made)
+    asked = scores(dataclasses.replace(made, wanted=wanted_of(responses[0], positions, change)))
+    for position, one, other in zip(positions, plain, asked, strict=True):
+        assert one.wanted == ()
+        assert (other.top, other.full_logprobs is None) == (one.top, False)
+        assert one.full_logprobs is not None
+        listed = {item.token_id for item in one.top}
+        of = responses[0].positions[position]
+        named = {item.token_id for item in (*of.top, of.sampled)} - listed
+        unique = {
+            index
+            for index in named
+            if index is not None and ids_by_bytes(tokenizer).get(tokenizer.token_bytes(index)) == index
+        }
+        assert {item.token_id for item in other.wanted} == (named if ids else unique)
+        for item in other.wanted:
+            assert item.token_id is not None
+            assert item.logprob == float(one.full_logprobs[item.token_id])
+            assert (item.token, item.token_bytes) == tokenizer.token(item.token_id)
+        values = [item.logprob or 0.0 for item in other.wanted]
+        assert values == sorted(values, reverse=True)
+
+
+def test_what_is_no_token_of_the_model_or_not_certainly_one_is_left_out(responses: list[Response]) -> None:
+    odd = [
+        Candidate("no token of any model \u2042", None, None),
+        Candidate("\ufffd", None, None),  # a part of a character, and nobody says which
+        Candidate("", None, None),
+        Candidate("zebra", None, responses[0].positions[0].top[0].token_id),  # an id whose text is another one
+        Candidate("a", None, 10**9),
+        Candidate("\ud800", None, None),
+    ]
+    made = request(responses[0], positions=(0,), top_logprobs=1)
+    (found,) = scores(dataclasses.replace(made, wanted=TopLists.of([odd])))
+    assert found.wanted == ()
+
+
+def test_only_keeps_the_wanted_tokens_of_the_contexts_that_are_left(responses: list[Response]) -> None:
+    made = request(responses[0], positions=(1, 4, 6))
+    whole = dataclasses.replace(made, wanted=wanted_of(responses[0], (1, 4, 6), without_value))
+    left = whole.only({made.keys[2], made.keys[0]})
+    assert left.positions == (1, 6)
+    assert left.wanted is not None
+    assert list(left.wanted) == list(wanted_of(responses[0], (1, 6), without_value))

@@ -1,5 +1,6 @@
 """Scores on disk: what goes in comes out, whole or not at all."""
 
+import json
 import math
 
 import numpy as np
@@ -7,10 +8,12 @@ import polars as pl
 import pytest
 
 from backends.errors import ConfigError
+from backends.scores import rows
 from backends.scores.journal import recorded
-from backends.scores.rows import EXACT, SCORES, row_of
+from backends.scores.rows import EXACT, SCORES, results_of, row_of
 from backends.scores.store import ScoreStore
 from kl.records import Candidate, ExactPair, Score, ScoreFailure
+from kl.scores import ScoreTable
 
 TOP = (Candidate("", -0.1, 0), Candidate("<ctrl63>", -2.5, 9, b"\xf0\x9f"), Candidate("🙂", -3.0, None))
 
@@ -226,3 +229,52 @@ def test_figures_survive_a_kill_in_the_journal(tmp_path) -> None:
     assert store.load_exact("p", ["p1", "p2"]) == {("p1", "q1"): pair("q1")}
     store.append("p", "m", [score("p2", exact=pair("q2", float("inf")))])
     assert store.load_exact("p", ["p2"]) == {("p2", "q2"): pair("q2", float("inf"))}
+
+
+WANTED = (Candidate("z", -6.0, 4, b"z"), Candidate("\ufffd", -9.5, 5, b"\xf0"))
+
+
+def test_wanted_tokens_come_back_beside_the_list(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    several = [score("k1", wanted=WANTED), score("k2"), score("k3", wanted=WANTED[:1])]
+    store.append("p", "m", several)
+    store.append("p", "m", [score("k4", wanted=(Candidate("y", -3.5),))])
+    assert list(store.load("p", ["k1", "k2", "k3"]).values()) == several
+    table = results_of(store.rows("p", ["k1", "k4"], wanted=True)).table
+    assert table.wanted is not None
+    assert [len(top) for top in table.wanted] == [2, 1]
+    # Where nobody asked for any, they are not even read.
+    assert not {*rows.WANTED} & {*store.rows("p", ["k1"]).columns}
+    assert results_of(store.rows("p", ["k1"])).table.wanted is None
+    joined = ScoreTable.joined([results_of(store.rows("p", ["k1"])).table, table])
+    assert joined.wanted is not None
+    assert [len(top) for top in joined.wanted] == [0, 2, 1]
+
+
+def test_parts_of_earlier_versions_have_no_wanted_tokens(tmp_path) -> None:
+    store = ScoreStore(tmp_path)
+    store.append("p", "m", [score("k1")])
+    (part,) = (tmp_path / "p").glob("*.parquet")
+    pl.read_parquet(part).drop(rows.WANTED).write_parquet(part)
+    store.append("p", "m", [score("k2", wanted=WANTED)])
+    assert store.load("p", ["k1", "k2"]) == {"k1": score("k1"), "k2": score("k2", wanted=WANTED)}
+
+
+def test_wanted_tokens_survive_a_kill_in_the_journal(tmp_path) -> None:
+    several = [score("k1", wanted=WANTED), score("k2", wanted=WANTED[:1]), score("k3", wanted=(Candidate("y", -3.5),))]
+    journal = ScoreStore(tmp_path).journal("group")
+    for result in several:
+        journal.add("p", "m", result)
+    store = ScoreStore(tmp_path)
+    assert store.recover() == 3
+    assert list(store.load("p", ["k1", "k2", "k3"]).values()) == several
+
+
+def test_a_journal_of_an_earlier_version_is_taken_in(tmp_path) -> None:
+    ScoreStore(tmp_path).journal("group").add("p", "m", score("k1"))
+    (path,) = (tmp_path / "journals").glob("*.jsonl")
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in row.items() if name not in rows.WANTED}) + "\n")
+    store = ScoreStore(tmp_path)
+    assert store.recover() == 1
+    assert store.load("p", ["k1"]) == {"k1": score("k1")}

@@ -99,6 +99,11 @@ MISTAKES = [
     Mistake("no concurrency", "max_concurrent: .*1 to 1000", ("--max-concurrent", "0")),
     Mistake("empty model", "model2: .*at least 1 character", ("--model2", "")),
     Mistake("unknown estimator", "estimator: .*'mean'", ("--estimator", "mean")),
+    Mistake(
+        "wanted tokens beside all",
+        "adds nothing to top_logprobs 'full'",
+        ("--set", "wanted_tokens=true", "--top-logprobs", "full"),
+    ),
     Mistake("output over input", "output_dir is the input_dir", ("--output-dir", "./in")),
     Mistake("set without value", "'backend.x' is not KEY=VALUE", ("--set", "backend.x")),
     Mistake("set of nothing", r"unknown setting 'pattrn'. Did you mean 'pattern'\?", ("--set", "pattrn=*.json")),
@@ -247,3 +252,12 @@ def test_help_names_every_setting_and_what_it_may_be() -> None:
     text = " ".join(make_parser("prog", "", RunConfig, skip=("positions",)).format_help().split())
     for part in ("{censored,floor,lower,bucket}", "N|full", "USD", "vertex_online", "positions.per_response"):
         assert part in text
+
+
+def test_wanted_tokens_are_refused_where_they_cannot_be_asked_for() -> None:
+    config = config_of(*BASE, "--set", "wanted_tokens=true", "--project-id", "p")
+    backend, _, _ = resolve_backend(config)
+    with pytest.raises(ConfigError, match="wanted_tokens is on, but the backend vertex_batch cannot be asked"):
+        check_capabilities(config, backend)
+    local = config_of(*BASE, "--set", "wanted_tokens=true", "--backend", "local")
+    check_capabilities(local, resolve_backend(local)[0])

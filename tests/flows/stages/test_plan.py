@@ -337,3 +337,28 @@ def test_a_position_inside_a_character_cannot_be_asked_by_text(plan_of: MakePlan
     plan, comparison, _ = plan_of({})
     (request,) = [request for group in plan.groups for _, request in requests_of(group, comparison)]
     assert request.positions == (0, 2)
+
+
+def test_wanted_tokens_are_those_of_p_and_have_keys_of_their_own(plan_of: MakePlan) -> None:
+    files = {"a.json": ("Hi", [["x", "y"]])}
+    local = {"backend": "local", "model2": "smollm2-135m", "project_id": None}
+    plan, comparison, _ = plan_of(files, **local)
+    (response,) = read_input(plan.files[0]).responses
+    plain = comparison.request(response, "q")
+    _, asking, _ = plan_of(files, **local, wanted_tokens=True)
+    asked = asking.request(response, "q")
+    assert plain is not None
+    assert asked is not None
+    assert plain.wanted is None
+    assert asked.wanted is not None
+    assert not {*plain.keys} & {*asked.keys}
+    assert [{item.token for item in top} for top in asked.wanted] == [
+        {item.token for item in (*position.top, position.sampled)} for position in response.positions
+    ]
+    assert all(len({item.token for item in top}) == len(top) for top in asked.wanted)
+    assert all(item.logprob is None for top in asked.wanted for item in top)
+    # What Q is asked a second time, to see its unrest, is its own list.
+    _, twice, _ = plan_of(files, **local, wanted_tokens=True, noise_floor={"fraction": 1.0})
+    second = twice.request(response, "again")
+    assert second is not None
+    assert second.wanted is None

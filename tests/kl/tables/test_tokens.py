@@ -385,3 +385,81 @@ def test_time_grows_with_the_number_of_positions_only():
     seconds(1)
     # Eight times the positions in eight times the time, with room for a busy machine; quadratic would be 64.
     assert min(seconds(8) for _ in range(3)) < 24 * min(seconds(1) for _ in range(3))
+
+
+# What Q was asked for by name.
+
+
+def with_wanted(tops_p, tops_q, logq):
+    """Q's scores with its values of all tokens that P lists."""
+    found = []
+    for t, (top_p, top_q) in enumerate(zip(tops_p, tops_q, strict=True)):
+        listed = {item.token_id for item in top_q}
+        others = [item._replace(logprob=float(logq[t, item.token_id])) for item in top_p if item.token_id not in listed]
+        wanted = tuple(sorted(others, key=lambda item: -item.logprob))
+        found.append(Score(f"key{t}", top_q, wanted=wanted))
+    return found
+
+
+class TestWanted:
+    def test_nothing_that_p_lists_is_missing_and_bounds_are_closer(self, pair, tops):
+        plain, asked = measured(tops[0], scores_of(tops[1])), measured(tops[0], with_wanted(*tops, pair[1]))
+        assert asked["overlap"].to_list() == [20] * 30
+        assert asked["p_mass_missing_in_q"].to_list() == [0.0] * 30
+        assert plain["p_mass_missing_in_q"].sum() > 0
+        true = true_divergences(*pair)[0]
+        assert (asked["kl_lower"].to_numpy() <= true + 1e-6).all()
+        assert (asked["kl_lower"] >= plain["kl_lower"] - 1e-9).all()
+        assert (asked["kl_estimate"] - true).pow(2).mean() < (plain["kl_estimate"] - true).pow(2).mean()
+        assert (asked["q_mass_missing_in_p"] == plain["q_mass_missing_in_p"]).all()
+        assert (asked["coverage_q"] > plain["coverage_q"]).any()
+
+    def test_scores_with_and_without_wanted_tokens_stand_side_by_side(self, pair, tops):
+        plain, both = measured(tops[0], scores_of(tops[1])), with_wanted(*tops, pair[1])
+        some = [*both[:10], *scores_of(tops[1])[10:]]
+        mixed = measured(tops[0], some)
+        assert mixed["overlap"][:10].to_list() == [20] * 10
+        assert mixed["kl_lower"][10:].to_list() == plain["kl_lower"][10:].to_list()
+
+    def test_a_sampled_token_outside_both_lists_has_its_k1(self, pair, tops):
+        sampled = [Candidate(f"t{399 - t}", float(pair[0][t, 399 - t]), 399 - t) for t in range(30)]
+        scores = with_wanted([(*top, one) for top, one in zip(tops[0], sampled, strict=True)], tops[1], pair[1])
+        frame = measure_response(response_of(tops[0], sampled), scores, estimator="censored", prior=PRIOR)
+        k1 = [pair[0][t, 399 - t] - pair[1][t, 399 - t] for t in range(30)]
+        assert frame["logratio_k1"].to_list() == pytest.approx(k1)
+        assert not frame["k1_censored"].any()
+        assert (frame["kl_lower"].to_numpy() <= true_divergences(*pair)[0] + 1e-6).all()
+
+    @pytest.mark.parametrize("mark", [None, -9999.0, math.nan, -100.0], ids=str)
+    def test_a_mark_in_place_of_a_value_is_no_value(self, pair, tops, mark):
+        scores = with_wanted(*tops, pair[1])
+        lost = [item.wanted[-1:] for item in scores]
+        marked = [replace(item, wanted=tuple(c._replace(logprob=mark) for c in item.wanted)) for item in scores]
+        frame = measured(tops[0], marked)
+        plain = measured(tops[0], scores_of(tops[1]))
+        assert frame["kl_lower"].to_list() == plain["kl_lower"].to_list()
+        assert frame["n_dropped"].to_list() == [len(item.wanted) for item in scores]
+        assert any(lost)
+
+    def test_a_listed_token_that_is_wanted_too_counts_once(self, pair, tops):
+        scores = with_wanted(*tops, pair[1])
+        twice = [
+            replace(item, wanted=(item.top[3]._replace(logprob=item.top[3].logprob - 0.01), *item.wanted))
+            for item in scores
+        ]
+        assert measured(tops[0], twice)["kl_lower"].to_list() == measured(tops[0], scores)["kl_lower"].to_list()
+
+    def test_more_than_all_probability_is_refused_at_its_position_alone(self, pair, tops):
+        scores = with_wanted(*tops, pair[1])
+        at = next(t for t, item in enumerate(scores) if item.wanted)
+        wanted = (scores[at].wanted[0]._replace(logprob=-0.1), *scores[at].wanted[1:])
+        scores[at] = replace(scores[at], wanted=wanted)
+        frame = measured(tops[0], scores)
+        assert frame["reason"][at] == "mass-above-1-q"
+        assert "those of the tokens that it was asked for add up to 1." in frame["error"][at]
+        assert frame["reason"].null_count() == 29
+
+    def test_it_is_part_of_a_response_s_diagnostic_only_where_it_is_listed(self, pair, tops):
+        plain = response_diagnostic(response_of(tops[0]), scores_of(tops[1]))
+        asked = response_diagnostic(response_of(tops[0]), with_wanted(*tops, pair[1]))
+        assert (asked.overlap, asked.top_absent) == (plain.overlap, plain.top_absent)
