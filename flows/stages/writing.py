@@ -72,6 +72,7 @@ def _facts(measured: Measured, config: RunConfig) -> RunFacts:
         model_q=config.model2,
         estimator=config.estimator,
         top_logprobs=config.k,
+        wanted_tokens=config.wanted_tokens,
         prior_var=_variance(measured.priors.q),
         prior_var_again=_variance(measured.priors.twice),
         samplings=sorted(measured.samplings, key=repr),

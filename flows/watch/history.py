@@ -15,7 +15,7 @@ from backends.storage import as_location, read_bytes, write_bytes_atomic
 from flows.folder.layout import HISTORY_FILE
 from flows.folder.lock import exclusive
 
-VERSION = 2
+VERSION = 3
 _TIME = pl.Datetime("us", "UTC")
 _DIVERGENCES = ("kl_per_token", "kl_per_response")
 # A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
@@ -76,6 +76,7 @@ HISTORY = pl.Schema(
         "noise_floor_of": pl.String,  # p, q, both
         "above_noise_floor": pl.Boolean,  # whether all of the interval of the KL of Q less the floor is above 0
         "responses_sha256": pl.String,  # of responses.parquet, by which a later run knows that it is still this one
+        "wanted_tokens": pl.Boolean,  # whether Q was asked for its value of every token that P lists; null: no
     }
 )
 
@@ -175,6 +176,7 @@ def row_of(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "estimator": summary["estimator"],
         "top_logprobs": summary["top_logprobs"],
         "positions_sampled": config["positions"] is not None,
+        "wanted_tokens": summary["wanted_tokens"],
         **{name: counts[name] for name in ("prompts", "responses", "positions", "measured", "missing")},
         "reverse_kl_per_token": summary["reverse_kl_per_token"]["value"],
         "js_per_token": summary["js_per_token"]["value"],
@@ -223,7 +225,7 @@ def _time(text: str) -> datetime:
 
 
 def previous_run(before: pl.DataFrame, row: Row, *, other_folders_only: bool) -> Row | None:
-    """The last run to compare one with: the same models, estimator and length of lists, and about as complete.
+    """The last run to compare one with: the same models, estimator and lists asked for, and about as complete.
 
     Parameters
     ----------
@@ -237,6 +239,7 @@ def previous_run(before: pl.DataFrame, row: Row, *, other_folders_only: bool) ->
     alike = [pl.col(name).eq_missing(pl.lit(row[name])) for name in ("model1", "model2", "estimator", "top_logprobs")]
     found = _others(before, row).filter(
         *alike,
+        pl.col("wanted_tokens").fill_null(False) == bool(row["wanted_tokens"]),
         pl.col("kl_per_token").is_not_null(),
         share >= row["measured"] / asked - _SHARE_TOLERANCE if asked else pl.lit(True),
         pl.col("output_dir") != row["output_dir"] if other_folders_only else pl.lit(True),

@@ -45,11 +45,12 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
     try:
         summary, run = read_documents(folder)
         table = read_response_table(folder).table
-        same = {"estimator": config.estimator, "top_logprobs": config.k}
+        same = {"estimator": config.estimator, "top_logprobs": config.k, "wanted_tokens": config.wanted_tokens}
+        measured = {"wanted_tokens": False, **summary}  # a summary of an earlier version does not say it
         for setting, value in same.items():
-            if summary[setting] != value:
+            if measured[setting] != value:
                 raise ConfigError(
-                    f"it was measured with {setting} = {summary[setting]!r}, this run with {value!r}: the difference "
+                    f"it was measured with {setting} = {measured[setting]!r}, this run with {value!r}: the difference "
                     "would be of methods, not of models. Use the same setting, or another baseline."
                 )
         about = {key: run[key] for key in ("model1", "model2", "model2_versions", "finished_at")}

@@ -75,6 +75,7 @@ def summarise_dataset(
         model_q=facts.model_q,
         estimator=facts.estimator,
         top_logprobs=facts.top_logprobs,
+        wanted_tokens=facts.wanted_tokens,
         prior_var=facts.prior_var,
         sampling=[_stated(sampling) for sampling in facts.samplings],
         alignment=None if facts.alignment is None else dict(facts.alignment),

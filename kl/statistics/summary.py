@@ -24,7 +24,8 @@ class RunFacts:
     """What the summary repeats from the run; ``None`` means not known or not used.
 
     ``samplings`` are the different ways in which P's responses were sampled. ``alignment`` is the diagnostic of the
-    two vocabularies, of plain JSON types. ``prior_var_again`` is the ``prior_var`` of one model's two answers.
+    two vocabularies, of plain JSON types. ``prior_var_again`` is the ``prior_var`` of one model's two answers. With
+    ``wanted_tokens`` Q was asked for its value of every token that P lists.
     """
 
     model_p: str | None
@@ -35,6 +36,7 @@ class RunFacts:
     samplings: Sequence[Sampling]
     alignment: Mapping[str, Any] | None
     prior_var_again: float | None = None
+    wanted_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,7 @@ class Summary:
     alarms: list[str] = field(default_factory=list[str])
     largest_position: Row | None = None
     outliers: list[Row] = field(default_factory=list[Row])
+    wanted_tokens: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists, numbers and texts."""

@@ -26,6 +26,7 @@ def row(run_id: str, **changes: object) -> Row:
         "model2_versions": ["q-001"],
         "estimator": "censored",
         "top_logprobs": 20,
+        "wanted_tokens": False,
         "measured": 100,
         "missing": 0,
         "kl_per_token": 0.5,
@@ -102,11 +103,12 @@ def test_a_folder_that_cannot_be_written_to_is_said_at_once(tmp_path: Path):
 def test_the_previous_run_is_the_last_of_the_same_comparison(tmp_path: Path):
     path = tmp_path / "history.parquet"
     others = [
-        row("first"),
+        row("first", wanted_tokens=None),  # as earlier versions have it
         row("other q", model2="q2"),
         row("other p", model1=None),
         row("other estimator", estimator="floor"),
         row("other lists", top_logprobs=5),
+        row("asked for P's tokens", wanted_tokens=True),
         row("nothing measured", kl_per_token=None),
         row("half of it", measured=50, missing=50),
         row("today, earlier", output_dir="out/today"),
