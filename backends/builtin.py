@@ -12,3 +12,4 @@ def register_backends(register: Callable[[str, str], None]) -> None:
     register("vertex_online", "backends.vertex.online:VertexOnlineBackend")
     register("local", "backends.local.backend:LocalBackend")
     register("files", "backends.files.backend:FilesBackend")
+    register("openai_compatible", "backends.openai_compatible.backend:OpenAICompatibleBackend")

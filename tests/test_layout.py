@@ -38,6 +38,8 @@ backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.service        limit merging retry
+backends.openai_compatible client presets / server answers found vocabulary / asking options / proofs / scoring
+backends.openai_compatible sampling / backend
 backends.vertex         status / wire / answers prices / samples options
 backends.vertex.service access_token / retry model_calls / calls client
 backends.vertex.jobs    bucket / remote / ledger

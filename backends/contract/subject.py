@@ -107,6 +107,7 @@ class Subject:
     noise_nats: float = 0.0
     deadline_s: float = 120.0
     close_s: float = 30.0
+    _discovered: dict[str, BackendOptions] = field(default_factory=dict[str, BackendOptions], init=False, repr=False)
 
     @property
     def top_logprobs(self) -> int:
@@ -114,8 +115,19 @@ class Subject:
         return min(_USUAL_TOP_LOGPROBS, self.backend.capabilities.max_top_logprobs)
 
     def new_options(self, **changes: Any) -> BackendOptions:
-        """Options validated as the flow does it."""
-        return self.backend.Options.model_validate({**self.options, **changes})
+        """Options validated as the flow does it, complete where the service knows the rest; not in an event loop."""
+        options = self.backend.Options.model_validate({**self.options, **changes})
+        if not self.backend.capabilities.discovers:
+            return options
+        known = repr(sorted(changes.items()))
+        if known not in self._discovered:
+            self._discovered[known] = asyncio.run(self._discover(options))
+        return self._discovered[known]
+
+    async def _discover(self, options: BackendOptions) -> BackendOptions:
+        with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
+            async with self.backend(options, state_dir=Path(folder)) as backend:
+                return await in_time(backend.discover(self.model), "discover()", self.deadline_s)
 
     def bare_request(self, case: Case, **changes: Any) -> ScoreRequest:
         """A request for a case that asks no position; ``changes`` are fields of `ScoreRequest`."""
@@ -184,10 +196,11 @@ class Subject:
 
     def use(self, work: Callable[[Backend], Coroutine[Any, Any, T]], state_dir: Path | None = None) -> T:
         """Run ``work(backend)`` with a fresh backend that was entered and is left afterwards."""
+        options = self.new_options()
 
         async def main() -> T:
             with tempfile.TemporaryDirectory(prefix="tokenkl-contract-") as folder:
-                async with self.backend(self.new_options(), state_dir=state_dir or Path(folder)) as backend:
+                async with self.backend(options, state_dir=state_dir or Path(folder)) as backend:
                     return await work(backend)
 
         return asyncio.run(main())

@@ -1,0 +1,356 @@
+"""From a request to scores: its contexts in the form that a server takes, the calls, and what is checked of answers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from itertools import accumulate
+from typing import Any, NamedTuple, Self
+
+from backends.base import ScoreRequest
+from backends.errors import BackendError, RetryableBackendError
+from backends.local.contexts import Asked, contexts_of, own_token_ids
+from backends.local.tokenizer import PromptRefusedError
+from backends.openai_compatible.answers import Entry, ListError, usable
+from backends.openai_compatible.asking import Answered, Asker, Told
+from backends.openai_compatible.client import Client
+from backends.openai_compatible.found import Found
+from backends.openai_compatible.options import OpenAICompatibleOptions
+from backends.openai_compatible.proofs import asker_of, vocabulary_of
+from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of, raw_text
+from backends.service.limit import CallLimit
+from backends.service.merging import merged
+from backends.service.retry import StatusError, with_retries
+from kl.records import Candidate, Prompt, Score, ScoreFailure
+from kl.tables.context_counts import RETOKENISED
+
+_FIRST_WAIT_S = 0.2
+_NO_LIMIT = 2**31
+_TOO_LONG = re.compile(
+    r"exceed_context_size|context.length|maximum context|too long|context window|must be at least 1, got 0",
+    re.IGNORECASE,
+)
+_AT_ONCE = 16  # chains of one response
+
+
+class Unit(NamedTuple):
+    """One call and the keys that it answers, each with the place of its list among those of the answer."""
+
+    call: Callable[[], Awaitable[Answered]]
+    places: tuple[tuple[str, int], ...]
+    what: str
+
+
+Results = list[Score | ScoreFailure]
+
+
+class Scorer:
+    """Scores of one model of one server.
+
+    Parameters
+    ----------
+    client : Client
+    options : OpenAICompatibleOptions
+    found : Found
+    limit : CallLimit
+        Over all that ask the server.
+    calls : Counter
+        Counts calls by outcome.
+    version : str
+        What scores call the model.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        options: OpenAICompatibleOptions,
+        found: Found,
+        limit: CallLimit,
+        calls: Counter[str],
+        version: str,
+    ) -> None:
+        self.client, self.options, self.found, self.limit, self.calls, self.version = (
+            client,
+            options,
+            found,
+            limit,
+            calls,
+            version,
+        )
+        self.vocabulary: ServerVocabulary | None = None
+        self.asker: Asker
+
+    @classmethod
+    async def of(
+        cls,
+        client: Client,
+        options: OpenAICompatibleOptions,
+        found: Found,
+        limit: CallLimit,
+        calls: Counter[str],
+        version: str,
+    ) -> Self:
+        """With what each request needs of the server's tokenizer."""
+        made = cls(client, options, found, limit, calls, version)
+        forced = None
+        if found.form == "ids" or found.kind in ("llama_cpp", "vllm"):
+            vocabulary = vocabulary_of(client, options, found.model, found.kind, found.server.get("n_vocab"))
+            made.vocabulary = vocabulary
+            if found.kind == "llama_cpp":
+                forced = (await made.fetched(lambda: vocabulary.encoded("a")))[0]
+        made.asker = asker_of(client, options, found.model, found.kind, forced, lent=made.vocabulary is not None)
+        return made
+
+    async def fetched(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """What a call for the tokenizer gives, repeated while it may."""
+        deadline_s = self.options.retry_deadline_s
+        return await with_retries(call, what="tokenize", deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S)
+
+    def rendered(self, prompt: Prompt) -> dict[str, str]:
+        """A prompt's id, and the hash of what the model is given for it."""
+        try:
+            if self.found.form == "ids" and self.vocabulary is not None:
+                said = " ".join(map(str, self.vocabulary.prompt_ids(prompt)))
+            else:
+                said = repr(messages_of(prompt))
+        except (PromptRefusedError, KeyError):
+            return {}
+        return {prompt.prompt_id: hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]}
+
+    async def score(self, request: ScoreRequest) -> AsyncGenerator[Score | ScoreFailure]:
+        """One result for each key; positions in their order where the server works on one at a time."""
+        try:
+            failed, units = await self._prepared(request)
+        except PromptRefusedError as error:
+            failed, units = [ScoreFailure(key, "prompt-refused", str(error), final=True) for key in request.keys], []
+        except (StatusError, RetryableBackendError) as error:
+            failed, units = (
+                [ScoreFailure(key, "tokenizer", f"the server's tokenizer failed: {error}") for key in request.keys],
+                [],
+            )
+        for failure in failed:
+            yield failure
+        waiting = iter(units)
+
+        async def work() -> AsyncGenerator[Score | ScoreFailure]:
+            for unit in waiting:
+                for result in await self._answered(unit, request.top_logprobs):
+                    yield result
+
+        workers = min(self.limit.most, len(units), _AT_ONCE)
+        if not workers:
+            return
+        if self.found.kind == "llama_cpp":
+            workers = 1  # a response's positions in order: the cache, if it may be used, has the one before
+        async with aclosing(merged([work() for _ in range(workers)])) as results:
+            async for result in results:
+                yield result
+
+    # Preparing.
+
+    async def _prepared(self, request: ScoreRequest) -> tuple[list[ScoreFailure], list[Unit]]:
+        if self.found.form == "ids":
+            return await self._by_ids(request)
+        if self.found.route == "prompt":
+            return self._by_echo(request)
+        gaps = dict(request.gaps)
+        failed = [_gap(key, gaps[position]) for position, key, _ in request.contexts() if position in gaps]
+        contexts = [(key, prefix) for position, key, prefix in request.contexts() if position not in gaps]
+        return failed, [self._by_text(request, key, prefix) for key, prefix in contexts]
+
+    def _by_text(self, request: ScoreRequest, key: str, prefix: str) -> Unit:
+        k, asker = request.top_logprobs, self.asker
+        if self.found.route == "prefill":
+            spelling = self.found.prefill or "plain"
+            return Unit(lambda: asker.by_chat(request.prompt, prefix, k, spelling), ((key, 0),), request.name)
+        text = raw_text(messages_of(request.prompt)) + prefix
+        return Unit(lambda: asker.by_text(text, k), ((key, 0),), request.name)
+
+    async def _by_ids(self, request: ScoreRequest) -> tuple[list[ScoreFailure], list[Unit]]:
+        vocabulary = self.vocabulary
+        assert vocabulary is not None, "ids are asked by what lends a tokenizer"
+        await self.fetched(lambda: vocabulary.fetch_request(request))
+        if own_token_ids(request, vocabulary) is None:
+            await self.fetched(lambda: vocabulary.fetch_prefixes(request))
+        whole = self.found.route == "prompt"
+        # The server wants room for one generated token; a last token of no meaning is added where all is one request.
+        limit = _NO_LIMIT if self.found.context is None else self.found.context - (2 if whole else 1)
+        contexts, failed = contexts_of(request, vocabulary, _Template(vocabulary), limit)
+        contexts.sort(key=lambda item: item.length)
+        if not whole:
+            return failed, [self._one(request, item) for item in contexts]
+        lists = {id(item.ids): item.ids for item in contexts}
+        return failed, [
+            self._whole(request, ids, [item for item in contexts if item.ids is ids]) for ids in lists.values()
+        ]
+
+    def _one(self, request: ScoreRequest, item: Asked) -> Unit:
+        ids, k = item.ids[: item.length], request.top_logprobs
+        return Unit(lambda: self.asker.by_ids(ids, k), ((item.key, 0),), request.name)
+
+    def _whole(self, request: ScoreRequest, ids: Sequence[int], contexts: Sequence[Asked]) -> Unit:
+        sent = [*ids[: contexts[-1].length], ids[0]]
+        places = tuple((item.key, item.length) for item in contexts)
+        return Unit(lambda: self.asker.whole(sent, request.top_logprobs), places, request.name)
+
+    def _by_echo(self, request: ScoreRequest) -> tuple[list[ScoreFailure], list[Unit]]:
+        """The whole text at once; a position is answered if the server cut all before it as P did."""
+        gaps = dict(request.gaps)
+        prompt = raw_text(messages_of(request.prompt))
+        asked = [(position, key) for position, key, _ in request.contexts() if position not in gaps]
+        failed = [_gap(key, gaps[position]) for position, key, _ in request.contexts() if position in gaps]
+        if not asked:
+            return failed, []
+        ends = request.prefix_ends
+        last = asked[-1][0]
+        end = ends[last + 1] if last + 1 < len(ends) else len(request.text)
+        # The text goes on for one token, whose list is that of the last position.
+        text = prompt + (request.text[:end] if end > ends[last] else request.text[:end] + ".")
+
+        async def call() -> Answered:
+            tokens, answered = await self.asker.echoed(text, request.top_logprobs)
+            at = {where: number for number, where in enumerate(accumulate(map(len, tokens), initial=0))}
+            lists: list[list[Entry]] = []
+            for position, _ in asked:
+                numbers = [at.get(len(prompt) + place, -1) for place in ends[: position + 1]]
+                alike = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+                inside = alike and 0 <= numbers[0] and numbers[-1] < len(tokens)
+                lists.append(answered.lists[numbers[-1]] if inside else [_OTHERWISE])
+            return Answered(lists, answered.told)
+
+        return failed, [Unit(call, tuple((key, number) for number, (_, key) in enumerate(asked)), request.name)]
+
+    # Asking.
+
+    async def _answered(self, unit: Unit, k: int) -> Results:
+        try:
+            answered = await self.call(unit.call, f"ask {self.found.model} about {unit.what}")
+            self.check_server(answered.told)
+            if self.vocabulary is not None:
+                shown = {item.token_id for _, place in unit.places for item in answered.lists[place]}
+                texts = self.vocabulary
+                await self.fetched(lambda: texts.fetch_texts(index for index in shown if index is not None))
+        except (BackendError, PromptRefusedError) as error:
+            failure = self.failure(error)
+            return [failure.of(key) for key, _ in unit.places]
+        return list(self._read(unit, answered, k))
+
+    async def call(self, call: Callable[[], Awaitable[Any]], what: str) -> Any:
+        """One call within the limit, repeated while it may; counts its outcome."""
+        again = False
+
+        async def attempt() -> Any:
+            nonlocal again
+            before, again = again, True
+            async with self.limit.slot(first=before):
+                try:
+                    answer = await call()
+                except RetryableBackendError as error:
+                    self.calls["throttled" if error.status == 429 else "fault"] += 1
+                    self.limit.note(throttled=error.status == 429)
+                    raise
+                except StatusError:
+                    self.calls["refused"] += 1
+                    raise
+                except ListError:
+                    self.calls["unusable"] += 1
+                    raise
+            self.calls["answered"] += 1
+            self.limit.note(throttled=False)
+            return answer
+
+        deadline_s = self.options.retry_deadline_s
+        return await with_retries(attempt, what=what, deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S)
+
+    def check_server(self, told: Told) -> None:
+        """Refuse the answer of another server, or of another model, than was proven.
+
+        Raises
+        ------
+        ListError
+            With both names.
+        """
+        for name, proven, now in (
+            ("system_fingerprint", self.found.fingerprint, told.fingerprint),
+            ("model", self.found.answers_as, told.model),
+        ):
+            if proven is not None and now != proven:
+                raise ListError(
+                    "server-changed", f"the answer is of {name} {now!r}, and {proven!r} was proven. Run again."
+                )
+
+    def failure(self, error: Exception) -> Failed:
+        """Why a call has no answer."""
+        if isinstance(error, RetryableBackendError):
+            return Failed("deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
+        if isinstance(error, StatusError):
+            too_long = _TOO_LONG.search(str(error)) is not None
+            return Failed("context-too-long" if too_long else "refused", str(error), final=too_long)
+        return Failed(error.reason if isinstance(error, ListError) else "unexpected-shape", str(error))
+
+    def _read(self, unit: Unit, answered: Answered, k: int) -> Iterator[Score | ScoreFailure]:
+        told = answered.told
+        # The counts are those of the whole call, and belong to the longest of its contexts.
+        last = max(unit.places, key=lambda place: place[1])[0]
+        counts = (told.input_tokens, told.output_tokens)
+        for key, place in unit.places:
+            try:
+                if answered.lists[place] == [_OTHERWISE]:
+                    raise ListError(RETOKENISED, "the server cuts the text before this position otherwise than P did.")
+                if not answered.lists[place]:
+                    raise ListError(
+                        "colliding-texts", "several candidates share one text, so that some are not listed."
+                    )
+                best = usable(answered.lists[place], k)
+            except ListError as error:
+                yield ScoreFailure(key, error.reason, str(error))
+                continue
+            n_in, n_out = counts if key == last else (None, None)
+            yield Score(
+                key,
+                tuple(map(self.candidate, best.entries)),
+                None,
+                self.version,
+                told.finish_reason,
+                n_in,
+                n_out,
+                best.n_dropped,
+            )
+
+    def candidate(self, entry: Entry) -> Candidate:
+        """A candidate with its text: by its id, from the server's table, else as it is listed."""
+        if entry.token_id is None or self.vocabulary is None:
+            return Candidate(entry.text, entry.logprob, entry.token_id, entry.token_bytes)
+        exact = entry.token_bytes or self.vocabulary.bytes_of(entry.token_id)
+        text = self.vocabulary.text_of(entry.token_id) if exact is None else exact.decode("utf-8", "replace")
+        return Candidate(text, entry.logprob, entry.token_id, exact)
+
+
+class Failed(NamedTuple):
+    """A failure that has no key yet."""
+
+    reason: str
+    message: str
+    final: bool = False
+
+    def of(self, key: str) -> ScoreFailure:
+        """The failure of one key."""
+        return ScoreFailure(key, self.reason, self.message, self.final)
+
+
+_OTHERWISE = Entry(None, "", None, None, -1)
+
+
+def _gap(key: str, reason: str) -> ScoreFailure:
+    message = "no text says what P had written here, and the server is not fed P's token ids."
+    return ScoreFailure(key, reason, message, final=True)
+
+
+class _Template(NamedTuple):
+    vocabulary: ServerVocabulary
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self.vocabulary.prompt_ids(prompt)
