@@ -16,7 +16,7 @@ from typing import NamedTuple
 from backends.errors import ConfigError
 from backends.storage import COPIES, StoredFile, list_matching
 from kl.input.responses import ResponseFile, parse_responses
-from kl.input.sources import Part, prompts_of
+from kl.input.sources import Part, mapped, prompts_of
 from kl.records import Prompt
 
 logger = logging.getLogger(__name__)
@@ -115,12 +115,11 @@ def _contents(files: Sequence[tuple[str, StoredFile]]) -> Iterator[tuple[str, li
     stored = [file for _, file in files]
     for (name, file), _ in zip(files, COPIES.ahead(stored), strict=True):
         try:
-            with COPIES.open(file) as copy:
-                data = copy.read_bytes()
+            with COPIES.open(file) as copy, mapped(copy) as data:
+                content, found = hashlib.sha256(data).hexdigest(), prompts_of(data)
         except OSError as error:
             raise ConfigError(f"{file.path} cannot be read: {error.strerror or error}.") from error
-        content = hashlib.sha256(data).hexdigest()
-        prompts = [(Place(content, name, file, part), prompt) for part, prompt in prompts_of(data)]
+        prompts = [(Place(content, name, file, part), prompt) for part, prompt in found]
         if not prompts:
             logger.warning("%s has no prompt that can be read, and answers nothing", file.path)
         yield content, prompts

@@ -20,6 +20,7 @@ from flows.stages.inputs import InputFile, list_inputs, opened, read_ahead
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE
 from kl.input.conversion import Converted, UnclearRequestsError, converted, read_requests, with_requests
 from kl.input.responses import read_responses
+from kl.input.sources import mapped
 from kl.output.atomic import json_bytes
 
 _PATTERN = "*.json*"
@@ -113,15 +114,12 @@ def _requests(path: Path) -> Mapping[str, dict[str, object]]:
 
 def _items(file: InputFile, requests: Mapping[str, dict[str, object]]) -> Iterator[Converted]:
     try:
-        with opened(file) as copy:
-            data = copy.read_bytes()
+        with opened(file) as copy, mapped(copy) as data:
+            name = PurePosixPath(file.source_file)
+            names = (file.source_file, name.name, name.stem)
+            yield from converted(with_requests(data, requests, names) if requests else data, file.source_file)
     except OSError:
         yield Converted(None, read_responses(file.path, file.source_file), None)  # which says why
-        return
-    if requests:
-        name = PurePosixPath(file.source_file)
-        data = with_requests(data, requests, (file.source_file, name.name, name.stem))
-    yield from converted(data, file.source_file)
 
 
 def _note(item: Converted, counts: _Counts) -> None:

@@ -21,7 +21,7 @@ from kl.input.responses import (
     parse_responses,
     read_responses,
 )
-from kl.input.sources import SEVERAL_PROMPTS, Part, parts_of
+from kl.input.sources import LARGE, SEVERAL_PROMPTS, Part, mapped, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +105,15 @@ def read_ahead(files: Iterable[InputFile]) -> Iterator[InputFile]:
 def read_inputs(files: Iterable[InputFile]) -> Iterator[tuple[InputFile, ResponseFile]]:
     """Each file with what it says, parsed; one with answers to several prompts as so many files."""
     for file in read_ahead(files):
-        parsed = read_input(file)
-        parts = _parts_of(file) if file.part is None and _has_parts(parsed) else []
+        # A large one is looked through before all of it is in memory.
+        parts = _parts_of(file) if file.part is None and file.size > LARGE else []
+        if len(parts) < 2:
+            parsed = read_input(file)
+            parts = _parts_of(file) if file.part is None and _has_parts(parsed) else []
+            if not parts:
+                yield file, parsed
         for part in parts:
             yield part, read_input(part)
-        if not parts:
-            yield file, parsed
 
 
 def _has_parts(parsed: ResponseFile) -> bool:
@@ -118,9 +121,13 @@ def _has_parts(parsed: ResponseFile) -> bool:
 
 
 def _parts_of(file: InputFile) -> list[InputFile]:
+    """The parts of a file, as files; none of one that is not there."""
     version = _version_of(file)
-    with opened(file) as copy:
-        parts = parts_of(copy.read_bytes())
+    try:
+        with opened(file) as copy, mapped(copy) as data:
+            parts = parts_of(data)
+    except OSError:
+        return []
     return [
         replace(file, source_file=f"{file.source_file}#{part.number}", part=part, version=version) for part in parts
     ]

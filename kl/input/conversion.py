@@ -16,7 +16,7 @@ from kl.input.problems import Notes, as_list, as_plain
 from kl.input.responses import ResponseFile, parse_responses
 from kl.input.shapes.answers import as_response
 from kl.input.shapes.requests import Object, prompt_of
-from kl.input.sources import objects_of, parts_of, read_document
+from kl.input.sources import Buffer, objects_of, parts_of, read_document
 from kl.input.writer import prompt_fields
 from kl.records import Defect, Response, Sampling
 
@@ -35,11 +35,11 @@ class Converted(NamedTuple):
     document: Object | None
 
 
-def converted(data: bytes, source_file: str) -> Iterator[Converted]:
+def converted(data: Buffer, source_file: str) -> Iterator[Converted]:
     """The prompts of a file, each with its readable responses in the documented form."""
     parts = parts_of(data)
     if len(parts) < 2:
-        yield _converted(data, source_file, None)
+        yield _converted(data[:], source_file, None)
         return
     for part in parts:
         text = part.text(lambda start, size: data[start : start + size])
@@ -72,7 +72,7 @@ def read_requests(data: bytes) -> dict[str, Object]:
     return found
 
 
-def with_requests(data: bytes, requests: Mapping[str, Object], names: Sequence[str]) -> bytes:
+def with_requests(data: Buffer, requests: Mapping[str, Object], names: Sequence[str]) -> bytes:
     """The objects of a file, one a line, with their requests beside those that have no prompt.
 
     Parameters
@@ -84,7 +84,7 @@ def with_requests(data: bytes, requests: Mapping[str, Object], names: Sequence[s
     lines = [
         _with_request(data[piece.start : piece.stop], requests, names if len(pieces) == 1 else ()) for piece in pieces
     ]
-    return b"\n".join(lines) if lines else data
+    return b"\n".join(lines) if lines else data[:]
 
 
 def _with_request(text: bytes, requests: Mapping[str, Object], names: Sequence[str]) -> bytes:

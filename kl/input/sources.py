@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -18,12 +21,32 @@ from kl.input.shapes.answers import as_document, note_request
 from kl.input.shapes.requests import ABOUT, Object, foreign_part, prompt_of
 from kl.records import Prompt
 
+Buffer = bytes | mmap
 Load = Callable[[Sequence[bytes]], Sequence[object]]
 SEVERAL_PROMPTS = "several-prompts"  # the kind of the problem of a file that is to be read in parts
-_SECOND_OBJECT = re.compile(rb"\s*\{")
+LARGE = 32_000_000  # bytes
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_TWO_LINES = re.compile(rb"\{[^\r\n]*[\r\n]\s*\{")
+_LINE = re.compile(rb"[^\r\n]+")
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _ON_ONE_LINE = bytes.maketrans(b"\r\n", b"  ")  # JSON has line breaks between its values only
+
+
+@contextmanager
+def mapped(path: Path) -> Generator[Buffer]:
+    """The bytes of a file; of a large one, memory holds what is looked at.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    if path.stat().st_size <= LARGE:
+        yield path.read_bytes()
+        return
+    with path.open("rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
+        yield data
 
 
 class Piece(NamedTuple):
@@ -49,7 +72,7 @@ class Part(NamedTuple):
         return b"\n".join(read(piece.start, piece.stop - piece.start).translate(_ON_ONE_LINE) for piece in self.pieces)
 
 
-def parts_of(data: bytes) -> list[Part]:
+def parts_of(data: Buffer) -> list[Part]:
     """The parts of a file with several objects, in the order in which their prompts come; none of any other file."""
     groups: dict[str, list[Piece]] = {}
     for piece in _pieces_of(data):
@@ -57,12 +80,12 @@ def parts_of(data: bytes) -> list[Part]:
     return [Part(number, tuple(pieces)) for number, pieces in enumerate(groups.values())]
 
 
-def prompts_of(data: bytes) -> list[tuple[Part | None, Prompt]]:
+def prompts_of(data: Buffer) -> list[tuple[Part | None, Prompt]]:
     """The usable prompts of a file, each with its part of it: None where that is the whole file."""
     parts: Sequence[Part | None] = parts_of(data) or [None]
     found: list[tuple[Part | None, Prompt]] = []
     for part in parts:
-        text = data if part is None else data[part.pieces[0].start : part.pieces[0].stop]
+        text = data[:] if part is None else data[part.pieces[0].start : part.pieces[0].stop]
         document = _question_of(text.removeprefix(_BOM))
         prompt = None if document is None else read_prompt(prompt_of(document), Notes(""))
         if prompt is not None:
@@ -70,11 +93,14 @@ def prompts_of(data: bytes) -> list[tuple[Part | None, Prompt]]:
     return found
 
 
-def objects_of(data: bytes) -> Sequence[Piece]:
+def objects_of(data: Buffer) -> Sequence[Piece]:
     """Where the objects of a file are: its only one, or those of a file with several."""
     pieces = _pieces_of(data)
-    bare = data.removeprefix(_BOM).strip(_BLANK)
-    return pieces if pieces or not bare.startswith(b"{") else [Piece(data.index(bare), data.index(bare) + len(bare))]
+    if pieces:
+        return pieces
+    whole = data[:]
+    bare = whole.removeprefix(_BOM).strip(_BLANK)
+    return [Piece(whole.index(bare), whole.index(bare) + len(bare))] if bare.startswith(b"{") else []
 
 
 def read_document(data: bytes, load: Load, notes: Notes) -> Object | None:
@@ -134,27 +160,26 @@ def _several_objects(data: bytes, load: Load, notes: Notes) -> Object | None:
     return _joined(whole, notes)
 
 
-def _pieces_of(data: bytes) -> Sequence[Piece]:
-    body = data.lstrip(_BLANK).removeprefix(_BOM)
-    if body.startswith(b"["):
-        return _items_of(data)
-    breaks = [at for end in (b"\n", b"\r") if (at := body.find(end)) >= 0]
-    if not breaks or not _SECOND_OBJECT.match(body, min(breaks)):
-        return []  # most files, at no cost
-    lines = list(_lines_of(data))
+def _pieces_of(data: Buffer) -> Sequence[Piece]:
+    start = _SPACE.match(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
+    begin = start.end() if start else 0
+    if data[begin : begin + 1] == b"[":
+        return _items_of(data[:])
+    if not _TWO_LINES.match(data, begin):
+        return []  # most files, at the cost of a look for the end of their first line
+    lines = list(_lines_of(data, begin))
     begins = all(data[line.start : line.start + 1] == b"{" for line in lines)
     return lines if begins and len(lines) > 1 else []
 
 
-def _lines_of(data: bytes) -> Iterator[Piece]:
+def _lines_of(data: Buffer, begin: int) -> Iterator[Piece]:
     """The lines that are not blank, without white space around them."""
-    start = 0
-    for line in data.splitlines(keepends=True):
-        bare = line.strip(_BLANK).removeprefix(_BOM)
+    for found in _LINE.finditer(data, begin):
+        line = found[0]
+        bare = line.strip(_BLANK)
         if bare:
-            begin = start + line.index(bare)
-            yield Piece(begin, begin + len(bare))
-        start += len(line)
+            start = found.start() + line.index(bare)
+            yield Piece(start, start + len(bare))
 
 
 def _items_of(data: bytes) -> list[Piece]:
