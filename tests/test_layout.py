@@ -19,7 +19,7 @@ ROOMS = ("kl", "backends", "flows")
 FLOORS = """
 kl                      pieces records / columns / scores
 kl.input                hidden problems / logprobs prompts texts writer / contents / documents
-kl.input.shapes         requests / completions gemini rows / answers
+kl.input.shapes         requests / completions gemini outputs rows / answers
 kl.input                sources / responses / conversion
 kl.estimators           rows token_bytes / token_keys / list_checks
 kl.estimators.matching  aligned codes rows / places / evidence trust

@@ -27,6 +27,7 @@ WHAT_TO_DO = {
     "no-boundary": "State `prompt` (which its text begins with) or the response's `text` beside the answer.",
     "service-error": "Ask the service again.",
     "hidden-thinking": "Its lists are of a context that nobody else can be given: sample without thinking.",
+    "streamed-answer": "Join the chunks of an answer, or sample without streaming.",
     "after-sampling": "Sample again without post_sampling_probs.",
     "missing-entries": "It cannot be said which entry belongs to which token; sample again with return_tokens.",
     "unusable-list": "Sample again, from a source that has a list at every token.",

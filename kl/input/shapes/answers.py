@@ -11,6 +11,7 @@ from typing import NamedTuple
 from kl.input.problems import Notes, as_list, as_plain, number, show
 from kl.input.shapes.completions import Asked, Shown, legacy_rows, native_answer, scored_prompt, without_echo
 from kl.input.shapes.gemini import gemini_response, is_candidate
+from kl.input.shapes.outputs import output_choice
 from kl.input.shapes.requests import (
     Object,
     answer_of,
@@ -65,6 +66,9 @@ def _items_of(document: Object, answer: Object) -> list[object] | None:
             return items
     if as_list(answer.get("completion_probabilities")) is not None:
         return [answer]
+    choice = output_choice(answer)
+    if choice is not None and choice["text"] != "":
+        return [choice]
     refusal = _refusal(document, answer)
     if refusal is None:
         return as_list(answer.get("choices")) if "choices" in answer else as_list(answer.get("candidates"))
@@ -110,7 +114,7 @@ def _with_request(item: object, document: Object, answer: Object, prompt: Object
 def _hidden_tokens(answer: Object) -> int:
     """How many tokens a model wrote before its response that the answer does not show."""
     usage = as_plain(answer.get("usage")) or {}
-    details = as_plain(usage.get("completion_tokens_details")) or {}
+    details = as_plain(either(usage, "completion_tokens_details", "output_tokens_details")) or {}
     google = as_plain(either(answer, "usageMetadata", "usage_metadata")) or {}
     count = number(either(details, "reasoning_tokens")) or number(
         either(google, "thoughtsTokenCount", "thoughts_token_count")
@@ -145,6 +149,8 @@ def _name_of(item: Mapping[str, object]) -> str | None:
         return "a raw answer of Gemini"
     if "completion_probabilities" in item:
         return "a raw answer of llama.cpp"
+    if item.get("object") == "response":
+        return "a raw answer of the Responses route"
     return "a raw answer of completions" if "index" in item and "text" in item else None
 
 
@@ -160,6 +166,8 @@ def as_response(item: object, notes: Notes) -> object:
     if context.n_hidden:
         what = f"the model wrote {context.n_hidden} tokens of thought before the response, which are not shown"
         return notes.defect("hidden-thinking", what)
+    if "delta" in raw:
+        return notes.defect("streamed-answer", "the item is a chunk of an answer that was streamed")
     return _shaped({name: value for name, value in raw.items() if name != _CONTEXT}, context, notes)
 
 

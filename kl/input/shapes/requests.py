@@ -21,7 +21,7 @@ _OTHER_NAMES = {
     "frequencyPenalty": "frequency_penalty",
     "repeat_penalty": "repetition_penalty",
 }
-_PARTS_OF_A_PROMPT = ("tools", "functions")
+_PARTS_OF_A_PROMPT = ("tools", "functions", "previous_response_id", "conversation")
 
 
 def either(raw: Mapping[str, object], *names: str) -> object:
@@ -64,8 +64,8 @@ def prompt_of(document: Object) -> Object:
         messages = as_list(place.get("messages"))
         if messages is not None:
             return {"prompt": messages[:-1] if scored_message(document) is not None else messages, **own}
-    found = _of_contents(either(asked, "contents"))
-    system = either(asked, "systemInstruction", "system_instruction")
+    found = _turns_of_input(asked["input"]) if "input" in asked else _of_contents(either(asked, "contents"))
+    system = either(asked, "systemInstruction", "system_instruction", "instructions")
     if found is None:
         return {"prompt": document["prompt"], **own} if "prompt" in document else own
     return {"prompt": found, **({} if system is None else {"system": _text_parts(system)}), **own}
@@ -88,8 +88,8 @@ def scored_message(document: Object) -> str | None:
 
 def foreign_part(document: Object) -> str | None:
     """What a request gives the model beside the prompt, that no prompt here can hold."""
-    asked = asked_of(document)
-    return next((name for name in _PARTS_OF_A_PROMPT if asked.get(name)), None)
+    places = (asked_of(document), answer_of(document))
+    return next((name for name in _PARTS_OF_A_PROMPT for place in places if place.get(name)), None)
 
 
 def is_raw_text(document: Object) -> bool:
@@ -124,4 +124,23 @@ def _text_parts(content: object) -> object:
         return "".join(text for text in texts if isinstance(text, str))
     return [
         {"type": next(iter(as_plain(part) or {"nothing": 0}), "nothing"), **(as_plain(part) or {})} for part in parts
+    ]
+
+
+def _turns_of_input(given: object) -> object:
+    """The turns of a request to OpenAI's Responses route, whose parts of text have names of their own."""
+    items = as_list(given)
+    if items is None:
+        return given
+    return [item if (turn := as_plain(item)) is None else {**turn, "content": _plain_parts(turn)} for item in items]
+
+
+def _plain_parts(turn: Object) -> object:
+    parts = as_list(turn.get("content"))
+    if parts is None:
+        return turn.get("content")
+    names = ("input_text", "output_text")
+    return [
+        {**part, "type": "text"} if (part := as_plain(item)) is not None and part.get("type") in names else item
+        for item in parts
     ]

@@ -12,9 +12,10 @@ import pytest
 
 from kl.input.responses import ResponseFile, parse_responses
 from kl.input.sources import parts_of
-from kl.records import Candidate, Response, Sampling, Score
+from kl.records import Candidate, Prompt, Response, Sampling, Score, Turn
 from kl.tables.tokens import measure_response
 from tests import ROOT
+from tests.documents import code_blocks
 
 GOOD = json.loads((ROOT / "examples/responses/000_why-is-the-sky-blue.json").read_text())
 RESPONSE = GOOD["responses"][0]
@@ -94,6 +95,17 @@ def llama_cpp() -> dict[str, Any]:
 
 def renamed(entry: dict[str, Any]) -> dict[str, Any]:
     return {"id": entry["token_id"]} | {name: value for name, value in entry.items() if name != "token_id"}
+
+
+def responses_route(**changes: Any) -> dict[str, Any]:
+    """An answer of OpenAI's Responses route."""
+    part = {"type": "output_text", "text": RESPONSE["text"], "annotations": [], "logprobs": CONTENT}
+    message = {"type": "message", "role": "assistant", "content": [part]}
+    output = [{"type": "reasoning", "summary": []}, message]
+    return {"object": "response", "status": "completed", "model": "m", "tools": [], "output": output, **changes}
+
+
+INPUT = [{"role": "user", "content": [{"type": "input_text", "text": PROMPT}]}]
 
 
 GEMINI_REQUEST = {"contents": [{"role": "user", "parts": [{"text": PROMPT}]}]}
@@ -217,6 +229,7 @@ def test_an_object_with_the_sampled_token_beside_the_best_lacks_none() -> None:
         pytest.param([chat(prompt=PROMPT)], id="in a list"),
         pytest.param({"request": {"contents": PROMPT}, "response": snake({"candidates": [GEMINI]})}, id="snake"),
         pytest.param({"prompt": PROMPT, **llama_cpp()}, id="llama.cpp"),
+        pytest.param({"request": {"input": INPUT}, "response": responses_route()}, id="Responses route"),
         pytest.param({"prompt": PROMPT, "completion_probabilities": llama_cpp()["choices"][0]["logprobs"]["content"],
                       "content": RESPONSE["text"], "stop_type": "eos"}, id="llama.cpp, own route"),
     ],
@@ -237,6 +250,7 @@ def test_a_raw_answer_is_read_with_the_prompt_beside_it_or_in_its_request(docume
     [
         pytest.param(chat(), "no-prompt", "a raw answer of chat completions, and `prompt` is missing", id="chat"),
         pytest.param({"candidates": [GEMINI]}, "no-prompt", "a raw answer of Gemini, and `prompt`", id="Gemini"),
+        pytest.param(responses_route(), "no-prompt", "of the Responses route, and `prompt`", id="Responses route"),
         pytest.param(
             {"prompt": PROMPT, "responses": [{"candidates": [GEMINI | {"logprobsResult": {"chosenCandidates": []}}]}]},
             "no-logprobs", "a raw answer of Gemini with 0 chosenCandidates and 0 topCandidates", id="Gemini, no lists",
@@ -400,6 +414,14 @@ def test_an_entry_that_stands_for_several_tokens_of_llama_cpp_is_not_used() -> N
         pytest.param({"request": GEMINI_REQUEST, "response": {"promptFeedback": {"blockReason": "SAFETY"}}},
                      "service-error", id="blocked"),
         pytest.param({"request": {"prompt": [1, 2]}, "response": chat()}, "no-prompt", id="a prompt of ids"),
+        pytest.param({"prompt": PROMPT, "choices": [{"index": 0, "delta": {"content": "a"}}]}, "streamed-answer",
+                     id="a chunk"),
+        pytest.param({"request": {"input": PROMPT, "previous_response_id": "r"}, "response": responses_route()},
+                     "foreign-prompt-part", id="an answer that goes on from another"),
+        pytest.param({"request": {"input": PROMPT}, "response": responses_route(usage={"output_tokens_details":
+                      {"reasoning_tokens": 5}})}, "hidden-thinking", id="thoughts of the Responses route"),
+        pytest.param({"request": {"input": PROMPT}, "response": responses_route(output=[{"type": "function_call"}])},
+                     "no-text", id="a call in place of a text"),
         pytest.param({"request": {"contents": [{"role": "user", "parts": [{"inlineData": {}}, {"text": "x"}]}]},
                       "response": {"candidates": [GEMINI]}}, "bad-prompt", id="an image in the prompt"),
     ],
@@ -456,3 +478,14 @@ def test_a_line_that_is_no_json_is_a_part_of_its_own() -> None:
     assert [(len(file.responses), [p.kind for p in file.problems]) for file in files] == [
         (2, ["json-lines"]), (0, ["not-json"]),
     ]  # fmt: skip
+
+
+def test_the_examples_of_the_document_are_read() -> None:
+    examples = code_blocks(ROOT / "docs/input-formats.md", "json")
+    files = [parse_responses(example.encode(), "example.json") for example in examples]
+    assert len(files) == 7
+    for file in files:
+        assert (file.problems, len(file.responses)) == ((), 1), file
+        assert file.responses[0].text.strip() in ("So", "So.")
+        assert file.prompt == Prompt((Turn("user", "Why?"),))
+        assert {position.top[0].logprob for position in file.responses[0].positions} <= {-0.25, -0.1}
