@@ -13,3 +13,4 @@ def register_backends(register: Callable[[str, str], None]) -> None:
     register("local", "backends.local.backend:LocalBackend")
     register("files", "backends.files.backend:FilesBackend")
     register("openai_compatible", "backends.openai_compatible.backend:OpenAICompatibleBackend")
+    register("transformers", "backends.transformers.backend:TransformersBackend")

@@ -37,6 +37,7 @@ backends.contract       subject / setup / answers / calls / __init__
 backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
+backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
 backends.service        limit merging retry
 backends.openai_compatible client presets / server answers found vocabulary / asking options / proofs / scoring
 backends.openai_compatible sampling / backend

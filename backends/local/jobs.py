@@ -33,14 +33,14 @@ class Jobs(Generic[M]):
     size : callable
         What a unit takes of the room.
     room : callable
-        How much may be computed together; the first unit of a step may be larger.
+        How much may be computed together with a unit; the first unit of a step may be larger.
     """
 
     def __init__(
         self,
         compute: Callable[[Sequence[Unit[M]]], Sequence[Sequence[Score | ScoreFailure]]],
         size: Callable[[Unit[M]], int],
-        room: Callable[[], int],
+        room: Callable[[Unit[M]], int],
     ) -> None:
         self._compute, self._size, self._room = compute, size, room
         self._jobs: list[_Job[M]] = []
@@ -74,7 +74,7 @@ class Jobs(Generic[M]):
             owner.units.popleft()  # the first of those that are left is this one
 
     def _chosen(self, job: _Job[M]) -> list[tuple[_Job[M], Unit[M]]]:
-        models, room = job.units[0].models, self._room()
+        models, room = job.units[0].models, self._room(job.units[0])
         chosen: list[tuple[_Job[M], Unit[M]]] = []
         for each in (job, *(other for other in self._jobs if other is not job)):
             for unit in each.units:

@@ -23,7 +23,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # token types of GGUF
 _SPACE = "▁"  # how SentencePiece writes a blank
 
 # Tokens that end an answer whatever the metadata say, as in llama.cpp.
-_STOP_TEXTS = (
+STOP_TEXTS = (
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
@@ -214,7 +214,7 @@ class Tokenizer:
         self.eos = self._token_at(file, "eos")
         self._adds_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", self._words.begins_with_bos))
         by_key = {file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-        by_text = {self._special.get(text) for text in _STOP_TEXTS}
+        by_text = {self._special.get(text) for text in STOP_TEXTS}
         self.stop_ids = frozenset(index for index in by_key | by_text if index is not None)
 
     def __len__(self) -> int:
@@ -223,6 +223,10 @@ class Tokenizer:
     def _token_at(self, file: GGUFFile, name: str) -> str:
         index: int | None = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return self._tokens[index] if index is not None and 0 <= index < len(self._tokens) else ""
+
+    def is_added(self, index: int) -> bool:
+        """Whether a token is no piece of text: a control token, or one that somebody added by its name."""
+        return self._tokens[index] in self._special
 
     def token_bytes(self, index: int) -> bytes:
         """The exact bytes that a token stands for; a control token stands for its name."""
@@ -270,7 +274,7 @@ class Tokenizer:
         for match in [*special.finditer(text), None]:
             between = text[at : match.start() if match else len(text)]
             if between and template:
-                ids += self._words.encode(" " * self._words.space_after_special + _shown(between))
+                ids += self._words.encode(" " * self._words.space_after_special + shown(between))
             elif between:
                 ids += self._words.encode(between)
             if match:
@@ -280,9 +284,7 @@ class Tokenizer:
 
     def hide_control(self, text: str) -> str:
         """The text with the names of control tokens written so that `encode_template` reads them as plain text."""
-        return self._control.sub(
-            lambda match: _MARK + "".join(chr(_HIDDEN + byte) for byte in match[0].encode()) + _MARK, text
-        )
+        return self._control.sub(lambda match: hidden(match[0]), text)
 
 
 # What is hidden stands between two of a character that Unicode reserves for use inside a program, each byte as a
@@ -291,7 +293,18 @@ _MARK, _HIDDEN = "\ufdd0", 0x10F000
 _HIDDEN_TEXT = re.compile(f"{_MARK}([{chr(_HIDDEN)}-{chr(_HIDDEN + 255)}]+){_MARK}")
 
 
-def _shown(text: str) -> str:
+def hidden(name: str) -> str:
+    """The name of a control token as a template may carry it without its being recognised."""
+    return _MARK + "".join(chr(_HIDDEN + byte) for byte in name.encode()) + _MARK
+
+
+def is_hidden(text: str) -> bool:
+    """Whether a text holds something hidden, or something that would be taken for it."""
+    return _MARK in text
+
+
+def shown(text: str) -> str:
+    """The text with what was hidden in it."""
     return _HIDDEN_TEXT.sub(lambda match: bytes(ord(character) - _HIDDEN for character in match[1]).decode(), text)
 
 
@@ -312,8 +325,8 @@ def split_text(pieces: Sequence[bytes]) -> list[str]:
 class ChatTemplate:
     """Writes a conversation the way the model was trained to read it."""
 
-    def __init__(self, file: GGUFFile, tokenizer: Tokenizer) -> None:
-        """Compile the file's own template.
+    def __init__(self, file: GGUFFile, tokenizer: Tokenizer, *, plain: bool = False) -> None:
+        """Compile the file's own template; with ``plain`` it is as if there were none.
 
         Raises
         ------
@@ -330,7 +343,7 @@ class ChatTemplate:
         )
         # Templates call it on a conversation they cannot write. Given no clock, they write the same on every day.
         given = {"raise_exception": _refuse}
-        source = file.metadata.get("tokenizer.chat_template")
+        source = None if plain else file.metadata.get("tokenizer.chat_template")
         try:
             self._template = None if source is None else environment.from_string(source, globals=given)
         except jinja2.TemplateError as error:
@@ -367,7 +380,7 @@ class ChatTemplate:
         messages += [
             {"role": "assistant" if turn.role == "model" else "user", "content": turn.content} for turn in prompt.turns
         ]
-        if any(_MARK in message["content"] for message in messages):
+        if any(is_hidden(message["content"]) for message in messages):
             raise PromptRefusedError("the prompt holds the character U+FDD0, which is no text; remove it.")
         return messages
 

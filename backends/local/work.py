@@ -43,7 +43,7 @@ def _chunk(side: Side[LocalModel]) -> Chunk:
 
 @functools.cache
 def _jobs(process_id: int) -> Jobs[LocalModel]:
-    return Jobs(_scores, size=lambda unit: 1, room=lambda: AT_ONCE * blas_threads())
+    return Jobs(_scores, size=lambda unit: 1, room=lambda unit: AT_ONCE * blas_threads())
 
 
 def steps(prepared: Sequence[Prepared[LocalModel]]) -> Iterator[list[Score | ScoreFailure]]:

@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face as P and Q."""
