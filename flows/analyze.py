@@ -20,7 +20,7 @@ from flows.commands.arguments import Parser, exit_code_of
 from flows.commands.tables import history_cells, position_cells, print_table, response_cells, token_cells
 from flows.commands.texts import warnings_of
 from flows.commands.two_runs import show_comparison
-from flows.folder.finished import load_run, worst_positions, worst_responses
+from flows.folder.finished import load_run, with_texts_before, worst_positions, worst_responses
 from flows.folder.output import write_json
 from flows.runtime.terminal import console, print_lines, print_pairs
 from flows.watch.history import load_history
@@ -38,11 +38,13 @@ _DESCRIPTION = (
 )
 _EPILOG = (
     "examples: python -m flows.analyze results/quickstart --top 10 | "
+    "python -m flows.analyze results/quickstart --threshold 1 --out high.json | "
     "python -m flows.analyze --compare results/int8 results/int4 | "
     "python -m flows.analyze --history results/nightly | "
     "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 )
 _DEFAULT_TOP = 20
+_SCORE_NAMES = {"kl": "a KL", "lower": "a lower bound of the KL", "normalized": "a KL by the sum of the entropies"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +68,8 @@ def _analyze(arguments: Sequence[str]) -> int:
 def _shown(options: argparse.Namespace) -> dict[str, Any]:
     if options.history is not None:
         return _show_history(options.history)
+    if options.threshold is not None:
+        return _show_high(as_location(options.run_dir), options)
     folders = [as_location(folder) for folder in options.compare or [options.run_dir]]
     return show_comparison(*folders) if options.compare else _show_run(folders[0], options.top)
 
@@ -80,6 +84,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--history", metavar="PATH", help="A history.parquet, or the folder that it is in.")
     parser.add_argument("--top", "--top-k", dest="top", type=int, metavar="N",
                         help=f"Rows of each table of the worst, 1 to {TOP_ROWS}. Default: {_DEFAULT_TOP}.")  # fmt: skip
+    parser.add_argument("--threshold", type=float, metavar="T",
+                        help="Show the positions whose score is at least this, in place of the tables.")  # fmt: skip
+    parser.add_argument("--score", choices=tuple(_SCORE_NAMES), default=None,
+                        help="What is compared with --threshold: the KL (nats), its certified lower bound, or the KL "
+                        "by the sum of both entropies. Default: kl.")  # fmt: skip
+    parser.add_argument("--out", metavar="FILE",
+                        help="Write the positions of --threshold with prompt, prefix, scores and both lists to this "
+                        "file, as JSON: flows.sample goes on from it (continue_from).")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="Also write what is shown, unrounded, to this file.")
     options = parser.parse_args(arguments)
     if None not in (options.run_dir, options.result_dir):
@@ -89,6 +101,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("give either RUN_DIR or --compare A B or --history PATH")
     if options.run_dir is None and options.top is not None:
         parser.error(f"--top belongs to RUN_DIR, not to {'--compare' if options.compare else '--history'}")
+    if options.threshold is None and (options.score or options.out):
+        parser.error("--score and --out belong to --threshold")
+    if options.threshold is not None and options.run_dir is None:
+        parser.error("--threshold belongs to RUN_DIR")
     options.top = _DEFAULT_TOP if options.top is None else options.top
     if not 1 <= options.top <= TOP_ROWS:
         parser.error(f"--top is {options.top}; it goes from 1 to {TOP_ROWS}")
@@ -123,6 +139,24 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
         "worst_responses": responses,
         "summary": summary.to_json(),
     }
+
+
+def _show_high(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from flows.commands.positions import continuations, high_positions  # late: only this needs the run's backend
+
+    run, score = load_run(folder), options.score or "kl"
+    rows = high_positions(run, options.threshold, score)
+    shown = with_texts_before(run.tokens, rows[: options.top])
+    count = f"{len(rows):,} of {run.summary.counts.measured:,} measured positions"
+    title = f"{count} with {_SCORE_NAMES[score]} of at least {options.threshold:g}, the highest first"
+    if rows:
+        print_table(console(), title, position_cells(shown))
+    else:
+        print_lines(console(), [title])
+    if options.out is not None:
+        _write_json(as_location(options.out), continuations(run, rows))
+        print_lines(console(), [f"{len(rows):,} positions are in {options.out}"])
+    return {"run": str(folder), "score": score, "threshold": options.threshold, "n_positions": len(rows)}
 
 
 def _show_history(place: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ flows.watch             markdown / report / artifacts / history / events referen
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / asking
-flows.commands          texts / arguments / backends convert sample / tables two_runs / run
+flows.commands          texts / arguments / backends convert positions sample / tables two_runs / run
 flows                   backends checkout notify / convert sample / analyze clean / run
 """
 

@@ -39,6 +39,7 @@ _KINDS: dict[str, type[Any]] = {
     "noise_floor": NoiseFloor,
 }
 
+_PLACE = ["source_file", "response_idx", "position"]
 _CONTEXT_TOKENS = 8  # shown before a position
 _INFINITY = pl.lit(float("inf"))
 
@@ -200,13 +201,25 @@ def worst_positions(run: FinishedRun, top: int) -> Rows:
 
     ``kl_estimate`` is ``None`` where the KL is infinite (``reason`` is ``infinite``).
     """
-    place = ["source_file", "response_idx", "position"]
+    place = _PLACE
     values = ("token", "kl_estimate", "kl_lower", "kl_upper_plausible", "logprob_p", "logprob_q", "reason")
     order = pl.when(IS_INFINITE).then(_INFINITY).otherwise("kl_estimate")
     measured = run.tokens.filter(MEASURED).select(*place, *values, order=order)
     ranked = measured.drop_nulls("order").sort(["order", *place], descending=[True, False, False, False])
     worst = ranked.head(top).drop("order").collect()
     return worst.join(_texts_before(run.tokens, worst), on=place, how="left", maintain_order="left").to_dicts()
+
+
+def with_texts_before(tokens: pl.LazyFrame, rows: Rows) -> Rows:
+    """Rows of the token table, each with the text ``before`` it."""
+    if not rows:
+        return []
+    places = pl.DataFrame(
+        [{name: row[name] for name in _PLACE} for row in rows], schema={name: TOKENS[name] for name in _PLACE}
+    )
+    before = _texts_before(tokens, places)
+    found = places.join(before, on=_PLACE, how="left", maintain_order="left")["before"]
+    return [row | {"before": text} for row, text in zip(rows, found, strict=True)]
 
 
 def _texts_before(tokens: pl.LazyFrame, places: pl.DataFrame) -> pl.DataFrame:

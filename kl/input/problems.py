@@ -40,6 +40,7 @@ WHAT_TO_DO = {
     "prompt-end": "A prompt must end with a user turn; the response is what follows it.",
     "two-system-texts": "Keep one of them.",
     "bad-responses": "`responses` must be a list of objects.",
+    "continues-prefix": "They are read by people; a run needs whole responses.",
     "no-responses": "Sample again, or take the file out of the input directory.",
     "lone-surrogate": "Half a surrogate pair is no character and cannot be sent to a model: write whole characters.",
     "bad-response": "A response must be an object with text and logprobs.",

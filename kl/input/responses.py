@@ -148,6 +148,8 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     if document is None:
         return _nothing(notes)
     prompt = None if notes.first_defect else read_prompt(document, notes)
+    if as_plain(document.get("continues")) is not None:
+        notes.defect("continues-prefix", "the responses go on from a prefix, which is not part of them (`continues`)")
     items = _read_list(document, notes)
     model = _read_name(document, "model", None, notes)
     version = _read_name(document, "model_version", None, notes)

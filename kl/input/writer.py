@@ -51,7 +51,7 @@ def response_entry(response: Response) -> dict[str, Any]:
 
 def _position(position: Position, with_bytes: bool) -> dict[str, Any]:
     return _candidate(position.sampled, with_bytes) | {
-        "top_logprobs": [_candidate(candidate, _is_split(candidate)) for candidate in position.top]
+        "top_logprobs": [candidate_entry(candidate) for candidate in position.top]
     }
 
 
@@ -62,6 +62,11 @@ def _candidate(candidate: Candidate, with_bytes: bool) -> dict[str, Any]:
     if with_bytes and candidate.token_bytes is not None:
         entry["bytes"] = list(candidate.token_bytes)
     return entry
+
+
+def candidate_entry(candidate: Candidate) -> dict[str, Any]:
+    """An entry of a list as it stands in a file."""
+    return _candidate(candidate, _is_split(candidate))
 
 
 def _is_split(candidate: Candidate) -> bool:

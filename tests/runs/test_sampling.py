@@ -14,6 +14,7 @@ import pytest
 from tests.process_worker import kill_group
 from tests.programs import Done, Run, Start, finish
 from tests.vertex_world.fixtures import vertex_world
+from tests.vertex_world.language_model import prompt_turns
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["vertex_world"]
@@ -95,6 +96,55 @@ def test_sample_run_analyse(
     shown = run_program("flows.analyze", "--result-dir", tmp_path / "out", "--top-k", "10")
     assert shown.code == 0, shown.err
     assert "Positions with the largest KL" in shown.out
+    go_on(backend, sample, run_program, vertex_world, tmp_path)
+
+
+def go_on(backend: str, sample: Callable[..., Done], run_program: Run, world: VertexWorld, folder: Path) -> None:
+    """Both models go on from the positions with a high KL."""
+    high = folder / "high.json"
+    flags = ("--threshold", "0.05", "--score", "lower", "--out", high)
+    done = run_program("flows.analyze", folder / "out", *flags, env=world.environment())
+    assert done.code == 0, done.err
+    positions = json.loads(high.read_text())
+    assert f"{len(positions)} of " in done.out
+    assert len(positions) > 1
+    assert [item["score"] for item in positions] == sorted((item["score"] for item in positions), reverse=True)
+    for item in positions:
+        place = item["source"]
+        response = json.loads((folder / "responses" / place["file"]).read_text())["responses"][place["response_idx"]]
+        before = response["logprobs"]["content"][: place["position"]]
+        assert item["prefix"] == "".join(token["token"] for token in before)
+        assert item["prefix_token_ids"] == [token["token_id"] for token in before]
+        assert item["scores"]["kl_lower"] == item["score"] >= 0.05
+        for model, side in ((P, "p"), (Q, "q")):
+            assert item["lists"][side][0]["logprob"] == pytest.approx(first_logprob(world, model, item), abs=1e-5)
+    config = guide(
+        folder, backend, dataset=None, continue_from=str(high), models=[P, Q], num_responses=1,
+        sampling={"max_tokens": 3}, output={"base_dir": str(folder / "continued")},
+    )  # fmt: skip
+    done = sample(config)
+    assert done.code == 0, done.err
+    for model in (P, Q):
+        files = sorted((folder / "continued" / model).glob("*.json"))
+        assert len(files) == len(positions)
+        for path, item in zip(files, positions, strict=True):
+            document = json.loads(path.read_text())
+            assert (document["continues"]["prefix"], document["continues"]["source"]) == (
+                item["prefix"],
+                item["source"],
+            )
+            (response,) = document["responses"]
+            best = response["logprobs"]["content"][0]["top_logprobs"][0]["logprob"]
+            assert best == pytest.approx(first_logprob(world, model, item), abs=1e-5)
+    flags = ("--input-dir", folder / "continued" / P, "--output-dir", folder / "no", "--model2", Q)
+    refused = run_program("flows.run", *flags, "--backend", backend, env=world.environment())
+    assert refused.code != 0
+    assert "go on from a prefix" in refused.out + refused.err
+
+
+def first_logprob(world: VertexWorld, model: str, item: dict[str, Any]) -> float:
+    turns = prompt_turns(item["prompt"])
+    return float(world.language_model.distribution(model, turns, None, item["prefix"]).logprobs.max())
 
 
 @pytest.mark.parametrize("backend", ["vertex_online", "vertex_batch"])

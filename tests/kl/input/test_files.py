@@ -90,6 +90,7 @@ BAD_FILES = [
         "bad-prompt", "'image_url'", 2,
     ),
     BadFile("lone surrogate in the prompt", spoiled(prompt="a\ud83d"), "lone-surrogate", n_responses=2),
+    BadFile("goes on from a prefix", spoiled(continues={"prefix": "He"}), "continues-prefix", "`continues`", 2),
     BadFile("no responses", without("responses"), "no-responses", "missing"),
     BadFile("empty responses", spoiled(responses=[]), "no-responses", "an empty list"),
     BadFile("responses is an object", spoiled(responses={}), "bad-responses", "an object"),

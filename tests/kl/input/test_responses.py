@@ -632,7 +632,7 @@ def test_skipped_response_keeps_what_its_place_in_the_output_needs() -> None:
 
 FILE_KINDS = (
     "unreadable-file not-utf8 not-json nested-too-deeply not-an-object no-prompt bad-prompt empty-prompt unknown-role "
-    "prompt-end two-system-texts bad-responses no-responses several-prompts"
+    "prompt-end two-system-texts bad-responses no-responses several-prompts continues-prefix"
 ).split()  # their cases are beside those of other whole files
 FOREIGN_KINDS = (
     "foreign-prompt-part chosen-tokens no-boundary service-error hidden-thinking after-sampling missing-entries "
