@@ -74,6 +74,17 @@ def _shown(options: argparse.Namespace) -> dict[str, Any]:
     return show_comparison(*folders) if options.compare else _show_run(folders[0], options.top)
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse a call before anything is shown.
+
+    Raises
+    ------
+    ConfigError
+        In one line.
+    """
+    _parse(arguments)
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m flows.analyze", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",

@@ -36,13 +36,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file, or in a section of it: ``FILE#SECTION``.
 
     Raises
     ------
     ConfigError
-        If it cannot be read, is not valid YAML, sets a key twice, or is no mapping.
+        If it cannot be read, is not valid YAML, sets a key twice, or is no mapping; or has no such section.
     """
+    name, mark, section = path.name.rpartition("#")
+    if mark and not path.exists():
+        found = read_yaml(path.with_name(name)).get(section)
+        if not isinstance(found, dict):
+            raise ConfigError(f"the configuration file {path.with_name(name)} has no section {section!r}.")
+        return _long_forms(found)
     try:
         # The loader only adds a check to SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
@@ -55,6 +61,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"the configuration file {path} must be a mapping of settings, such as 'model2: NAME'.")
+    return _long_forms(values)
+
+
+def _long_forms(values: dict[str, Any]) -> dict[str, Any]:
     for setting, name in SHORT_FORMS.items():
         if isinstance(values.get(setting), str):
             values[setting] = {name: values[setting]}

@@ -165,6 +165,7 @@ def test_a_run_works_in_the_folder_that_was_deployed_from_or_where_its_worker_sa
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_is_a_valid_configuration(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    model = SampleConfig if "prompts" in values else RunConfig
-    resolve_backend(validate(model, values))
+    written = yaml.safe_load(path.read_text())
+    for values in [written] if "backend" in written else [written["sample"], written["run"]]:
+        model = RunConfig if "model2" in values else SampleConfig
+        resolve_backend(validate(model, values))
