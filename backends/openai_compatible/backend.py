@@ -32,7 +32,7 @@ from backends.openai_compatible.sampling import write
 from backends.openai_compatible.scoring import Scorer
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
-from kl.records import Score, ScoreFailure
+from kl.records import Prompt, Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,6 @@ class OpenAICompatibleBackend(Backend):
         self._scorers: dict[str, Scorer] = {}
         self._looking = asyncio.Lock()
         self._calls: Counter[str] = Counter()
-        self._prompts: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         options = self.options
@@ -119,11 +118,10 @@ class OpenAICompatibleBackend(Backend):
         return max(4, min(self.options.max_concurrent, 50))
 
     def report(self) -> dict[str, Any]:
-        """What each model was found to be, how it was asked, the noise, and the calls; prompts by their hashes."""
+        """What each model was found to be, how it was asked, the noise, and the calls."""
         return {
             "calls": dict(sorted(self._calls.items())),
             "servers": {model: described(found, self.options) for model, found in sorted(self._found.items())},
-            "rendered_prompts": dict(sorted(self._prompts.items())),
         }
 
     # Finding out.
@@ -203,6 +201,16 @@ class OpenAICompatibleBackend(Backend):
                 )
             return self._scorers[model]
 
+    async def rendered_prompt(self, prompt: Prompt, model: str) -> str | None:
+        """What the model is given for a prompt, where the server lends its tokenizer.
+
+        Raises
+        ------
+        PromptRefusedError
+            If the server cannot write the prompt.
+        """
+        return await (await self._scorer(model)).rendered(prompt)
+
     # Asking.
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
@@ -216,7 +224,6 @@ class OpenAICompatibleBackend(Backend):
                 async with aclosing(scorer.score(request)) as results:
                     async for result in results:
                         yield result
-                self._prompts |= scorer.rendered(request.prompt)
 
         workers = min(self.options.max_concurrent, len(requests)) or 1
         async with aclosing(merged([work() for _ in range(workers)])) as results:
@@ -231,7 +238,6 @@ class OpenAICompatibleBackend(Backend):
             for request in waiting:
                 scorer = await self._scorer(request.model)
                 yield await write(scorer, request)
-                self._prompts |= scorer.rendered(request.prompt)
 
         workers = min(self.options.max_concurrent, len(requests)) or 1
         async with aclosing(merged([work() for _ in range(workers)])) as results:

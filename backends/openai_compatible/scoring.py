@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -109,16 +108,18 @@ class Scorer:
         deadline_s = self.options.retry_deadline_s
         return await with_retries(call, what="tokenize", deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S)
 
-    def rendered(self, prompt: Prompt) -> dict[str, str]:
-        """A prompt's id, and the hash of what the model is given for it."""
-        try:
-            if self.found.form == "ids" and self.vocabulary is not None:
-                said = " ".join(map(str, self.vocabulary.prompt_ids(prompt)))
-            else:
-                said = repr(messages_of(prompt))
-        except (PromptRefusedError, KeyError):
-            return {}
-        return {prompt.prompt_id: hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]}
+    async def rendered(self, prompt: Prompt) -> str | None:
+        """What the model is given for a prompt, where the server lends its tokenizer; the chat route hides it.
+
+        Raises
+        ------
+        PromptRefusedError
+            If the server cannot write the prompt.
+        """
+        if self.found.form != "ids" or self.vocabulary is None:
+            return None
+        vocabulary = self.vocabulary
+        return await self.fetched(lambda: vocabulary.rendered(prompt))
 
     async def score(self, request: ScoreRequest) -> AsyncGenerator[Score | ScoreFailure]:
         """One result for each key; positions in their order where the server works on one at a time."""

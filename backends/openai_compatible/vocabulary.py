@@ -117,6 +117,11 @@ class ServerVocabulary:
             except StatusError as error:
                 self._prompts[prompt] = PromptRefusedError(f"the server cannot write this conversation: {error}")
 
+    async def rendered(self, prompt: Prompt) -> str:
+        """A prompt as the model is given it, control tokens by their names."""
+        await self.fetch_prompt(prompt)
+        return await self._text_of_ids(self.prompt_ids(prompt))
+
     async def _write(self, prompt: Prompt) -> list[int]:
         messages = messages_of(prompt)
         if self._raw:

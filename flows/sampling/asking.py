@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backends.base import Backend, Sample, SampleRequest
+from backends.errors import BackendError
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.terminal import ProgressReporter
 from flows.sampling.files import Target
 from flows.sampling.plan import SamplePlan
+from kl.input.responses import RENDERED, prompt_sha256
 from kl.input.writer import response_entry
 from kl.records import ScoreFailure
 
@@ -58,6 +60,7 @@ class Sampler:
         self.plan = plan
         self.failures = dict(plan.failures)
         self._unwritten: set[Target] = set()
+        self._silent: set[Target] = set()
         self._unreadable: Counter[str] = Counter()
 
     def run(self) -> SampleReport:
@@ -106,7 +109,11 @@ class Sampler:
                         "%d responses are asked again (%d of %d)", len(left), number, config.sampling.max_retries
                     )
                 async for result in backend.sample(left):
-                    await asyncio.to_thread(self._take, result)
+                    target = await asyncio.to_thread(self._take, result)
+                    if target is not None:
+                        await self._note_prompt(backend, target)
+                        if not target.missing:
+                            await asyncio.to_thread(self._write, target)
                     progress.advance(int(isinstance(result, Sample)))
                 left = [request for request in left if self._may_ask_again(request)]
                 if not left:
@@ -116,20 +123,34 @@ class Sampler:
         failure = self.failures.get(request.key)
         return failure is not None and not failure.final and failure.reason not in _NOT_AGAIN
 
-    def _take(self, result: Sample | ScoreFailure) -> None:
+    async def _note_prompt(self, backend: Backend, target: Target) -> None:
+        """Have the file say how its model was given the prompt, where that is known: another's template may differ."""
+        if RENDERED in target.head or target in self._silent:
+            return
+        try:
+            text = await backend.rendered_prompt(target.asked.prompt, target.model)
+        except BackendError as error:
+            logger.info("%s: how its prompt was written is not known: %s", target.path.name, error)
+            text = None
+        if text is None:
+            self._silent.add(target)
+        else:
+            target.head[RENDERED] = prompt_sha256(text)
+
+    def _take(self, result: Sample | ScoreFailure) -> Target | None:
+        """Put a result on disk; gives the file that a response belongs to."""
         target, index = self.plan.places[result.key]
         if isinstance(result, ScoreFailure):
             self.failures[result.key] = result
             if result.final:
                 self.plan.state.add({"key": result.key, "reason": result.reason, "message": result.message})
-            return
+            return None
         entry = _entry(result, self.plan.config, index)
         self.plan.state.add({"key": result.key, "response": entry})  # before anything else: it is paid for
         self.failures.pop(result.key, None)
         target.entries[index] = entry
         self._unwritten.add(target)
-        if not target.missing:
-            self._write(target)
+        return target
 
     def _write(self, target: Target) -> None:
         if not target.entries:

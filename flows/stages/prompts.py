@@ -15,6 +15,7 @@ from backends.session import BackendSession
 from backends.storage import read_bytes
 from flows.config.comparison import Comparison
 from flows.stages.inputs import InputFile, read_ahead, read_input
+from kl.input.responses import prompt_sha256
 from kl.records import Prompt
 
 _LOOKED_AT = 100  # files: two templates differ at once, or for a kind of prompt
@@ -91,8 +92,3 @@ async def _written(backend: Backend, prompts: list[Prompt], model: str) -> list[
         if hashes == [None]:
             return [None] * len(prompts)  # a backend that cannot say it of one says it of none
     return hashes
-
-
-def prompt_sha256(text: str) -> str:
-    """The hash under which a written prompt is on record."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

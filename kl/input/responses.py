@@ -6,6 +6,7 @@ among the ``unreadable`` ones with its reason.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -64,7 +65,8 @@ class ResponseFile:
     problems: tuple[InputProblem, ...]
 
 
-_RENDERED = "rendered_prompt_sha256"
+RENDERED = "rendered_prompt_sha256"
+"""Where a file states the hash of the text that its model was given for the prompt."""
 
 
 class _FileFacts(NamedTuple):
@@ -76,6 +78,11 @@ class _FileFacts(NamedTuple):
     model_version: str | None
     sampling: Sampling
     rendered: str | None
+
+
+def prompt_sha256(text: str) -> str:
+    """The hash under which a written prompt is on record."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def list_files(input_dir: Path, pattern: str, max_files: int | None) -> list[Path]:
@@ -156,7 +163,7 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     sampling = read_sampling(document, Sampling(), notes)
     if prompt is None or notes.first_defect:
         return _nothing(notes, prompt, model, items)
-    rendered = _read_name(document, _RENDERED, None, notes)
+    rendered = _read_name(document, RENDERED, None, notes)
     facts = _FileFacts(source_file, prompt, model, version, sampling, rendered)
     responses: list[Response] = []
     unreadable: list[UnreadableResponse] = []
@@ -230,7 +237,8 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     has_stop = settled.has_stop and len(kept) == len(settled.tokens)
     gaps = tuple(gap for gap in settled.gaps if gap[0] < len(kept))
     place = (facts.source_file, index)
-    about = (finish_reason, sampling, version, has_stop, gaps, facts.rendered)
+    rendered = _read_name(raw, RENDERED, facts.rendered, notes)
+    about = (finish_reason, sampling, version, has_stop, gaps, rendered)
     return Response(*place, facts.prompt, model, settled.text, kept, *about)
 
 
