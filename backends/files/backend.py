@@ -19,14 +19,15 @@ from backends.files.contexts import ANY_MODEL, Asked, Contexts, Found, usable
 from backends.files.index import Index, changed, index_of, last_turn, question_id
 from backends.storage import Location, is_remote
 from kl.columns import Positions
-from kl.records import Position, Score, ScoreFailure
+from kl.input.responses import ResponseFile
+from kl.records import Position, Response, Score, ScoreFailure
 from kl.tables.context_counts import RETOKENISED
 
 logger = logging.getLogger(__name__)
 
 NOT_IN_FILES = "not-in-files"
 _MOST_BYTES = 100_000_000  # of JSON, whose responses are in memory parsed
-_SHOWN_PROMPTS = 20
+_SHOWN = 20  # of a kind of warning
 _TOGETHER = 4  # positions of one response, from which on all of them are made objects at once
 
 
@@ -63,6 +64,8 @@ class FilesBackend(Backend):
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._absent: set[str] = set()
+        self._told: set[str] = set()
+        self._unreadable: Counter[str] = Counter()
 
     @classmethod
     def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
@@ -136,7 +139,12 @@ class FilesBackend(Backend):
         """How many contexts were found, and why the others were not."""
         index = self._index
         files = {} if index is None else {"files": index.n_files, "prompts_in_files": len(index.places)}
-        return {**files, "contexts": dict(sorted(self._counts.items())), "prompts_not_in_files": len(self._absent)}
+        return {
+            **files,
+            "contexts": dict(sorted(self._counts.items())),
+            "prompts_not_in_files": len(self._absent),
+            "responses_not_readable": dict(sorted(self._unreadable.items())),
+        }
 
     def _answers(self, request: ScoreRequest) -> list[Score | ScoreFailure]:
         results: list[Score | ScoreFailure]
@@ -173,11 +181,24 @@ class FilesBackend(Backend):
             self._parsed.move_to_end(prompt_id)
             return self._parsed[prompt_id][1]
         places = self._opened().places[prompt_id]
-        contexts = Contexts.of([response for place in places for response in place.read().responses])
+        files = [place.read() for place in places]
+        for file in files:
+            self._note_unreadable(file)
+        contexts = Contexts.of([response for file in files for response in file.responses])
         self._parsed[prompt_id] = sum(place.size for place in places), contexts
         while len(self._parsed) > 1 and sum(size for size, _ in self._parsed.values()) > _MOST_BYTES:
             self._parsed.popitem(last=False)
         return contexts
+
+    def _note_unreadable(self, file: ResponseFile) -> None:
+        """Say which of Q's responses cannot be read, once for each place."""
+        if file.source_file in self._told:
+            return
+        self._told.add(file.source_file)
+        for response in file.unreadable:
+            self._unreadable[response.kind] += 1
+            if self._unreadable.total() <= _SHOWN:
+                logger.warning("%s: %s", self._folder, response.message)
 
     def _note_absent(self, request: ScoreRequest) -> str:
         near = self._opened().last_turns.get(last_turn(request.prompt), 0)
@@ -190,7 +211,7 @@ class FilesBackend(Backend):
         prompt_id = question_id(request.prompt)
         if prompt_id not in self._absent:
             self._absent.add(prompt_id)
-            if len(self._absent) <= _SHOWN_PROMPTS:
+            if len(self._absent) <= _SHOWN:
                 logger.warning("%s: %s", request.name, message)
         return message
 
@@ -216,12 +237,22 @@ def _looked_up(request: ScoreRequest, contexts: Contexts) -> Iterator[Score | Sc
             entry = read(found)
             why = usable(entry)
             if why is None:
-                version = found.logged.response.model_version or found.logged.response.model
-                yield Score(key, entry.top[: request.top_logprobs], model_version=version, n_dropped=entry.n_dropped)
+                yield _score(key, found.logged.response, entry, request.top_logprobs)
                 break
             reason = reason or why
         else:
             yield _failure(request, contexts, position, key, reason)
+
+
+def _score(key: str, response: Response, entry: Position, k: int) -> Score:
+    """What Q's log says at a position: its own token too, which may be P's and outside the list."""
+    return Score(
+        key,
+        entry.top[:k],
+        None if entry.sampled.logprob is None else entry.sampled,
+        response.model_version or response.model,
+        n_dropped=entry.n_dropped,
+    )
 
 
 def _failure(request: ScoreRequest, contexts: Contexts, position: int, key: str, reason: str | None) -> ScoreFailure:

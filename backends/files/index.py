@@ -44,7 +44,7 @@ class Place(NamedTuple):
             If the file is not the one that was indexed.
         """
         with COPIES.open(self.file) as copy:
-            if copy is self.file.path and _version(copy) != self.file.version:
+            if copy is self.file.path and not _is_still(self.file):
                 raise changed(self.file.path)
             if self.part is None:
                 return parse_responses(copy.read_bytes(), self.name)
@@ -84,7 +84,7 @@ def index_of(folder: Path, pattern: str) -> Index:
     Raises
     ------
     ConfigError
-        If the folder or the pattern cannot be used, a file cannot be read, or nothing matches.
+        If the folder or the pattern cannot be used, or nothing matches.
     """
     try:
         files = list_matching(folder, pattern)
@@ -116,13 +116,19 @@ def _contents(files: Sequence[tuple[str, StoredFile]]) -> Iterator[tuple[str, li
     for (name, file), _ in zip(files, COPIES.ahead(stored), strict=True):
         try:
             with COPIES.open(file) as copy, mapped(copy) as data:
-                content, found = hashlib.sha256(data).hexdigest(), prompts_of(data)
+                content, prompts = hashlib.sha256(data).hexdigest(), prompts_of(data)
+                if not prompts:
+                    _say_why(data[:], file.path)
         except OSError as error:
-            raise ConfigError(f"{file.path} cannot be read: {error.strerror or error}.") from error
-        prompts = [(Place(content, name, file, part), prompt) for part, prompt in found]
-        if not prompts:
-            logger.warning("%s has no prompt that can be read, and answers nothing", file.path)
-        yield content, prompts
+            logger.warning("%s cannot be read: %s", file.path, error.strerror or error)
+            content, prompts = f"unreadable {name}", []
+        yield content, [(Place(content, name, file, part), prompt) for part, prompt in prompts]
+
+
+def _say_why(data: bytes, path: Path) -> None:
+    defects = [problem for problem in parse_responses(data, path.name).problems if not problem.repaired]
+    why = defects[0].message if defects else "it has no prompt."
+    logger.warning("%s answers nothing: %s", path, why)
 
 
 def question_id(prompt: Prompt) -> str:
@@ -140,6 +146,9 @@ def changed(what: Path) -> ConfigError:
     return ConfigError(f"{what} was changed while the run read it; run again when it is whole.")
 
 
-def _version(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+def _is_still(file: StoredFile) -> bool:
+    try:
+        stat = file.path.stat()
+    except OSError:
+        return False
+    return f"{stat.st_mtime_ns}-{stat.st_size}" == file.version

@@ -25,6 +25,7 @@ from kl.input.sources import LARGE, SEVERAL_PROMPTS, Part, mapped, parts_of
 
 logger = logging.getLogger(__name__)
 
+_USUAL, _LINES = "*.json", "*.jsonl"
 _MOST_IN_MEMORY = 300_000_000  # bytes of JSON, which are less when they are parsed; what is more goes to the disk
 
 
@@ -77,8 +78,16 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
     # Results are not responses, and must not count among the files that max_files allows.
     files = [file for file in files if not is_within(file.path, config.output_dir)][: config.max_files]
     if not files:
-        raise ConfigError(f"no file in {config.input_dir} matches {config.pattern!r}; set --input-dir or --pattern.")
+        lines = "" if config.pattern != _USUAL else _lines_hint(config.input_dir)
+        raise ConfigError(
+            f"no file in {config.input_dir} matches {config.pattern!r}; set --input-dir or --pattern.{lines}"
+        )
     return files
+
+
+def _lines_hint(folder: Path) -> str:
+    n = len(list_inputs(folder, _LINES))
+    return f" Files that match {_LINES!r}: {n:,}." if n else ""
 
 
 def list_inputs(folder: Path, pattern: str) -> list[InputFile]:

@@ -62,6 +62,8 @@ def test_two_logs_are_compared_as_far_as_both_go(run_program: Run, logs: Path) -
     assert dict(measured.group_by("source_file").len().sort("source_file").rows()) == {
         "log.jsonl#0": n["log.jsonl#0"], "log.jsonl#1": 5}  # fmt: skip
     assert (measured["kl_lower"] > 0).any()
+    assert measured["logprob_q"].null_count() == 0, "Q's log has a value of each token, in its list or not"
+    assert measured["logprob_q"].to_list() == pytest.approx((measured["logprob_p"] * 0.9 - 0.5).to_list())
     assert measured["logratio_k1"].null_count() == 0, "the settings of the request are known"
     missing = tokens.filter(pl.col("error").is_not_null())
     assert set(missing["reason"]) == {"not-in-files"}

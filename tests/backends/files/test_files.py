@@ -18,9 +18,10 @@ from backends.contract import CASES, Check, Subject, checks_for
 from backends.contract.subject import Case
 from backends.errors import ConfigError, ModelNotUsableError
 from backends.files.backend import FilesBackend
+from backends.storage import as_location, remove_folder, write_bytes_atomic
 from flows.config.backend import check_capabilities
 from flows.config.models import RunConfig
-from kl.records import Prompt, Score, ScoreFailure, Turn
+from kl.records import Candidate, Prompt, Score, ScoreFailure, Turn
 
 FIRST_ID = 1000
 
@@ -99,6 +100,17 @@ def test_lists_on_ps_own_tokens_answer_every_position(tmp_path: Path) -> None:
     assert [[c.token for c in result.top] for result in results.values() if isinstance(result, Score)] == [
         [token, " other"] for token in TOKENS
     ]
+
+
+def test_qs_value_of_its_own_token_is_kept_where_its_list_lacks_that(tmp_path: Path) -> None:
+    q = response(TOKENS)
+    q["logprobs"]["content"][1] |= {"token": " sea", "logprob": -7.0, "bytes": [*b" sea"]}
+    q["text"] = " The sea is blue."
+    folder = logged(tmp_path / "q", a=document("Why?", q))
+    result = answers(folder, asked("Why?", [" The", " sea"]))["Why?/1"]
+    assert isinstance(result, Score)
+    assert result.sampled == Candidate(" sea", -7.0, None, b" sea")
+    assert " sea" not in [candidate.token for candidate in result.top]
 
 
 def test_any_response_that_begins_alike_answers_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -221,7 +233,7 @@ def test_a_list_that_cannot_be_used_has_its_reason(tmp_path: Path) -> None:
     assert said(answers(folder, asked("Why?", TOKENS))) == expected(TOKENS), "another response has them"
 
 
-def test_files_of_many_prompts_and_forms_are_one_index(tmp_path: Path) -> None:
+def test_files_of_many_prompts_and_forms_are_one_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "q"
     folder.mkdir()
     rows = [
@@ -231,8 +243,27 @@ def test_files_of_many_prompts_and_forms_are_one_index(tmp_path: Path) -> None:
     ]  # fmt: skip
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "broken.json").write_text("{")
+    (folder / "gone.json").symlink_to(tmp_path / "nowhere")
+    logged(folder, part=document("Q3", {"text": "x"}))
     found = answers(folder, *(asked(f"Q{n}", TOKENS) for n in range(21)))
     assert said(found) == expected(TOKENS) * 20 + ["not-in-files"] * 5
+    shown = "\n".join(caplog.messages)
+    for line in ("broken.json answers nothing: broken.json: not JSON", "gone.json cannot be read: No such file",
+                 "part.json, response 0: `logprobs` is missing"):  # fmt: skip
+        assert shown.count(line) == 1
+
+
+def test_files_in_a_bucket_answer_as_those_on_a_disk(tmp_path: Path) -> None:
+    bucket = as_location("memory://logs/q")
+    content = [document("Why?", response(TOKENS)), document("How?", response(TOKENS[:2]))]
+    write_bytes_atomic(bucket / "log.json", json.dumps(content).encode())
+    folder = logged(tmp_path / "q", log=content)
+    try:
+        requests = [asked("Why?", TOKENS), asked("How?", TOKENS)]
+        assert answers(bucket, *requests) == answers(folder, *requests)
+        assert identity(bucket) == identity(folder)
+    finally:
+        remove_folder(bucket)
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,9 @@ def test_a_file_that_changes_while_its_parts_are_read_is_no_input(tmp_path: Path
     path.write_bytes(RESPONSES + b"\n" + RESPONSES.replace(b'"p"', b'"longer"'))
     with pytest.raises(ConfigError, match="changed while it was read"):
         read_input(first)
+
+
+def test_where_only_lines_are_the_pattern_for_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(RESPONSES)
+    with pytest.raises(ConfigError, match=r"Files that match '\*.jsonl': 1\."):
+        find_inputs(validate(RunConfig, {"input_dir": tmp_path, "output_dir": tmp_path / "out", "model2": "q"}))
