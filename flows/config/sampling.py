@@ -96,9 +96,9 @@ class SamplingConfig(SampleSettings):
     max_retries: int = Field(
         default=2,
         ge=0,
-        le=20,
-        description="How often a response is asked again that came without what it must have, 0 to 20. Throttling and "
-        "faults of the network are repeated by the backend.",
+        le=19,
+        description="How often a response is asked again that came without what it must have, 0 to 19 (of "
+        "vertex_batch: backend.max_attempts less one). Throttling and network faults are repeated by the backend.",
     )
 
     @property

@@ -103,7 +103,9 @@ class Sampler:
         if config.preflight:
             await _preflight(backend, config, left)
         with ProgressReporter("responses sampled", len(left)) as progress:
-            for number in range(1 + config.sampling.max_retries):
+            # A backend with jobs follows them up itself.
+            retries = 0 if backend.capabilities.deferred else config.sampling.max_retries
+            for number in range(1 + retries):
                 if number:
                     logger.info(
                         "%d responses are asked again (%d of %d)", len(left), number, config.sampling.max_retries
@@ -141,16 +143,23 @@ class Sampler:
         """Put a result on disk; gives the file that a response belongs to."""
         target, index = self.plan.places[result.key]
         if isinstance(result, ScoreFailure):
-            self.failures[result.key] = result
-            if result.final:
-                self.plan.state.add({"key": result.key, "reason": result.reason, "message": result.message})
+            self._note(result)
             return None
         entry = _entry(result, self.plan.config, index)
-        self.plan.state.add({"key": result.key, "response": entry})  # before anything else: it is paid for
+        try:
+            self.plan.state.add({"key": result.key, "response": entry})  # before anything else: it is paid for
+        except ValueError as error:  # a NaN, which no file can have
+            self._note(ScoreFailure(result.key, "no-number", f"the response cannot be written: {error}."))
+            return None
         self.failures.pop(result.key, None)
         target.entries[index] = entry
         self._unwritten.add(target)
         return target
+
+    def _note(self, failure: ScoreFailure) -> None:
+        self.failures[failure.key] = failure
+        if failure.final:
+            self.plan.state.add({"key": failure.key, "reason": failure.reason, "message": failure.message})
 
     def _write(self, target: Target) -> None:
         if not target.entries:

@@ -81,7 +81,21 @@ def resolve_sampling(config: SampleConfig) -> tuple[type[Backend], BackendOption
             f"sampling.top_logprobs is {config.sampling.top_logprobs}, but the backend {config.backend.name} reports "
             f"at most {can.max_top_logprobs}."
         )
-    return backend, options, notes
+    return backend, _with_retries(config, options), notes
+
+
+def _with_retries(config: SampleConfig, options: BackendOptions) -> BackendOptions:
+    """A backend whose jobs are followed up counts the tries itself; it is told how many."""
+    sampling, name = config.sampling, "max_attempts"
+    if name not in type(options).model_fields or "max_retries" not in sampling.model_fields_set:
+        return options
+    tries = 1 + sampling.max_retries
+    if config.backend.options.get(name, tries) != tries:
+        raise ConfigError(
+            f"sampling.max_retries is {sampling.max_retries}, hence {tries} tries, but backend.{name} is "
+            f"{config.backend.options[name]}; set one of them."
+        )
+    return options.model_copy(update={name: tries})
 
 
 def plan_sampling(config: SampleConfig, *, make_identity: bool) -> SamplePlan:

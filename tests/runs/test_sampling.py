@@ -147,6 +147,7 @@ def first_logprob(world: VertexWorld, model: str, item: dict[str, Any]) -> float
     return float(world.language_model.distribution(model, turns, None, item["prefix"]).logprobs.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["vertex_online", "vertex_batch"])
 def test_what_was_killed_goes_on_and_buys_nothing_twice(
     backend: str, start_program: Start, sample: Callable[..., Done], vertex_world: VertexWorld, tmp_path: Path
