@@ -22,14 +22,7 @@ from kl.records import Prompt
 logger = logging.getLogger("flows.sample")
 
 _TOLD = 5  # records that cannot be used are told one by one up to here
-_ABOUT = (
-    "token",
-    "token_id",
-    "source",
-    "score",
-    "is_infinite",
-    "scores",
-)  # of a position, kept with it
+_ABOUT = ("token", "token_id", "source", "score", "is_infinite", "scores")  # of a position, kept with it
 
 
 @dataclass(frozen=True, slots=True)
