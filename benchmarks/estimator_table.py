@@ -2,6 +2,7 @@
 
     python benchmarks/estimator_table.py                      # 12 prompts x 48 tokens, a few minutes on one core
     python benchmarks/estimator_table.py --prompts 24 --tokens 96 --k 5 10 20 50
+    python benchmarks/estimator_table.py --prompts 24 --tokens 96 --k 20 --wanted    # Q asked about P's tokens
 
 P = smollm2-135m writes responses at temperature 1 from a fixed seed. Each Q is P with changed weights or another
 system prompt, so that the exact KL of every position is known. Every estimator then sees the k best tokens of either
@@ -28,9 +29,11 @@ if __name__ == "__main__":  # started as a file, the project itself is not on th
 
 from backends.base import BackendOptions, Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.local.backend import LocalBackend
-from kl.estimators.align import align
+from kl.estimators.align import Aligned, align
 from kl.estimators.censored import SpreadEvidence, pooled_prior
 from kl.estimators.divergence import ListMeasures, exact_kl, measure
+from kl.estimators.outliers import find_outliers
+from kl.estimators.token_keys import logprob_of
 from kl.records import Candidate, Prompt, Response, Score, Turn
 from kl.statistics.intervals import Estimate, ratio_estimate
 from kl.statistics.position_sampling import variation_of_pilot
@@ -42,6 +45,7 @@ MODEL_P = "smollm2-135m"
 SYSTEM_Q = "You are a pirate. Answer like one, in short sentences."
 ESTIMATORS = ("floor", "bucket", "lower", "censored")
 LOWER_TOLERANCE = 1e-6  # nats; the exact values come from float32 log-probabilities
+TOLERANCE = 0.1
 SMALLEST_COMPARED = 1e-3  # nats; below, a factor of two means nothing
 PROMPTS = (
     "Why is the sky blue?",
@@ -89,18 +93,30 @@ CANDIDATES = (
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """N positions of P against one Q: both sides' longest lists, the exact KL in nats, and the prompt of each."""
+    """N positions of P against one Q: both sides' longest lists, the exact KL in nats, and the prompt of each.
+
+    ``of_p`` are Q's values of the tokens of P's lists in their order, and behind them of the one that P sampled.
+    """
 
     label: str
     top_p: Lists
     top_q: Lists
+    of_p: Lists
     exact: FloatArray
     prompt: NDArray[np.int64]
 
     def at(self, k: int) -> ListMeasures:
         """What the estimators say when either side reports ``k`` tokens."""
-        aligned = align([top[:k] for top in self.top_p], [top[:k] for top in self.top_q])
-        return measure(aligned, pooled_prior(SpreadEvidence.of(aligned)))
+        return _measured(self.aligned(k, k, wanted=False))
+
+    def aligned(self, k_p: int, k_q: int, *, wanted: bool) -> Aligned:
+        """The matched lists when P reports ``k_p`` tokens and Q ``k_q``, with those of P if it is asked for them."""
+        lists_q = [top[:k_q] for top in self.top_q]
+        asked = [
+            _falling((*tokens[:k_p], tokens[-1]), {item.token_id for item in top})
+            for tokens, top in zip(self.of_p, lists_q, strict=True)
+        ]
+        return align([top[:k_p] for top in self.top_p], lists_q, wanted_q=asked if wanted else None)
 
     def per_token(self) -> Estimate:
         """Mean exact KL with its interval, clustered by prompt."""
@@ -108,6 +124,16 @@ class Pairs:
         sizes = np.bincount(self.prompt)
         n = len(self.exact)
         return ratio_estimate(sums, sizes, n=n, iid_variance=float(self.exact.var(ddof=1)) / n)
+
+
+def _measured(aligned: Aligned) -> ListMeasures:
+    return measure(aligned, pooled_prior(SpreadEvidence.of(aligned)))
+
+
+def _falling(tokens: Sequence[Candidate], listed: set[int | None]) -> tuple[Candidate, ...]:
+    """The tokens that are not listed, each once, by falling value."""
+    others = {token.token_id: token for token in reversed(tokens) if token.token_id not in listed}
+    return tuple(sorted(others.values(), key=lambda token: -logprob_of(token)))
 
 
 class Accuracy(NamedTuple):
@@ -178,15 +204,20 @@ async def _scored(backend: LocalBackend, model: CandidateQ, response: Response, 
 
 async def _pairs(candidate: CandidateQ, responses: Sequence[Response], by_p: Sequence[Scored], k: int) -> Pairs:
     top_q: Lists = []
+    of_p: Lists = []
     exact: list[FloatArray] = []
     async with LocalBackend(BackendOptions()) as backend:
         for response, p in zip(responses, by_p, strict=True):
             q = await _scored(backend, candidate, response, k)
             top_q += q.top
+            of_p += [
+                tuple(item._replace(logprob=float(full[item.token_id])) for item in (*top, position.sampled))
+                for top, position, full in zip(p.top, response.positions, q.full, strict=True)
+            ]
             exact.append(exact_kl(p.full, q.full))
     top_p = [top for p in by_p for top in p.top]
     prompt = np.repeat(np.arange(len(by_p)), [len(values) for values in exact])
-    return Pairs(candidate.label, top_p, top_q, np.concatenate(exact), prompt)
+    return Pairs(candidate.label, top_p, top_q, of_p, np.concatenate(exact), prompt)
 
 
 async def _scores(backend: LocalBackend, response: Response, model: str, prompt: Prompt, k: int) -> list[Score]:
@@ -219,25 +250,62 @@ def accuracy_rows(pairs: Pairs, sizes: Sequence[int]) -> Iterator[str]:
     for k in sizes:
         measured = pairs.at(k)
         known = ~np.isnan(measured.censored.kl)
-        cells: list[str] = []
-        for name in ESTIMATORS:
-            found = accuracy(measured.estimate(name).kl[known], pairs.exact[known])
-            cells.append(
-                f"{100 * found.bias:+.0f} / {found.rmse:.2f} / {found.spearman:.2f} / {100 * found.off_by_2:.1f}"
-            )
-        yield f"| {pairs.label}, {pairs.exact.mean():.3g} | {k} | {' | '.join(cells)} | {_coverage(measured, pairs)} |"
+        cells = [_accuracy_cell(measured.estimate(name).kl[known], pairs.exact[known]) for name in ESTIMATORS]
+        cells += _shares(measured, pairs)
+        yield f"| {pairs.label}, {pairs.exact.mean():.3g} | {k} | {' | '.join(cells)} |"
 
 
-def _coverage(measured: ListMeasures, pairs: Pairs) -> str:
+def _accuracy_cell(values: FloatArray, exact: FloatArray) -> str:
+    found = accuracy(values, exact)
+    return f"{100 * found.bias:+.0f} / {found.rmse:.2f} / {found.spearman:.2f} / {100 * found.off_by_2:.1f}"
+
+
+def _shares(measured: ListMeasures, pairs: Pairs) -> tuple[str, str, str]:
+    """How often the lower bound and the upper limit hold, and how often there is no limit, in %."""
     certified = np.mean(measured.lower.kl <= pairs.exact + LOWER_TOLERANCE)
     limited = ~np.isnan(measured.upper_plausible)
     covered = np.mean(pairs.exact[limited] <= measured.upper_plausible[limited] + LOWER_TOLERANCE)
-    return f"{_percent(certified)} | {_percent(covered)} | {_percent(np.mean(~limited))}"
+    return _percent(certified), _percent(covered), _percent(np.mean(~limited))
 
 
 def _percent(share: np.floating | float) -> str:
     # Rounded down: 100 only where it is all of them.
     return "100" if share == 1 else f"{np.floor(1000 * share) / 10:.1f}"
+
+
+WANTED_HEAD = (
+    "| Q, exact mean KL | Q says | P's mass with a known q, % | censored | lower | lower ÷ exact, % | "
+    "positions for ±10 %, censored | by lower alone | lower ≤ exact, % | upper ≥ exact, % | contradicted |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def wanted_rows(pairs: Pairs, k: int) -> Iterator[str]:
+    """Table rows of one Q: its k best alone, and shorter and shorter lists with the values of P's k tokens."""
+    for k_q, wanted in ((k, False), (k, True), (5, True), (1, True)):
+        aligned = pairs.aligned(k, k_q, wanted=wanted)
+        measured, exact = _measured(aligned), pairs.exact
+        known = np.exp(np.where(aligned.shared, aligned.logp, -np.inf)).sum(axis=1).mean()
+        estimates = [measured.estimate(name).kl for name in ("censored", "lower")]
+        cells = [_accuracy_cell(values, exact) for values in estimates]
+        cells.append(f"{100 * measured.lower.kl.mean() / exact.mean():.1f}")
+        cells += [_positions_needed(values, exact) for values in estimates]
+        wrong = [item for item in find_outliers(aligned, pooled_prior(SpreadEvidence.of(aligned))) if item.certain]
+        certified, covered, _ = _shares(measured, pairs)
+        says = f"{k_q} best{f', P’s {k}' if wanted else ''}"
+        row = [says, f"{100 * known:.1f}", *cells, certified, covered, str(len(wrong))]
+        yield f"| {pairs.label}, {exact.mean():.3g} | {' | '.join(row)} |"
+
+
+def _positions_needed(values: FloatArray, exact: FloatArray) -> str:
+    """How many independent positions it takes that an estimate is within 10 % of the exact mean, 19 times of 20.
+
+    What the bias leaves of the 10 % is there for the sampling error.
+    """
+    known = values[~np.isnan(values)]
+    mean = exact.mean()
+    left = TOLERANCE - abs(float(known.mean() / mean) - 1.0)
+    return "none do" if left <= 0 else f"{(1.96 * known.std(ddof=1) / (left * mean)) ** 2:,.0f}"
 
 
 def size_row(pairs: Pairs) -> str:
@@ -253,6 +321,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables."""
     options = _parser().parse_args(arguments)
     found = list(collect(CANDIDATES, options.prompts, options.tokens, options.seed, max(options.k)))
+    if options.wanted:
+        rows = itertools.chain.from_iterable(wanted_rows(pairs, max(options.k)) for pairs in found)
+        print("\n".join([*WANTED_HEAD, *rows]))  # noqa: T201
+        return 0
     lines = [
         "| Q | positions | prompts | exact KL per token | 95 % CI | CV of token KL | correlation within a prompt |",
         "|---|---|---|---|---|---|---|",
@@ -275,6 +347,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=48, metavar="N", help="Longest response, tokens. Default: 48.")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="Seed of the responses. Default: 1.")
     parser.add_argument("--k", type=int, nargs="+", default=[5, 10, 20, 50], metavar="K", help="List lengths.")
+    parser.add_argument(
+        "--wanted", action="store_true", help="What it buys to ask Q about the tokens of P's longest list."
+    )
     return parser
 
 

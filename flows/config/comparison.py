@@ -197,8 +197,9 @@ def _named_by(positions: Positions, asked: Sequence[int]) -> TopLists:
     at = np.array(asked, dtype=np.int64)
     lists, sampled = positions.tops.take(at), positions.sampled.take(at)
     rows, ids = lists.rows, lists.entries.ids
-    same_text = lists.entries.codes() == sampled.codes()[rows]
-    same = same_text & ((ids == sampled.ids[rows]) | (ids == NO_ID) | (sampled.ids[rows] == NO_ID))
+    own_ids, same_text = sampled.ids[rows], lists.entries.codes() == sampled.codes()[rows]
+    # Of a part of a character the text is another one in a list than in the response.
+    same = np.where((ids == NO_ID) | (own_ids == NO_ID), same_text, ids == own_ids)
     absent = np.bincount(rows[same], minlength=len(at)) == 0
     others = TopLists(sampled, np.arange(len(at) + 1)).kept(absent)
     both = lists.followed_by(others)

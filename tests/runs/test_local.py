@@ -241,3 +241,32 @@ def test_models_without_common_tokens_are_refused_unless_forced(run_program: Run
     assert forced.code in (0, 3), forced.err
     assert "0 to ask" in forced.err
     assert "different tokenizers" in forced.out
+
+
+def test_asking_q_about_p_s_tokens_leaves_none_of_them_unknown(
+    run_program: Run, tmp_path: Path, example: Path, three_files: Path
+) -> None:
+    output, settings = tmp_path / "out", ("--input-dir", str(three_files), "--top-logprobs", "20")
+    plain = run_example(run_program, output, *settings)
+    wanted = (*settings, "--set", "wanted_tokens=true")
+    tokens = run_example(run_program, output, *wanted)
+    asked = json.loads((output / "run.json").read_text())["contexts_asked"]
+    assert asked == tokens.height  # other keys: nothing of the first run serves, and all of it stays
+    exact = pl.read_parquet(example / "tokens.parquet")["kl_exact"]
+    assert tokens["p_mass_missing_in_q"].max() == 0 < plain["p_mass_missing_in_q"].max()
+    assert tokens["logprob_q"].null_count() == 0 < plain["logprob_q"].null_count()
+    assert not tokens["k1_censored"].any()
+    assert (tokens["kl_lower"] <= exact + 1e-6).all()
+    assert tokens["kl_lower"].mean() > 1.05 * plain["kl_lower"].mean()
+    assert (tokens["kl_estimate"] - exact).pow(2).mean() < 0.5 * (plain["kl_estimate"] - exact).pow(2).mean()
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["wanted_tokens"] is True
+    assert summary["alignment"]["overlap"] < 0.99  # of what Q lists by itself
+
+    again = run_example(run_program, output, *wanted)
+    assert json.loads((output / "run.json").read_text())["contexts_asked"] == 0
+    assert again.equals(tokens)
+    # Each way finds its own answers again, also with the other's beside them.
+    back = run_example(run_program, output, *settings)
+    assert json.loads((output / "run.json").read_text())["contexts_asked"] == 0
+    assert back.equals(plain)

@@ -20,7 +20,7 @@ from flows.folder.refusals import Refusal, note_refusals, refused_models
 from flows.stages.dry_run import check_cost, plan_rows
 from flows.stages.inputs import find_inputs, read_input
 from flows.stages.plan import Plan, bought_again, make_plan, requests_of
-from kl.records import Candidate, Score
+from kl.records import Candidate, Position, Prompt, Response, Score, Turn
 
 MakePlan = Callable[..., tuple[Plan, Comparison, ScoreStore]]
 
@@ -362,3 +362,17 @@ def test_wanted_tokens_are_those_of_p_and_have_keys_of_their_own(plan_of: MakePl
     second = twice.request(response, "again")
     assert second is not None
     assert second.wanted is None
+
+
+def test_a_sampled_token_is_wanted_once_whatever_its_text_in_the_list(plan_of: MakePlan) -> None:
+    local = {"backend": "local", "model2": "smollm2-135m", "project_id": None}
+    _, comparison, _ = plan_of({"a.json": ("Hi", [["x"]])}, **local, wanted_tokens=True)
+    listed = (Candidate("\ufffd", -0.5, 5), Candidate("a", -1.5, 6))
+    sampled = [Candidate("\u00e9", -0.5, 5), Candidate("a", -1.5), Candidate("a", -9.0, 7), Candidate("b", None)]
+    positions = tuple(Position(one, listed) for one in sampled)
+    text = "".join(one.token for one in sampled)
+    made = comparison.request(Response("a.json", 0, Prompt((Turn("user", "Hi"),)), "p", text, positions), "q")
+    assert made is not None
+    assert made.wanted is not None
+    added = [[(item.token, item.token_id) for item in top[2:]] for top in made.wanted]
+    assert added == [[], [], [("a", 7)], [("b", None)]]
