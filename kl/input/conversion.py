@@ -15,12 +15,13 @@ from kl.input.documents import load_documents
 from kl.input.problems import Notes, as_list, as_plain
 from kl.input.responses import ResponseFile, parse_responses
 from kl.input.shapes.answers import as_response
-from kl.input.shapes.requests import Object, prompt_of
+from kl.input.shapes.requests import RENDERED, Object, prompt_of
 from kl.input.sources import Buffer, objects_of, parts_of, read_document
 from kl.input.writer import prompt_fields
 from kl.records import Defect, Response, Sampling
 
 _NAMES = ("custom_id", "key", "id")
+_TOKEN = ("token", "token_id", "bytes")
 _OF_THE_PROMPT = ("prompt", "messages", "system")
 
 
@@ -127,11 +128,13 @@ def _response(item: object, response: Response, model: str | None) -> Object:
     about = {
         "model": None if response.model == model else response.model,
         "model_version": response.model_version,
+        RENDERED: response.rendered_prompt_sha256,
         "finish_reason": response.finish_reason,
         "sampling": _stated(response.sampling) or None,
     }
     defects = Positions.of(response.positions).defects
-    rows = [_unusable(row, defects[at]) if at in defects else row for at, row in enumerate(content)]
+    # What comes after the end of the turn is no position of the response, and may hold numbers that JSON has not.
+    rows = [_row(row, defects.get(at), at < len(response.positions)) for at, row in enumerate(content)]
     stated = {name: value for name, value in about.items() if value is not None}
     return {**stated, "text": shaped.get("text"), "logprobs": {"content": rows}}
 
@@ -140,9 +143,29 @@ def _stated(sampling: Sampling) -> Object:
     return {name: value for name, value in asdict(sampling).items() if value is not None}
 
 
-def _unusable(row: object, defect: Defect) -> Object:
-    """A position whose numbers cannot be right, without them: they may be none that JSON has."""
+def _row(row: object, defect: Defect | None, is_position: bool) -> Object:
+    """A position by what the documented form has; without its numbers where these cannot be right."""
     raw = as_plain(row) or {}
-    token = {name: raw[name] for name in ("token", "token_id", "bytes") if name in raw}
-    reason = raw.get("unusable", defect.message.partition(": ")[2])
-    return {**token, "logprob": None, "top_logprobs": [], "unusable": reason}
+    token = _named(raw, _TOKEN)
+    if defect is not None:
+        reason = raw.get("unusable", defect.message.partition(": ")[2])
+        return {**token, "logprob": None, "top_logprobs": [], "unusable": reason}
+    kept = _named(raw, (*_TOKEN, "logprob", "may_lack", "unusable"))
+    top = as_list(raw.get("top_logprobs"))
+    if top is not None:
+        kept["top_logprobs"] = [_named(as_plain(entry) or {}, (*_TOKEN, "logprob")) for entry in top]
+    if not is_position and not _is_json(kept):
+        return {**token, "logprob": None, "top_logprobs": []}
+    return kept
+
+
+def _named(raw: Object, names: Sequence[str]) -> Object:
+    return {name: raw[name] for name in names if name in raw}
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

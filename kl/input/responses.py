@@ -14,18 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from kl.columns import Entries, Positions
+import numpy as np
+
+from kl.columns import NO_ID, Entries, Positions
 from kl.input.contents import Columns
 from kl.input.documents import load_documents
 from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
 from kl.input.shapes.answers import as_response
+from kl.input.shapes.requests import RENDERED
+from kl.input.shapes.rows import ids_beside
 from kl.input.sources import read_document
 from kl.input.texts import Settled, settle_text
 from kl.records import Candidate, Prompt, Response, Sampling
 
 __all__ = [
+    "RENDERED",
     "InputProblem",
     "ResponseFile",
     "UnreadableResponse",
@@ -63,10 +68,6 @@ class ResponseFile:
     responses: tuple[Response, ...]
     unreadable: tuple[UnreadableResponse, ...]
     problems: tuple[InputProblem, ...]
-
-
-RENDERED = "rendered_prompt_sha256"
-"""Where a file states the hash of the text that its model was given for the prompt."""
 
 
 class _FileFacts(NamedTuple):
@@ -225,7 +226,7 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     sampling = read_sampling(raw, facts.sampling, notes)
     text = _read_text(raw, notes)
     content = None if text is None else _read_content(raw, text, notes)
-    read = None if content is None else _read_positions(content, notes)
+    read = None if content is None else _read_positions(content, raw, notes)
     if text is None or read is None or notes.first_defect:
         return None
     settled = settle_text(text, read.sampled, finish_reason, notes)
@@ -249,16 +250,25 @@ class _Read(NamedTuple):
     positions: Positions
 
 
-def _read_positions(content: list[object] | Columns, notes: Notes) -> _Read | None:
+def _read_positions(content: list[object] | Columns, raw: dict[str, object], notes: Notes) -> _Read | None:
     if isinstance(content, Columns):
         notes.repair_many(content.repairs, content.counts)
-        return _Read(content.sampled, content.positions)
+        return _Read(content.sampled, _with_ids(content.positions, raw))
     positions = read_positions(content, notes)
     if positions is None:
         return None
     sampled = [position.sampled for position in positions]
     whole = [replace(p, sampled=p.sampled._replace(token=encodable(p.sampled.token))) for p in positions]
     return _Read(sampled, Positions.of(whole))
+
+
+def _with_ids(positions: Positions, raw: dict[str, object]) -> Positions:
+    """Columns that state no ids, with those of the sampled tokens that stand beside them."""
+    ids = ids_beside(raw, len(positions)) if "token_ids" in raw else None
+    stated = (positions.sampled.ids != NO_ID).any() or (positions.tops.entries.ids != NO_ID).any()
+    if ids is None or stated:
+        return positions
+    return replace(positions, sampled=replace(positions.sampled, ids=np.array(ids, dtype=np.int64)))
 
 
 def _kept(read: _Read, settled: Settled, notes: Notes) -> Positions | None:

@@ -23,7 +23,7 @@ from kl.input.shapes.requests import (
     scored_message,
     settings_of,
 )
-from kl.input.shapes.rows import unexplained, usual_rows
+from kl.input.shapes.rows import unexplained, usual_rows, with_ids
 
 _CONTEXT = "\0asked"  # a key that no service has
 
@@ -192,7 +192,7 @@ def _shaped(raw: Object, context: _Context, notes: Notes) -> object:
     reason = shown.choice.get("finish_reason")
     predicted = raw.get("tokens_predicted")
     n_tokens = predicted if type(predicted) is int else context.n_tokens
-    rows = _with_ids(shown.rows, as_list(raw.get("token_ids")))
+    rows = with_ids(shown.rows, raw)
     return {**shown.choice, "logprobs": {"content": _checked(rows, n_tokens, reason, notes)}}
 
 
@@ -207,16 +207,6 @@ def _shown(raw: Object, context: _Context, notes: Notes) -> Shown | None:
         return without_echo(raw, legacy_rows(holder, notes), context.asked, notes)
     rows = None if holder is None else as_list(holder.get("content"))
     return None if rows is None else Shown(raw, rows)
-
-
-def _with_ids(rows: Sequence[object], ids: Sequence[object] | None) -> Sequence[object]:
-    """Positions with the ids of the sampled tokens that stand beside them, if these are of the same tokens."""
-    if ids is None or len(ids) != len(rows):
-        return rows
-    return [
-        item if (row := as_plain(item)) is None or "id" in row else {"token_id": token_id, **row}
-        for item, token_id in zip(rows, ids, strict=True)
-    ]
 
 
 def _has_lists(holder: Object | None) -> bool:

@@ -12,7 +12,8 @@ from kl.input.problems import as_list, as_plain
 Object = dict[str, object]
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "presence_penalty",
             "frequency_penalty", "repetition_penalty")  # fmt: skip
-ABOUT = ("model", "model_version", *SETTINGS)
+RENDERED = "rendered_prompt_sha256"  # where a file states the hash of the text that its model was given
+ABOUT = ("model", "model_version", RENDERED, *SETTINGS)
 _OTHER_NAMES = {
     "modelVersion": "model_version",
     "topP": "top_p",

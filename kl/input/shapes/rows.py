@@ -15,6 +15,7 @@ from kl.input.shapes.requests import Object
 from kl.pieces import NAMED_BY_ID, is_whole
 
 _NAMED_BY_ID = re.compile(rf"{NAMED_BY_ID}(\d+)")
+_ID_END = 2**63
 _MERGED = (
     "the entry stands for several tokens, of which the first ones show no text: its list comes after them, and the "
     "source has none for these"
@@ -31,6 +32,30 @@ def usual_rows(items: Sequence[object], n_tokens: int | None = None) -> list[obj
     """
     rows = [item if (row := as_plain(item)) is None else _usual_row(row) for item in items]
     return _with_lists(_with_merged_marked(rows, n_tokens))
+
+
+def ids_beside(raw: Object, n: int) -> list[int] | None:
+    """The ids of n sampled tokens that stand beside their positions; None where these are no such ids."""
+    ids = as_list(raw.get("token_ids")) or []
+    found = [item for item in ids if type(item) is int and 0 <= item < _ID_END]
+    return found if len(found) == len(ids) == n else None
+
+
+def with_ids(rows: Sequence[object], raw: Object) -> Sequence[object]:
+    """Positions that state no ids, with those of the sampled tokens that stand beside them."""
+    ids = ids_beside(raw, len(rows))
+    if ids is None or any(map(_states_id, rows)):
+        return rows
+    return [
+        item if (row := as_plain(item)) is None else {**row, "token_id": token_id}
+        for item, token_id in zip(rows, ids, strict=True)
+    ]
+
+
+def _states_id(item: object) -> bool:
+    row = as_plain(item) or {}
+    entries = (row, *(as_plain(entry) or {} for entry in as_list(row.get("top_logprobs")) or ()))
+    return any(entry.get("token_id") is not None or entry.get("id") is not None for entry in entries)
 
 
 def _usual_row(row: Object) -> Object:

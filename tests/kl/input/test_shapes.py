@@ -359,6 +359,20 @@ def test_tokens_named_by_their_ids_are_known_by_these_alone() -> None:
         Candidate("", -0.1, 9), Candidate("", -3.0, 8)))  # fmt: skip
 
 
+def test_ids_of_the_sampled_tokens_may_stand_beside_them() -> None:
+    rows = [{name: row[name] for name in ("token", "logprob")} for row in CONTENT]
+    for row, given in zip(rows, CONTENT, strict=True):
+        row["top_logprobs"] = [{"token": e["token"], "logprob": e["logprob"]} for e in given["top_logprobs"]]
+    ids = [row["token_id"] for row in CONTENT]
+    for content in (rows, [row | {"odd": 1} for row in rows]):  # read in columns, and entry by entry
+        document = chat(prompt=PROMPT)
+        document["choices"][0] |= {"logprobs": {"content": content}, "token_ids": ids}
+        (response,) = read(document).responses
+        assert [position.sampled.token_id for position in response.positions] == ids
+        document["choices"][0]["token_ids"] = ids[1:]
+        assert {position.sampled.token_id for position in read(document).responses[0].positions} == {None}
+
+
 def llama_row(i: int, token: str, value: float, *top: tuple[int, str, float]) -> dict[str, Any]:
     def entry(i: int, token: str, value: float, own: bytes | None = None) -> dict[str, Any]:
         return {"id": i, "token": token, "bytes": [*(own or token.encode())], "logprob": value}
