@@ -89,7 +89,7 @@ def test_longer_lists_bring_the_bound_nearer(pairs):
 
 
 # Of an estimate from Q's values of P's 20 tokens: |bias of the mean|, RMSE against that of Q's 20 best alone.
-ASKED_BY_NAME = {"int8": (0.04, 1.02), "other system prompt": (0.06, 0.9), "int4": (0.04, 0.75), "int3": (0.04, 0.5)}
+ASKED_BY_NAME = {"int8": (0.04, 1.1), "other system prompt": (0.06, 1.0), "int4": (0.04, 0.85), "int3": (0.04, 0.4)}
 
 
 @pytest.mark.parametrize("k_q", [1, 5, 20])
