@@ -42,6 +42,7 @@ _METAVARS = {
     "responses_per_job": "N|auto",
     "max_cost_usd": "USD",
     "history": "FILE",
+    "continue_from": "FILE",
 }
 
 
@@ -94,7 +95,7 @@ def _help(name: str, field: Any) -> str:
     default = field.get_default(call_default_factory=True) if not field.is_required() else None
     if name == "backend":
         default = default.name if default is not None else None
-    if default is None or isinstance(default, bool | BaseModel):
+    if default in (None, ()) or isinstance(default, bool | BaseModel):
         return text
     return f"{text} Default: {default}."
 

@@ -72,7 +72,7 @@ def find_prompts(config: SampleConfig, system: str | None) -> Prompts:
         records = (_Record(f"prompt {index}", text) for index, text in enumerate(config.prompts))
         asked = _usable(records, unusable)
     settled = [replace(item, prompt=_with_system(item.prompt, config.system, system)) for item in asked]
-    distinct = list({(item.prompt, item.prefix, _place(item)): item for item in settled}.values())
+    distinct = _distinct(settled)
     for line in unusable[:_TOLD]:
         logger.warning("%s", line)
     if len(unusable) > _TOLD:
@@ -89,8 +89,16 @@ def _with_system(prompt: Prompt, of_file: str | None, of_backend: str | None) ->
     return Prompt(prompt.turns, system or None)
 
 
-def _place(item: Asked) -> str:
-    return json.dumps(item.continues, sort_keys=True, default=str)
+def _distinct(asked: Iterable[Asked]) -> list[Asked]:
+    """Each context once; a position that has the context of an earlier one is named with that."""
+    found: dict[tuple[Prompt, str], Asked] = {}
+    for item in asked:
+        first = found.setdefault((item.prompt, item.prefix), item)
+        if first is not item and item.continues is not None:
+            also = {name: item.continues[name] for name in ("token", "source") if name in item.continues}
+            named = dict(first.continues or {})
+            found[item.prompt, item.prefix] = replace(first, continues=named | {"also": [*named.get("also", []), also]})
+    return list(found.values())
 
 
 def _usable(records: Iterable[_Record], unusable: list[str]) -> Iterator[Asked]:

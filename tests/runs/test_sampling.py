@@ -124,6 +124,8 @@ def go_on(backend: str, sample: Callable[..., Done], run_program: Run, world: Ve
     )  # fmt: skip
     done = sample(config)
     assert done.code == 0, done.err
+    first = {(item["prompt"], item["prefix"]): item for item in reversed(positions)}
+    positions = [item for item in positions if first[item["prompt"], item["prefix"]] is item]
     for model in (P, Q):
         files = sorted((folder / "continued" / model).glob("*.json"))
         assert len(files) == len(positions)

@@ -196,3 +196,37 @@ def test_both_forms_of_the_settings_mean_the_same() -> None:
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**({"prompts": ["Hi"]} | changes))
+
+
+def test_positions_to_go_on_from_are_taken_once_a_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def position(prefix: Any, place: int, **more: Any) -> dict[str, Any]:
+        return {"prompt": "Hi", "prefix": prefix, "token": "a", "source": {"position": place}, "other": 1} | more
+
+    records = [
+        position("lo", 1, prefix_token_ids=[4]),
+        position("", 0),
+        position("lo", 2, token="b"),
+        position(None, 3),
+        position("x", 4, prefix_token_ids=["x"]),
+        position("lo", 5, system="Be brief"),
+    ]
+    path = tmp_path / "high.json"
+    path.write_text(json.dumps(records))
+    with caplog.at_level(logging.WARNING):
+        found = find_prompts(config(continue_from=str(path)), None)
+    assert [(item.prefix, item.prefix_ids, item.prompt.system) for item in found.asked] == [
+        ("lo", (4,), None),
+        ("", None, None),
+        ("lo", None, "Be brief"),
+    ]
+    assert found.n_unusable == 2
+    assert found.asked[0].continues == {
+        "prefix": "lo", "prefix_token_ids": [4], "token": "a", "source": {"position": 1},
+        "also": [{"token": "b", "source": {"position": 2}}],
+    }  # fmt: skip
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "position 3 has no 'prefix' that is a text" in text
+    assert "position 4: 'prefix_token_ids' is no list of whole numbers" in text
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="is no list of positions; "):
+        find_prompts(config(continue_from=str(path)), None)
