@@ -279,6 +279,11 @@ def described(found: Found, options: OpenAICompatibleOptions) -> dict[str, Any]:
 
 
 def _check_length(found: Found, request: ScoreRequest) -> None:
+    if found.route == "write":
+        raise ModelNotUsableError(
+            f"{request.model} is asked with mode write and cannot be Q: that it continues a beginning is unproven. "
+            "Set backend.mode to auto.", permanent=True, model=request.model,
+        )  # fmt: skip
     if request.top_logprobs > found.longest:
         how = " Start vLLM with --max-logprobs." if found.kind == "vllm" else ""
         raise ModelNotUsableError(

@@ -60,7 +60,7 @@ class Found(BaseModel):
     kind: Literal["llama_cpp", "vllm", "sglang", "openai"]
     server: dict[str, Any]
     served: dict[str, dict[str, Any]]
-    route: Literal["prompt", "ids", "prefill"]
+    route: Literal["prompt", "ids", "prefill", "write"]
     form: Literal["ids", "text"]
     echo: bool = False
     prefill: Prefill | None = None

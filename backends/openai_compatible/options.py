@@ -14,7 +14,7 @@ from backends.errors import ConfigError
 from backends.openai_compatible.found import Found
 from backends.openai_compatible.presets import PRESETS, Name
 
-Mode = Literal["prompt", "ids", "prefill"]
+Mode = Literal["prompt", "ids", "prefill", "write"]
 
 # Fields that decide what is asked, or that would reshape or cut it: they are the program's to set.
 _RESERVED = frozenset(
@@ -55,7 +55,8 @@ class OpenAICompatibleOptions(BackendOptions):
     mode: Literal["auto"] | Mode = Field(
         default="auto",
         description="How Q is asked: prompt (all positions of a response in one request), ids (a request a position, "
-        "by completions), prefill (a request a position, by chat); auto takes the first that the server proves.",
+        "by completions), prefill (a request a position, by chat); auto takes the first that is proven. With write it "
+        "is only asked for responses (P), by chat.",
     )
     template: Literal["chat", "none"] = Field(
         default="chat",

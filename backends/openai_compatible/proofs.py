@@ -141,6 +141,8 @@ class _Proof:
         self, asker: Asker, vocabulary: ServerVocabulary | None, server: Server
     ) -> tuple[Mode, str, bool, Prefill | None]:
         """(route, form, echo, spelling) of the first way that is proven."""
+        if self.options.mode == "write":
+            return "write", "text", False, None
         refused: list[str] = []
         modes: Sequence[Mode] = ("prompt", "ids", "prefill") if self.options.mode == "auto" else (self.options.mode,)
         for mode in modes:
@@ -254,6 +256,8 @@ class _Proof:
             return await self.ask(lambda: asker.whole([*context, context[0]], k, **changes))
         if route == "prompt":
             return await self.ask(lambda: self.echoed(asker, f"{context} {_NEXT}", k))
+        if route == "write":
+            return await self.ask(lambda: asker.by_chat(_PROMPT, "", k, "plain", **changes))
         if route == "prefill":
             spelling = self.spelling or "plain"
             return await self.ask(lambda: asker.by_chat(_PROMPT, str(context), k, spelling, **changes))

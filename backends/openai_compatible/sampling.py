@@ -37,6 +37,7 @@ async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure
     """One response."""
     try:
         written = await _written(scorer, request)
+        await scorer.fetch_texts(item for sampled, listed in written.tokens for item in (sampled, *listed))
         return Sample(request.key, _response(scorer, request, written), written.input_tokens, written.output_tokens)
     except PromptRefusedError as error:
         return ScoreFailure(request.key, "prompt-refused", str(error), final=True)

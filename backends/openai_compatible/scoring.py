@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -230,14 +230,18 @@ class Scorer:
         try:
             answered = await self.call(unit.call, f"ask {self.found.model} about {unit.what}")
             self.check_server(answered.told)
-            if self.vocabulary is not None:
-                shown = {item.token_id for _, place in unit.places for item in answered.lists[place]}
-                texts = self.vocabulary
-                await self.fetched(lambda: texts.fetch_texts(index for index in shown if index is not None))
+            await self.fetch_texts(item for _, place in unit.places for item in answered.lists[place])
         except (BackendError, PromptRefusedError) as error:
             failure = self.failure(error)
             return [failure.of(key) for key, _ in unit.places]
         return list(self._read(unit, answered, k))
+
+    async def fetch_texts(self, entries: Iterable[Entry]) -> None:
+        """The texts of candidates that are listed by their ids alone."""
+        texts = self.vocabulary
+        if texts is not None:
+            missing = {item.token_id for item in entries if item.token_id is not None and not item.token_bytes}
+            await self.fetched(lambda: texts.fetch_texts(missing))
 
     async def call(self, call: Callable[[], Awaitable[Any]], what: str) -> Any:
         """One call within the limit, repeated while it may; counts its outcome."""
@@ -325,8 +329,9 @@ class Scorer:
         """A candidate with its text: by its id, from the server's table, else as it is listed."""
         if entry.token_id is None or self.vocabulary is None:
             return Candidate(entry.text, entry.logprob, entry.token_id, entry.token_bytes)
-        exact = entry.token_bytes or self.vocabulary.bytes_of(entry.token_id)
-        text = self.vocabulary.text_of(entry.token_id) if exact is None else exact.decode("utf-8", "replace")
+        # Of a part of a character the bytes are not said by every way in which a token is come by.
+        text = entry.text if entry.token_bytes else self.vocabulary.text_of(entry.token_id)
+        exact = entry.token_bytes or (text.encode() if text and "\ufffd" not in text else None)
         return Candidate(text, entry.logprob, entry.token_id, exact)
 
 

@@ -85,10 +85,6 @@ class ServerVocabulary:
         """The text of a token that was fetched; a part of a character is U+FFFD."""
         return self._texts[index]
 
-    def bytes_of(self, index: int) -> bytes | None:
-        """Its exact bytes, where they are known."""
-        return self._bytes.get(index)
-
     # Fetching.
 
     async def fetch_request(self, request: ScoreRequest) -> None:
@@ -211,9 +207,6 @@ class ServerVocabulary:
     async def fetch_texts(self, ids: Iterable[int]) -> None:
         """The texts of tokens."""
         missing = [index for index in dict.fromkeys(ids) if index not in self._texts]
-        for index in [index for index in missing if index in self._bytes]:
-            self._texts[index] = self._bytes[index].decode("utf-8", "replace")
-        missing = [index for index in missing if index not in self._texts]
         for start in range(0, len(missing), _MOST_AT_ONCE):
             await self._fetch_some(missing[start : start + _MOST_AT_ONCE])
 

@@ -1,0 +1,269 @@
+"""Prompt mode, and what goes wrong with it, over HTTP against a server whose numbers are the numpy engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.base import Sample, SampleRequest
+from backends.errors import ModelNotUsableError
+from backends.openai_compatible.backend import OpenAICompatibleBackend
+from backends.settings import SampleSettings
+from kl.records import Score, ScoreFailure
+from tests.openai_world import vllm as stand_in
+from tests.openai_world.asking import PROMPT, asked, discovered, reference, request_of
+from tests.openai_world.vllm import Faults, VllmShaped
+
+RECORDED = Path(stand_in.__file__).parent / "recorded"
+TEXT = "It looks blue 🌊."
+
+
+@pytest.fixture
+def server() -> Iterator[VllmShaped]:
+    with VllmShaped() as server:
+        yield server
+
+
+def options(server: VllmShaped, **more: Any) -> dict[str, Any]:
+    return {"base_url": server.address, "retry_deadline_s": 20, **more}
+
+
+def values(results: list[Score | ScoreFailure]) -> list[list[float | None]]:
+    assert all(isinstance(result, Score) for result in results), results
+    return [[item.logprob for item in result.top] for result in results if isinstance(result, Score)]
+
+
+def reasons(results: list[Score | ScoreFailure]) -> set[str]:
+    return {result.reason for result in results if isinstance(result, ScoreFailure)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm_completions_prompt_logprobs",
+        "vllm_completions_logprobs_ids",
+        "vllm_tokenize_text",
+        "vllm_tokenize_chat_prefill",
+        "vllm_chat_prefill",
+        "vllm_chat_prefill_without_flags",
+        "vllm_partial_utf8_prompt_logprobs",
+        "vllm_error_logprobs_21",
+    ],
+)
+def test_the_server_answers_as_vllm_did(server: VllmShaped, name: str) -> None:
+    recorded = json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
+    body = recorded["request"]["body"] | ({"temperature": 0} if "temperature" in recorded["request"]["body"] else {})
+    call = urllib.request.Request(
+        server.address.removesuffix("/v1") + recorded["request"]["path"],
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(call) as answer:
+            said = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        said = json.loads(error.read())
+    if name == "vllm_chat_prefill_without_flags":  # another token was drawn, which stands in the list
+        said, recorded["response"] = said["usage"], recorded["response"]["usage"]
+    _assert_within(said, recorded["response"])
+
+
+_BY_CHANCE = {"id", "created", "text", "message", "token_ids", "token", "bytes", "decoded_token"}
+
+
+def _assert_within(said: Any, recorded: Any) -> None:
+    """What is said was recorded, to float32's rounding; which token was drawn aside."""
+    if isinstance(said, dict):
+        for name in said.keys() - _BY_CHANCE:
+            _assert_within(said[name], recorded[name])
+    elif isinstance(said, list):
+        assert len(said) == len(recorded)
+        for one, other in zip(said, recorded, strict=True):
+            _assert_within(one, other)
+    elif isinstance(said, float) or (isinstance(said, int) and said > 1000):  # ranks of improbable tokens differ by one
+        assert said == pytest.approx(recorded, abs=1e-3, rel=1e-3)
+    else:
+        assert said == recorded
+
+
+def test_all_positions_are_one_request_and_agree_with_the_numpy_engine(server: VllmShaped) -> None:
+    request = request_of(TEXT)
+    results, report = asked(options(server), [request])
+    for found, expected in zip(values(results), reference(request), strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+    assert report["servers"]["smol"]["mode"] == "prompt_logprobs"
+    assert report["calls"] == {"answered": 1}
+    counts = [result.input_tokens for result in results if isinstance(result, Score)]
+    assert counts[:-1] == [None] * (len(counts) - 1)
+    (sent,) = [prompt for prompt in server.asked() if len(prompt) == counts[-1]]
+    assert list(sent[-len(counts) : -1]) == list(request.token_ids or ())[:-1]
+
+
+def test_position_by_position_and_by_prefill_the_lists_are_the_same(server: VllmShaped) -> None:
+    request = request_of("It looks blue", ids=None)
+    expected = reference(request)
+    for mode, places in (("ids", 4), ("prefill", 4)):
+        results, report = asked(options(server, mode=mode), [request])
+        assert report["servers"]["smol"]["mode"] == mode
+        for found, best in zip(values(results), expected, strict=True):
+            # In a chat list the sampled token may stand in place of the last.
+            assert found[:places] == pytest.approx(best[:places], abs=1e-3)
+
+
+def test_a_model_that_only_writes_is_never_q(server: VllmShaped) -> None:
+    server.faults = Faults(no_flags=True, no_tokenizer=True)
+    complete = discovered(options(server, mode="write"))
+    with pytest.raises(ModelNotUsableError, match="cannot be Q"):
+        OpenAICompatibleBackend.identity(complete, request_of("It"))
+
+    async def work() -> Any:
+        async with OpenAICompatibleBackend(complete) as backend:
+            request = SampleRequest("k", "one", "smol", PROMPT, SampleSettings(max_tokens=3, top_logprobs=4))
+            return [item async for item in backend.sample([request])]
+
+    (sample,) = asyncio.run(work())
+    assert isinstance(sample, Sample), sample
+    assert "".join(position.sampled.token for position in sample.response.positions) == sample.response.text
+
+
+def test_missing_prefill_flags_are_found_out(server: VllmShaped) -> None:
+    server.faults = Faults(no_flags=True)
+    with pytest.raises(ModelNotUsableError, match="the turn is ended"):
+        discovered(options(server, mode="prefill"))
+
+
+def test_an_echo_that_is_ignored_is_refused(server: VllmShaped) -> None:
+    server.faults = Faults(no_tokenizer=True, no_echo=True)
+    with pytest.raises(ModelNotUsableError, match="echo is ignored"):
+        discovered(options(server, mode="prompt", template="none"))
+
+
+def test_lists_whose_texts_collide_are_no_scores(server: VllmShaped) -> None:
+    server.faults = Faults(no_tokenizer=True)
+    complete = discovered(options(server, mode="prompt", template="none")).model_dump()
+    request = request_of(" is blue", ids=None)
+    results, report = asked(complete, [request])
+    assert report["servers"]["smol"]["mode"] == "echo"
+    assert len(values(results)) == 2
+    server.faults = Faults(no_tokenizer=True, collide=True)
+    results, _ = asked(complete, [request])
+    assert reasons(results) == {"colliding-texts"}
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        (Faults(logits=True), "above 0"),
+        (Faults(shift=True), "cut or shifted"),
+        (Faults(no_prompt=True), "ignores them"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str([n for n, v in vars(value).items() if v is True]),
+)
+def test_a_server_whose_lists_are_none_is_refused_in_one_line(server: VllmShaped, faults: Faults, message: str) -> None:
+    server.faults = faults
+    with pytest.raises(ModelNotUsableError, match=message) as raised:
+        discovered(options(server, mode="prompt"))
+    assert "\n" not in str(raised.value)
+    assert raised.value.permanent
+
+
+def test_values_after_sampling_are_noticed(server: VllmShaped) -> None:
+    server.faults = Faults(processed=True)
+    found = discovered(options(server, mode="ids")).found
+    assert found is not None
+    assert found.after_sampling
+    found = discovered(options(server, mode="prompt")).found
+    assert found is not None
+    assert not found.after_sampling
+
+
+def test_a_prompt_that_is_cut_later_is_a_failure_and_no_score(server: VllmShaped) -> None:
+    complete = discovered(options(server)).model_dump()
+    server.faults = Faults(shift=True)
+    results, _ = asked(complete, [request_of(TEXT)])
+    assert reasons(results) == {"cut-prompt"}
+    assert not any(isinstance(result, Score) for result in results)
+
+
+@pytest.mark.parametrize("fault", ["nulls", "clipped"])
+def test_values_that_are_none_are_dropped_and_counted(server: VllmShaped, fault: str) -> None:
+    complete = discovered(options(server)).model_dump()
+    server.faults = Faults(**{fault: True})
+    request = request_of("It looks blue")
+    results, _ = asked(complete, [request])
+    assert {result.n_dropped for result in results if isinstance(result, Score)} == {2}
+    for found, expected in zip(values(results), reference(request, 3), strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_throttled_calls_are_repeated_and_nothing_is_lost(server: VllmShaped) -> None:
+    complete = discovered(options(server)).model_dump()
+    server.faults = Faults(throttled=3)
+    results, report = asked(complete, [request_of("It looks blue")])
+    assert len(values(results)) == 3
+    assert report["calls"] == {"answered": 1, "throttled": 3}
+
+
+def test_an_answer_of_another_server_is_refused(server: VllmShaped) -> None:
+    complete = discovered(options(server)).model_dump()
+    server.faults = Faults(fingerprint="vllm-0.33.0-other")
+    results, _ = asked(complete, [request_of("It looks blue")])
+    assert reasons(results) == {"server-changed"}
+
+
+def test_another_model_behind_one_name_has_another_identity(tmp_path: Path) -> None:
+    def identity(model: str) -> dict[str, Any]:
+        with VllmShaped(model=model) as server:
+            server_options = discovered({"base_url": server.address}, tmp_path)
+            return OpenAICompatibleBackend.identity(server_options, request_of("It", ids=None))
+
+    assert identity("smollm2-135m") == identity("smollm2-135m") != identity("smollm2-135m@int3")
+
+
+def test_what_is_on_record_serves_while_the_server_is_away(server: VllmShaped, tmp_path: Path) -> None:
+    found = discovered(options(server), tmp_path).found
+    n_proofs = len(server.requests)
+    assert discovered(options(server), tmp_path).found == found
+    assert len(server.requests) - n_proofs < n_proofs / 2
+    address = server.address
+    server.faults = Faults(throttled=10**9)
+    assert discovered({"base_url": address, "retry_deadline_s": 0.5}, tmp_path).found == found
+
+
+def test_the_limit_of_lists_is_found_and_said(server: VllmShaped) -> None:
+    complete = discovered(options(server))
+    assert complete.found is not None
+    assert complete.found.longest == 20
+    with pytest.raises(
+        ModelNotUsableError, match=r"top_logprobs is 21, and the server gives lists of 20.*--max-logprobs"
+    ):
+        asked(complete.model_dump(), [request_of("It", k=21)])
+
+
+def test_a_context_that_is_too_long_is_final(server: VllmShaped, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in, "CONTEXT", 100)
+    results, _ = asked(options(server), [request_of("one two three four five six seven eight nine ten " * 8)])
+    failed = [result for result in results if isinstance(result, ScoreFailure)]
+    assert {(result.reason, result.final) for result in failed} == {("context-too-long", True)}
+    assert values(results[: len(results) - len(failed)])
+
+
+def test_ids_of_another_vocabulary_are_not_fed(server: VllmShaped) -> None:
+    right, _ = asked(options(server), [request_of("It looks blue")])
+    other, _ = asked(options(server), [request_of("It looks blue", ids=(5, 6, 7))])
+    assert values(other) == values(right)
+
+
+def test_a_key_is_sent_and_shown_nowhere(server: VllmShaped, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1234567890")
+    complete = discovered(options(server, api_key_env="MY_KEY"), tmp_path)
+    assert "sk-secret-1234567890" in server.headers[-1]["Authorization"]
+    records = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert "sk-secret" not in complete.model_dump_json() + records
