@@ -31,6 +31,7 @@ SMOKE = {
     "whole_run": "--positions 100 200 --length 10 --repeats 1",
     "batch_rows": "--short 2 --long 60 --repeats 1",
     "local_engine": "--responses 1 --tokens 4 --repeats 1 --threads 1",
+    "device_pairs": "--shapes tiny --repeats 1",
     "growth": "--responses 2 --repeats 1",
     "online_rate": "--in-flight 4 --positions 20 --latency 0.05 --repeats 1 --ways backend",
     "prefect_groups": "--groups 8 --repeats 1",

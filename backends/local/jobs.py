@@ -45,18 +45,25 @@ class Jobs(Generic[M]):
         self._compute, self._size, self._room = compute, size, room
         self._jobs: list[_Job[M]] = []
 
-    def steps(self, units: Sequence[Unit[M]]) -> Iterator[list[Score | ScoreFailure]]:
-        """The results of some units, step by step."""
-        job = _Job(units)
-        self._jobs.append(job)
+    def steps(self, *several: Sequence[Unit[M]]) -> Iterator[Iterator[list[Score | ScoreFailure]]]:
+        """For each of several jobs, one after the other, the results of its units, step by step.
+
+        Those whose turn has not come are computed with the others where there is room.
+        """
+        jobs = [_Job(units) for units in several]
+        self._jobs += jobs
         try:
-            while job.units or job.ready:
-                if not job.ready:
-                    self._step(job)
-                taken, job.ready = job.ready, []
-                yield taken
+            for job in jobs:
+                yield self._steps(job)
         finally:
-            self._jobs.remove(job)
+            self._jobs = [job for job in self._jobs if job not in jobs]
+
+    def _steps(self, job: _Job[M]) -> Iterator[list[Score | ScoreFailure]]:
+        while job.units or job.ready:
+            if not job.ready:
+                self._step(job)
+            taken, job.ready = job.ready, []
+            yield taken
 
     def _step(self, job: _Job[M]) -> None:
         """Compute the next units of a job, and with them those of others that are for the same models."""

@@ -48,7 +48,8 @@ def _jobs(process_id: int) -> Jobs[LocalModel]:
 
 def steps(prepared: Sequence[Prepared[LocalModel]]) -> Iterator[list[Score | ScoreFailure]]:
     """The scores of some requests, step by step; all steps of a process are made in one thread."""
-    yield from _jobs(os.getpid()).steps(units_of(prepared, start_of))
+    for job in _jobs(os.getpid()).steps(units_of(prepared, start_of)):
+        yield from job
 
 
 def _scores(units: Sequence[Unit[LocalModel]]) -> list[list[Score]]:

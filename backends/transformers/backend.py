@@ -43,6 +43,7 @@ class TransformersBackend(Backend):
         remote=False,
         exact_pairs=True,
         one_pass=True,
+        wanted_tokens=True,
     )
 
     def __init__(self, options: BackendOptions, state_dir: Path | None = None) -> None:
@@ -98,11 +99,10 @@ class TransformersBackend(Backend):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Yield one result for each key asked, as the passes are done."""
-        for call in together(requests):
-            results = self._score_steps(call)
-            while (some := await self._in_worker(functools.partial(next, results, None))) is not None:
-                for result in some:
-                    yield result
+        results = self._score_steps(requests)
+        while (some := await self._in_worker(functools.partial(next, results, None))) is not None:
+            for result in some:
+                yield result
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
         """Write responses. Their lists come from the same pass that `score` makes, so P against itself gives 0.
@@ -127,11 +127,15 @@ class TransformersBackend(Backend):
 
     def _score_steps(self, requests: Sequence[ScoreRequest]) -> Iterator[list[Score | ScoreFailure]]:
         """Results step by step."""
-        prepared: list[Prepared[LoadedModel]] = []
-        for request in requests:
-            yield from caught(request.name, request.keys, self._prepare(request, prepared), _ENGINE)
-        keys = [asked.key for each in prepared for asked in each.asked]
-        yield from caught(requests[0].name, keys, self._scorer.steps(prepared), _ENGINE)
+        groups: list[list[Prepared[LoadedModel]]] = []
+        for group in together(requests):
+            prepared: list[Prepared[LoadedModel]] = []
+            groups.append(prepared)
+            for request in group:
+                yield from caught(request.name, request.keys, self._prepare(request, prepared), _ENGINE)
+        for prepared, steps in zip(groups, self._scorer.steps(groups), strict=True):
+            keys = [asked.key for each in prepared for asked in each.asked]
+            yield from caught(prepared[0].request.name if prepared else "", keys, steps, _ENGINE)
 
     def _prepare(self, request: ScoreRequest, prepared: list[Prepared[LoadedModel]]) -> Iterator[list[ScoreFailure]]:
         """Find what is computed; gives the positions that cannot be."""

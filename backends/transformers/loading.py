@@ -29,6 +29,10 @@ _SAME = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 Tensor = Any  # torch.Tensor; torch is imported when the first model is loaded
 
 
+Words = tuple[CheckpointTokenizer | Tokenizer, CheckpointTemplate | ChatTemplate, int]
+"""Tokenizer and template, and the limit of a context that the tokenizer knows."""
+
+
 class LoadedModel:
     """A model in memory, for one thread.
 
@@ -46,22 +50,19 @@ class LoadedModel:
         Columns of `logits`.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Load it.
+    def __init__(self, checkpoint: Checkpoint, model: Any, words: Words) -> None:
+        """Take over a causal language model of transformers, and prove it.
 
         Raises
         ------
-        MissingDependencyError
-            If a package is missing.
         ModelNotUsableError
-            With what is wrong with the checkpoint, in one line.
+            With what is wrong with it, in one line.
         """
         import torch
 
         self.checkpoint = checkpoint
         self._torch = torch
-        whole = _model_of(checkpoint)
-        self._model, config = whole, whole.config.get_text_config()
+        self._model, whole, config = model, model, model.config.get_text_config()
         self._head: Any = whole.get_output_embeddings()
         if self._head is None:
             raise unusable(checkpoint.name, "it has no output embeddings: no causal language model.")
@@ -69,7 +70,7 @@ class LoadedModel:
         # How the library calls keys and values changed within its version 5.
         self._cache = "cache" if "cache" in inspect.signature(whole.forward).parameters else "past_key_values"
         self._finish = _finishing(config, torch)
-        self.tokenizer, self.template, own_limit = _words_of(checkpoint)
+        self.tokenizer, self.template, own_limit = words
         self.stop_ids = self.tokenizer.stop_ids | _stops_of(whole)
         self.limit = min(int(getattr(config, "max_position_embeddings", None) or own_limit), own_limit)
         self.n_vocabulary = 0  # until it is proved
@@ -164,9 +165,6 @@ class LoadedModel:
         if parts.shape != whole.shape or not bool((same <= _SAME.get(dtype, 5e-2) * largest).all()):
             what = "its logits are not what its head gives, in a way that is not known here"
             raise unusable(self.checkpoint.name, f"{what}; serve it with vLLM and ask it there.")
-
-
-Words = tuple[CheckpointTokenizer | Tokenizer, CheckpointTemplate | ChatTemplate, int]
 
 
 def _words_of(checkpoint: Checkpoint) -> Words:
@@ -308,14 +306,14 @@ class Models:
         Raises
         ------
         MissingDependencyError, ModelNotUsableError
-            As `LoadedModel`.
+            If a package is missing, or with what is wrong with the checkpoint, in one line.
         """
         key = json.dumps([checkpoint.content, checkpoint.settings])
         if key not in self._models:
             while len(self._models) >= _KEPT:
                 self._models.popitem(last=False)
                 self._free()
-            self._models[key] = LoadedModel(checkpoint)
+            self._models[key] = LoadedModel(checkpoint, _model_of(checkpoint), _words_of(checkpoint))
         self._models.move_to_end(key)
         return self._models[key]
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from backends.transformers.loading import LoadedModel, Tensor
 from backends.transformers.reduction import compared, lists, log_total
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048}
 _TOKENS_ON_GPU = 8192
@@ -29,20 +30,51 @@ class Fed(NamedTuple):
     rows: Sequence[int]
 
 
-class Reduced(NamedTuple):
-    """What is known of n rows, on the host: lists per model, figures of the pair, vocabularies where they are kept.
+class Rows(NamedTuple):
+    """Rows of one model, and what is asked of each.
 
-    ``lists`` has for each model ids and log-probabilities, (n, k) each; ``figures`` is KL, reverse KL, JS and TV,
-    shape (4, n), or None for a model alone; ``full`` are float32 log-probabilities, (n, V), for each model that is
-    asked for them; ``finite`` says which rows are numbers, shape (n,); ``wanted`` is the log-probability of one token
-    of each row, shape (n,), of a model alone.
+    Attributes
+    ----------
+    model : LoadedModel
+    hidden : Tensor, shape (n, width)
+    k : int
+        Length of the lists.
+    full : bool
+        Whether the vocabularies are kept.
+    wanted : sequence of n sequences of int
+        Ids whose values are asked for beside the list.
     """
 
-    lists: list[tuple[Any, Any]]
-    figures: Any | None
-    full: list[Any | None]
+    model: LoadedModel
+    hidden: Tensor
+    k: int
+    full: bool
+    wanted: Sequence[Sequence[int]]
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        return self._replace(hidden=self.hidden[rows], wanted=self.wanted[rows])
+
+
+class Reduced(NamedTuple):
+    """What is known of n rows of a model, on the host: numpy arrays.
+
+    ``ids`` and ``logprobs`` are the lists, shape (n, k); ``wanted`` the values of the ids asked for, row by row;
+    ``full`` float32 log-probabilities, shape (n, V), where they are kept; ``finite`` which rows are numbers.
+    """
+
+    ids: Any
+    logprobs: Any
+    wanted: list[list[float]]
+    full: Any | None
     finite: Any
-    wanted: Any | None
+
+
+class Compared(NamedTuple):
+    """The sides of some rows, and KL, reverse KL, JS and TV of two that are compared, shape (4, n)."""
+
+    sides: tuple[Reduced, ...]
+    figures: Any | None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -96,68 +128,38 @@ class Passes:
             del todo[: len(pack)]
         return [rows for rows in found if rows is not None]
 
-    def reduced(
-        self,
-        models: Sequence[LoadedModel],
-        hidden: Sequence[Tensor],
-        k: Sequence[int],
-        full: Sequence[bool],
-        *,
-        pair: bool,
-        wanted: Sequence[int] | None = None,
-    ) -> Iterator[tuple[slice, Reduced]]:
+    def reduced(self, sides: Sequence[Rows], *, pair: bool) -> Iterator[tuple[slice, Compared]]:
         """The rows of one model, or of two that are compared row by row, chunk by chunk.
 
-        With ``pair`` and one model it is compared with itself. ``wanted`` is a token for each row of a model alone.
+        With ``pair`` and one model it is compared with itself.
         """
-        start, n = 0, len(hidden[0])
+        start, n = 0, len(sides[0].hidden)
         while start < n:
-            rows = slice(start, min(n, start + self.rows_at_once(models)))
+            rows = slice(start, min(n, start + self.rows_at_once([side.model for side in sides])))
             try:
-                found = self._reduced(
-                    models, [each[rows] for each in hidden], k, full, pair, None if wanted is None else wanted[rows]
-                )
+                found = self._reduced([side.part(rows) for side in sides], pair=pair)
             except Exception as error:
                 if not is_out_of_memory(error) or rows.stop - rows.start == 1:
                     raise
-                self._shrink(models[0], error)
+                self._shrink(sides[0].model, error)
                 continue
             yield rows, found
             start = rows.stop
 
-    def _reduced(
-        self,
-        models: Sequence[LoadedModel],
-        hidden: Sequence[Tensor],
-        k: Sequence[int],
-        full: Sequence[bool],
-        pair: bool,
-        wanted: Sequence[int] | None,
-    ) -> Reduced:
+    def _reduced(self, sides: Sequence[Rows], *, pair: bool) -> Compared:
         import torch
 
         with torch.inference_mode():
-            logits = [model.logits(rows) for model, rows in zip(models, hidden, strict=True)]
+            logits = [side.model.logits(side.hidden) for side in sides]
             totals = [log_total(each) for each in logits]
-            listed = [lists(each, total, size) for each, total, size in zip(logits, totals, k, strict=True)]
             figures = None
-            if pair:
-                other = logits[-1].to(logits[0].device)
-                if self._one_numbering(models[0], models[-1]):
-                    figures = compared(logits[0], other, compiled=self._compiled).cpu()
-                else:
-                    figures = torch.full((4, len(other)), torch.nan)
-            kept = [
-                _full(each, total) if keep else None for each, total, keep in zip(logits, totals, full, strict=True)
-            ]
-            finite = torch.stack([torch.isfinite(total[:, 0]).cpu() for total in totals]).all(dim=0)
-            return Reduced(
-                [(each.ids.cpu().numpy(), each.logprobs.cpu().numpy()) for each in listed],
-                None if figures is None else figures.numpy(),
-                kept,
-                finite.numpy(),
-                None if wanted is None else _values(logits[0], totals[0], wanted),
-            )
+            if pair and self._one_numbering(sides[0].model, sides[-1].model):
+                other, total = (each.to(logits[0].device) for each in (logits[-1], totals[-1]))
+                figures = compared(logits[0], other, totals[0], total, compiled=self._compiled).cpu().numpy()
+            elif pair:
+                figures = np.full((4, len(logits[0])), np.nan)
+            reduced = tuple(_reduced(*each) for each in zip(sides, logits, totals, strict=True))
+            return Compared(reduced, figures)
 
     def _one_numbering(self, p: LoadedModel, q: LoadedModel) -> bool:
         """Whether token i of one is token i of the other, as far as both go and are pieces of text.
@@ -206,12 +208,20 @@ def _hidden(model: LoadedModel, sequences: Sequence[Fed]) -> list[Tensor]:
         ]
 
 
-def _full(logits: Tensor, total: Tensor) -> Any:
-    return (logits.to(total.dtype) - total).float().cpu().numpy()
-
-
-def _values(logits: Tensor, total: Tensor, ids: Sequence[int]) -> Any:
+def _reduced(side: Rows, logits: Tensor, total: Tensor) -> Reduced:
     import torch
 
-    at = torch.tensor(ids, device=logits.device)[:, None]
-    return (logits.gather(1, at).to(total.dtype) - total)[:, 0].cpu().numpy()
+    listed = lists(logits, total, side.k)
+    longest = max(map(len, side.wanted), default=0)
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in side.wanted]
+    at = torch.tensor(padded, dtype=torch.long, device=logits.device)
+    values: list[list[float]] = (
+        (logits.gather(1, at).to(total.dtype) - total).tolist() if longest else [[]] * len(padded)
+    )
+    return Reduced(
+        listed.ids.cpu().numpy(),
+        listed.logprobs.cpu().numpy(),
+        [row[: len(ids)] for row, ids in zip(values, side.wanted, strict=True)],
+        (logits.to(total.dtype) - total).float().cpu().numpy() if side.full else None,
+        torch.isfinite(total[:, 0]).cpu().numpy(),
+    )

@@ -121,7 +121,7 @@ def divergences(logits_p: Tensor, logits_q: Tensor, total_p: Tensor, total_q: Te
     return torch.stack([kl.sum(dim=1), reverse.sum(dim=1), js.sum(dim=1), (mean * d.abs()).sum(dim=1)])
 
 
-def compared(logits_p: Tensor, logits_q: Tensor, *, compiled: bool = False) -> Tensor:
+def compared(logits_p: Tensor, logits_q: Tensor, total_p: Tensor, total_q: Tensor, *, compiled: bool = False) -> Tensor:
     """`divergences` of two models whose vocabularies have one numbering, of which one may go on.
 
     As `kl.estimators.divergence.exact_of_padded`: over the tokens that both have; NaN where those that one of them has
@@ -132,13 +132,12 @@ def compared(logits_p: Tensor, logits_q: Tensor, *, compiled: bool = False) -> T
     function = _compiled() if compiled else divergences
     common = min(logits_p.shape[1], logits_q.shape[1])
     if logits_p.shape[1] == logits_q.shape[1]:
-        return function(logits_p, logits_q, log_total(logits_p), log_total(logits_q))
-    totals, alone = [], 0.0
-    for logits in (logits_p, logits_q):
-        total = log_total(logits)
-        totals.append(log_total(logits[:, :common]))
-        alone = alone + torch.exp(logits[:, common:].float() - total.float()).sum(dim=1)
-    found = function(logits_p[:, :common], logits_q[:, :common], *totals)
+        return function(logits_p, logits_q, total_p, total_q)
+    sides = (logits_p, total_p), (logits_q, total_q)
+    alone: Tensor = sum(torch.exp(logits[:, common:].float() - total.float()).sum(dim=1) for logits, total in sides)
+    found = function(
+        *(logits[:, :common] for logits, _ in sides), *(log_total(logits[:, :common]) for logits, _ in sides)
+    )
     return torch.where(alone <= PADDING_MASS, found, torch.nan)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from backends.base import Sample, SampleRequest
 from backends.local.tokenizer import PromptRefusedError, split_text
 from backends.transformers.loading import LoadedModel, Tensor
-from backends.transformers.passes import Fed, Passes
+from backends.transformers.passes import Fed, Passes, Rows
 from backends.transformers.reduction import top_ids
-from backends.transformers.work import candidates
+from backends.transformers.work import candidate, candidates
 from kl.records import Candidate, Position, Response, Sampling, ScoreFailure
 
 _TOKENS = 2  # of a batch's contexts and longest responses together, in passes
@@ -97,9 +97,7 @@ def _responses(model: LoadedModel, batch: Sequence[_Asked], passes: Passes) -> l
         written = _write(model, batch)
     listed = _lists(model, batch, written, passes)
     return [
-        Sample(
-            each.request.key, _response(each, one, top, model), len(each.context), len(one.ids) + (one.stop is not None)
-        )
+        Sample(each.request.key, _response(each, one, top, model), len(each.context), len(one.ids))
         for each, one, top in zip(batch, written, listed, strict=True)
     ]
 
@@ -177,16 +175,12 @@ def _lists(
     hidden = passes.hidden(model, fed)
     found: list[list[tuple[tuple[Candidate, ...], float]]] = []
     for each, tokens, rows in zip(batch, said, hidden, strict=True):
-        k = each.request.settings.top_logprobs
         of_one: list[tuple[tuple[Candidate, ...], float]] = []
-        for some, reduced in passes.reduced([model], [rows], [k], [False], pair=False, wanted=tokens):
-            ids, logprobs = reduced.lists[0]
-            assert reduced.wanted is not None
-            values = reduced.wanted.tolist()
-            of_one += [
-                (candidates(model, ids[number], logprobs[number]), values[number])
-                for number in range(some.stop - some.start)
-            ]
+        asked = Rows(model, rows, each.request.settings.top_logprobs, False, [(token,) for token in tokens])
+        for _, compared in passes.reduced([asked], pair=False):
+            (side,) = compared.sides
+            for ids, logprobs, (value,) in zip(side.ids.tolist(), side.logprobs.tolist(), side.wanted, strict=True):
+                of_one.append((candidates(model, ids, logprobs), value))
         found.append(of_one)
     return found
 
@@ -200,7 +194,7 @@ def _response(
     if written.stop is not None:
         tokens.append((written.stop, model.token(written.stop)[0]))
     positions = tuple(
-        Position(Candidate(text, min(value, 0.0), index, model.token(index)[1]), top)
+        Position(candidate(model, index, value, text), top)
         for (index, text), (top, value) in zip(tokens, listed, strict=True)
     )
     return Response(

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from backends.local.contexts import Asked
 from backends.local.jobs import Jobs
 from backends.local.units import Prepared, Side, Unit, units_of
 from backends.transformers.loading import LoadedModel, Tensor
-from backends.transformers.passes import Fed, Passes, Reduced
+from backends.transformers.passes import Compared, Fed, Passes, Reduced, Rows
 from kl.records import Candidate, ExactPair, Score, ScoreFailure
 
 _PASSES_PER_STEP = 4  # so that sequences of like length are found to share a pass
@@ -45,9 +44,11 @@ class Scorer:
         self._passes = passes
         self._jobs: Jobs[LoadedModel] = Jobs(self._compute, size=_tokens, room=self._room)
 
-    def steps(self, prepared: Sequence[Prepared[LoadedModel]]) -> Iterator[list[Score | ScoreFailure]]:
-        """The results for some requests, step by step."""
-        yield from self._jobs.steps(units_of(prepared, lambda asked: 0))
+    def steps(
+        self, groups: Sequence[Sequence[Prepared[LoadedModel]]]
+    ) -> Iterator[Iterator[list[Score | ScoreFailure]]]:
+        """For each group of requests that are compared with each other the results, step by step."""
+        yield from self._jobs.steps(*(units_of(prepared, lambda asked: 0) for prepared in groups))
 
     def _room(self, unit: Unit[LoadedModel]) -> int:
         return _PASSES_PER_STEP * min(self._passes.tokens(model) for model in unit.models)
@@ -91,12 +92,19 @@ class Scorer:
         import torch
 
         lengths, kept, pair = kind
-        chosen = [
-            each[torch.tensor([row.places[at] for row in rows], device=each.device)] for at, each in enumerate(hidden)
+        sides = [
+            Rows(
+                model,
+                each[torch.tensor([row.places[at] for row in rows], device=each.device)],
+                lengths[at],
+                kept[at],
+                [row.asked[at].wanted for row in rows],
+            )
+            for at, (model, each) in enumerate(zip(models, hidden, strict=True))
         ]
-        for some, reduced in self._passes.reduced(models, chosen, lengths, kept, pair=pair):
+        for some, compared in self._passes.reduced(sides, pair=pair):
             for number, row in enumerate(rows[some]):
-                yield row, _results(row, reduced, number)
+                yield row, _results(row, compared, number)
 
 
 def _tokens(unit: Unit[LoadedModel]) -> int:
@@ -114,58 +122,46 @@ def _rows(units: Sequence[Unit[LoadedModel]], places: Sequence[dict[tuple[int, i
             yield _Row(number, unit.sides, asked, at, len(asked) == 2 or unit.of_itself)
 
 
-def _results(row: _Row, reduced: Reduced, number: int) -> list[Score | ScoreFailure]:
-    if not reduced.finite[number]:
+def _results(row: _Row, compared: Compared, number: int) -> list[Score | ScoreFailure]:
+    if not all(side.finite[number] for side in compared.sides):
         message = "the weights give logits that are no finite numbers here; try another dtype."
         return [ScoreFailure(asked.key, "not-finite", message) for asked in row.asked]
     exact: list[ExactPair | None] = [None] * len(row.asked)
-    if row.pair and reduced.figures is not None:
+    if compared.figures is not None:
         sizes = row.sides[0].model.n_vocabulary, row.sides[-1].model.n_vocabulary
-        kl, reverse_kl, js, tv = map(float, reduced.figures[:, number])
+        kl, reverse_kl, js, tv = map(float, compared.figures[:, number])
         figures = ExactPair(row.asked[-1].key, kl, reverse_kl, js, tv, *sizes)
         exact = [figures] if len(row.asked) == 1 else [figures, figures.turned(row.asked[0].key)]
-    return [
-        _score(
-            side,
-            asked,
-            reduced.lists[at],
-            None if (full := reduced.full[at]) is None else full[number],
-            exact[at],
-            number,
-        )
-        for at, (side, asked) in enumerate(zip(row.sides, row.asked, strict=True))
-    ]
+    sides = zip(row.sides, row.asked, compared.sides, exact, strict=True)
+    return [_score(side.model, asked, reduced, number, figures) for side, asked, reduced, figures in sides]
 
 
-def _score(
-    side: Side[LoadedModel],
-    asked: Asked,
-    listed: tuple[Any, Any],
-    full: Any | None,
-    exact: ExactPair | None,
-    number: int,
-) -> Score:
-    top = candidates(side.model, listed[0][number], listed[1][number])
+def _score(model: LoadedModel, asked: Asked, reduced: Reduced, number: int, exact: ExactPair | None) -> Score:
+    top = candidates(model, reduced.ids[number].tolist(), reduced.logprobs[number].tolist())
+    listed = {candidate.token_id for candidate in top}
+    wanted = dict(zip(asked.wanted, reduced.wanted[number], strict=True))
+    beside = sorted((index for index in wanted if index not in listed), key=lambda index: (-wanted[index], index))
     return Score(
         key=asked.key,
         top=top,
-        model_version=side.model.checkpoint.version,
+        model_version=model.checkpoint.version,
         input_tokens=asked.length,
         output_tokens=1,
-        n_dropped=len(listed[0][number]) - len(top),
-        full_logprobs=full,
+        n_dropped=len(reduced.ids[number]) - len(top),
+        full_logprobs=None if reduced.full is None else reduced.full[number],
         exact=exact,
+        wanted=candidates(model, beside, [wanted[index] for index in beside]),
     )
 
 
-def candidates(model: LoadedModel, ids: Any, logprobs: Any) -> tuple[Candidate, ...]:
-    """A list of ids with their log-probabilities; tokens that the model excludes are in none."""
-    possible = np.isfinite(logprobs)
+def candidates(model: LoadedModel, ids: Sequence[int], logprobs: Sequence[float]) -> tuple[Candidate, ...]:
+    """Some ids with their log-probabilities; tokens that the model excludes are left out."""
     return tuple(
-        Candidate(*_as_listed(model.token(index), logprob, index))
-        for index, logprob in zip(ids[possible].tolist(), logprobs[possible].tolist(), strict=True)
+        candidate(model, index, logprob) for index, logprob in zip(ids, logprobs, strict=True) if math.isfinite(logprob)
     )
 
 
-def _as_listed(token: tuple[str, bytes], logprob: float, index: int) -> tuple[str, float, int, bytes]:
-    return token[0], min(logprob, 0.0), index, token[1]
+def candidate(model: LoadedModel, index: int, logprob: float, text: str | None = None) -> Candidate:
+    """A token as a list has it, under ``text`` where its bytes alone are no text; a value above 0 is rounding."""
+    shown, exact = model.token(index)
+    return Candidate(shown if text is None else text, min(logprob, 0.0), index, exact)
