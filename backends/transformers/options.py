@@ -77,7 +77,7 @@ class TransformersOptions(BackendOptions):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the comparison of vocabularies (torch.compile): a minute at the start, then faster.",
+        description="Compile the comparison of vocabularies (torch.compile), which takes a while at the start.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Whether a checkpoint may bring code of its own, which is then run."
