@@ -55,23 +55,6 @@ def flags(address: str, folder: Path, output: Path, *more: object) -> tuple[obje
     )  # fmt: skip
 
 
-def test_the_model_against_itself_is_near_zero_with_its_noise_floor(
-    address: str, run_program: Run, tmp_path: Path
-) -> None:
-    shutil.copytree(EXAMPLES, tmp_path / "in", ignore=shutil.ignore_patterns("001*", "002*", "003*", "005*"))
-    done = run_program(
-        "flows.run", *flags(address, tmp_path / "in", tmp_path / "out", "--set", "noise_floor.fraction=.3")
-    )
-    assert done.code == 0, done.err
-    assert "Noise floor per token" in done.out
-    tokens = pl.read_parquet(tmp_path / "out" / "tokens.parquet")
-    assert tokens["error"].null_count() == tokens.height
-    assert abs(tokens["kl_nats"].mean()) < 0.02
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    server = record["backend_report"]["servers"]["smol"]
-    assert (server["mode"], server["cache"]) == ("ids", "off")
-
-
 def test_rounded_weights_are_within_the_bounds_of_the_exact_value(
     address: str, run_program: Run, tmp_path: Path
 ) -> None:
@@ -91,14 +74,15 @@ def test_rounded_weights_are_within_the_bounds_of_the_exact_value(
     assert exact.code == 0, exact.err
     tokens = pl.read_parquet(tmp_path / "out" / "tokens.parquet")
     true = pl.read_parquet(tmp_path / "exact" / "tokens.parquet")["kl_exact"]
-    assert tokens["kl_lower"].mean() - 0.02 <= true.mean() <= tokens["kl_upper"].mean() + 0.02
+    assert tokens["kl_lower"].mean() - 0.02 <= true.mean() <= tokens["kl_upper_plausible"].mean() + 0.02
 
 
-def test_a_run_that_is_killed_goes_on_and_asks_nothing_twice(
+def test_the_model_against_itself_is_near_zero_and_a_killed_run_asks_nothing_twice(
     address: str, start_program: Start, run_program: Run, tmp_path: Path
 ) -> None:
-    shutil.copytree(EXAMPLES, tmp_path / "in", ignore=shutil.ignore_patterns("000*", "001*", "002*", "003*", "005*"))
-    arguments = flags(address, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    shutil.copy(EXAMPLES / "004_what-is-17-plus-25-answer-in-one-sentenc.json", tmp_path / "in")
+    arguments = flags(address, tmp_path / "in", tmp_path / "out", "--set", "noise_floor.fraction=0.2")
     process = start_program("flows.run", *arguments)
     until = time.monotonic() + 200
     while time.monotonic() < until and not _n_kept(tmp_path / "out"):
@@ -107,11 +91,16 @@ def test_a_run_that_is_killed_goes_on_and_asks_nothing_twice(
     process.communicate()
     done = run_program("flows.run", *arguments)
     assert done.code == 0, done.err
-    tokens = pl.read_parquet(tmp_path / "out" / "tokens.parquet")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert tokens["error"].null_count() == tokens.height
     assert 0 < run["contexts_on_disk"] == run["contexts"] - run["contexts_asked"]
     assert run["backend_report"]["calls"]["answered"] == run["contexts_asked"]
+    server = run["backend_report"]["servers"]["smol"]
+    assert (server["mode"], server["cache"]) == ("ids", "off")
+
+    tokens = pl.read_parquet(tmp_path / "out" / "tokens.parquet")
+    assert tokens["error"].null_count() == tokens.height
+    assert "Noise floor per token" in done.out
+    assert abs(tokens["kl_estimate"].mean()) < 0.02
 
 
 def _n_kept(output: Path) -> int:
