@@ -185,7 +185,8 @@ class OpenAICompatibleBackend(Backend):
             _check_same(before, now, model, of_probe=True)
             now = now.model_copy(update={"probe": before.probe, "probe_id": before.probe_id})
         self._found[model] = now
-        self._record(model).keep(now) if model not in self._scorers and self.options.found is None else None
+        if self.options.found is None:  # nobody planned by what was found: responses are to be written
+            self._record(model).keep(now)
         logger.info("%s", "; ".join(f"{name}: {value}" for name, value in described(now, self.options).items()))
         return version_of(now)
 

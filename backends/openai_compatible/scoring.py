@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 from backends.base import ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
-from backends.local.contexts import Asked, contexts_of, own_token_ids
+from backends.local.contexts import Asked, contexts_of
 from backends.local.tokenizer import PromptRefusedError
 from backends.openai_compatible.answers import Entry, ListError, usable
 from backends.openai_compatible.asking import Answered, Asker, Told
@@ -173,13 +174,18 @@ class Scorer:
     async def _by_ids(self, request: ScoreRequest) -> tuple[list[ScoreFailure], list[Unit]]:
         vocabulary = self.vocabulary
         assert vocabulary is not None, "ids are asked by what lends a tokenizer"
-        await self.fetched(lambda: vocabulary.fetch_request(request))
-        if own_token_ids(request, vocabulary) is None:
+        await self.fetched(lambda: vocabulary.fetch_prompt(request.prompt))
+        own = await self.fetched(lambda: vocabulary.is_own(request))
+        if not own:
             await self.fetched(lambda: vocabulary.fetch_prefixes(request))
         whole = self.found.route == "prompt"
         # The server wants room for one generated token; a last token of no meaning is added where all is one request.
         limit = _NO_LIMIT if self.found.context is None else self.found.context - (2 if whole else 1)
-        contexts, failed = contexts_of(request, vocabulary, _Template(vocabulary), limit)
+        if own:
+            contexts, failed = _of_own(request, vocabulary.prompt_ids(request.prompt), limit)
+        else:
+            by_text = replace(request, token_ids=None)
+            contexts, failed = contexts_of(by_text, vocabulary, _Template(vocabulary), limit)
         contexts.sort(key=lambda item: item.length)
         if not whole:
             return failed, [self._one(request, item) for item in contexts]
@@ -353,6 +359,23 @@ _OTHERWISE = Entry(None, "", None, None, -1)
 def _gap(key: str, reason: str) -> ScoreFailure:
     message = "no text says what P had written here, and the server is not fed P's token ids."
     return ScoreFailure(key, reason, message, final=True)
+
+
+def _of_own(request: ScoreRequest, prompt_ids: Sequence[int], limit: int) -> tuple[list[Asked], list[ScoreFailure]]:
+    """The contexts of P's own ids, and those that are too long or empty."""
+    whole = [*prompt_ids, *(request.token_ids or ())]
+    contexts: list[Asked] = []
+    failed: list[ScoreFailure] = []
+    for position, key in zip(request.positions, request.keys, strict=True):
+        length = len(prompt_ids) + position
+        if 0 < length <= limit:
+            contexts.append(Asked(key, whole, length))
+        elif length:
+            message = f"the context has {length} tokens, the server takes {limit}; start it with a longer context."
+            failed.append(ScoreFailure(key, "context-too-long", message, final=True))
+        else:
+            failed.append(ScoreFailure(key, "empty-context", "there is nothing to predict from.", final=True))
+    return contexts, failed
 
 
 class _Template(NamedTuple):

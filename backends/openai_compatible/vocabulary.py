@@ -87,12 +87,29 @@ class ServerVocabulary:
 
     # Fetching.
 
-    async def fetch_request(self, request: ScoreRequest) -> None:
-        """What `backends.local.contexts.contexts_of` needs for a request that feeds P's ids, if they serve."""
-        await self.fetch_prompt(request.prompt)
-        if request.token_ids is not None:
-            await self._learn(request.text)
-            await self.fetch_texts(index for index in request.token_ids if 0 <= index < len(self))
+    async def is_own(self, request: ScoreRequest) -> bool:
+        """Whether P's ids are this vocabulary's: each stands for the text that P gives it.
+
+        Ids that are parts of a character are compared together. A last one beyond the text ends the turn and is never
+        fed: it may be any.
+        """
+        ids, ends = request.token_ids, request.prefix_ends
+        if ids is None or len(ids) != len(ends):
+            return False
+        in_text = ids[:-1] if ends and ends[-1] == len(request.text) else ids
+        if not all(0 <= index < len(self) for index in in_text):
+            return False
+        await self.fetch_texts(in_text)
+        parts: list[int] = []
+        start = 0
+        for index, end in zip(in_text, [*ends, len(request.text)][1:], strict=False):
+            parts.append(index)
+            said = self._texts[index] if len(parts) == 1 else await self._text_of_ids(parts)
+            if request.text[start:end] != said.rstrip("\ufffd"):
+                return False
+            if not said.endswith("\ufffd"):
+                parts, start = [], end
+        return True
 
     async def fetch_prefixes(self, request: ScoreRequest) -> None:
         """What it needs in addition where the text is fed."""
@@ -161,13 +178,6 @@ class ServerVocabulary:
         """
         await self._fetch_encoded(text)
         return self.encode(text)
-
-    async def _learn(self, text: str) -> None:
-        """The bytes of the tokens of a text."""
-        try:
-            await self._fetch_encoded(text)
-        except PromptRefusedError:
-            return
 
     async def _pieces(self, text: str) -> list[tuple[int, bytes]]:
         """(id, bytes) of a text's tokens; together they are the text."""
