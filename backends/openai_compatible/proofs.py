@@ -29,6 +29,7 @@ T = TypeVar("T")
 _PROMPT = Prompt((Turn("user", "Continue the row of numbers: 1, 2, 3, 4, 5, 6, 7, 8"),))
 _PREFIX, _NEXT = "1, 2, 3, 4,", "5"
 _OTHER_PREFIX = "1, 2, 3,"
+_ONE_TOKEN = "a"  # of every vocabulary, with a blank before it or without
 _FEW = 5
 _PROBED = 20
 LONGEST = 1000
@@ -214,22 +215,25 @@ class _Proof:
 
     async def check_prefill(self, asker: Asker, spelling: Prefill) -> None:
         bare = await self.ask(lambda: asker.by_chat(_PROMPT, "", _FEW, spelling))
-        short = await self.ask(lambda: asker.by_chat(_PROMPT, "1", _FEW, spelling))
+        short = await self.ask(lambda: asker.by_chat(_PROMPT, _ONE_TOKEN, _FEW, spelling))
         full = await self.ask(lambda: asker.by_chat(_PROMPT, _PREFIX, _FEW, spelling))
         spaced = await self.ask(lambda: asker.by_chat(_PROMPT, _PREFIX + " ", _FEW, spelling))
         best = usable(full.lists[0], _FEW).entries
         _check_mass(best)
         counts = [item.told.input_tokens for item in (bare, short, full)]
-        if None not in counts:
-            n_bare, n_short, n_full = (count or 0 for count in counts)
-            # "1" is one token, or two where a blank stands before it; a new turn adds the tokens of its header.
-            if not (n_bare < n_short <= n_bare + 2 and n_short < n_full):
-                raise ListError(
-                    "no-prefill",
-                    f"a prefill of one character makes {n_short - n_bare} tokens of a prompt of {n_bare}, one of "
-                    f"eleven {n_full - n_bare}: the turn is ended, or the prefill is left out",
-                )
-        if not await self.goes_on(asker, best):
+        if None in counts:
+            raise ListError(
+                "no-prefill", "its answers do not count the prompt's tokens: an ended turn would not be seen"
+            )
+        n_bare, n_short, n_full = (count or 0 for count in counts)
+        # What ends a turn, or begins another, is a token at least.
+        if not (n_short == n_bare + 1 and n_short < n_full):
+            raise ListError(
+                "no-prefill",
+                f"a prefill of one token makes {n_short - n_bare} tokens of a prompt of {n_bare}, one of "
+                f"eleven characters {n_full - n_bare}: the turn is ended, or the prefill is left out",
+            )
+        if not await self.goes_on(asker, best, spelling):
             raise ListError("no-prefill", f"after {_PREFIX!r} it does not say {_NEXT!r}: the answer is begun anew")
         after_space = usable(spaced.lists[0], _FEW).entries
         if _apart(best, after_space) == 0.0:
@@ -238,14 +242,20 @@ class _Proof:
                 "are told by their counts and left out (retokenised)", self.model,
             )  # fmt: skip
 
-    async def goes_on(self, asker: Asker, best: Sequence[Entry]) -> bool:
-        if best[0].token_id is not None and not best[0].text:
-            texts = vocabulary_of(self.client, self.options, self.model, "vllm", None)
-            await self.repeated(
-                lambda: texts.fetch_texts([item.token_id for item in best if item.token_id is not None])
-            )
-            best = [item._replace(text=texts.text_of(item.token_id or 0)) for item in best]
-        return best[0].text.strip() in (_NEXT, "")
+    async def goes_on(self, asker: Asker, best: Sequence[Entry], spelling: Prefill) -> bool:
+        said = await self.first_text(best)
+        if said and not said.strip(" "):  # some tokenizers have no blank and digit in one token
+            close = await self.list_of(lambda: asker.by_chat(_PROMPT, _PREFIX.replace(" ", ""), _FEW, spelling), _FEW)
+            said = await self.first_text(close)
+        return said.strip(" ") == _NEXT
+
+    async def first_text(self, best: Sequence[Entry]) -> str:
+        token = best[0].token_id
+        if token is None or best[0].text:
+            return best[0].text
+        texts = vocabulary_of(self.client, self.options, self.model, "vllm", None)
+        await self.repeated(lambda: texts.fetch_texts([token]))
+        return texts.text_of(token)
 
     # What is measured by the route that was found.
 

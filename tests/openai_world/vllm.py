@@ -42,6 +42,10 @@ class Faults:
         ``prompt_logprobs``, ``echo``, and prompts of ids, are ignored or refused.
     no_flags : bool
         The flags of a prefill are ignored.
+    ends_turn : bool
+        So are they, and one token ends a turn of the assistant, with no header after it.
+    no_usage : bool
+        Answers do not count tokens.
     collide : bool
         Lists show the first letter of a token alone.
     no_tokenizer : bool
@@ -59,6 +63,8 @@ class Faults:
     no_echo: bool = False
     no_ids: bool = False
     no_flags: bool = False
+    ends_turn: bool = False
+    no_usage: bool = False
     collide: bool = False
     no_tokenizer: bool = False
     fingerprint: str = "vllm-0.32.0-66d70269"
@@ -162,6 +168,9 @@ class VllmShaped:
 
     def _conversation(self, body: dict[str, Any]) -> list[int]:
         messages = list(body["messages"])
+        if self.faults.ends_turn and messages[-1]["role"] == "assistant":
+            before = self._conversation({"messages": messages[:-1]})
+            return [*before, *self._model.tokenizer.encode_template(messages[-1]["content"] + "<|im_end|>")]
         goes_on = bool(body.get("continue_final_message")) and not self.faults.no_flags
         begins = body.get("add_generation_prompt", True)
         if goes_on and begins:
@@ -229,10 +238,11 @@ class VllmShaped:
             "completion_tokens": len(generated),
             "total_tokens": len(ids) + len(generated),
         }
-        return {
+        said = {
             "id": "cmpl-1", "object": kind, "created": 1, "model": MODEL, "choices": [choice],
-            "system_fingerprint": self.faults.fingerprint, "usage": usage,
+            "system_fingerprint": self.faults.fingerprint,
         }  # fmt: skip
+        return said if self.faults.no_usage else said | {"usage": usage}
 
     def _finish(self, generated: Sequence[int]) -> str:
         return "stop" if generated[-1] in self._model.tokenizer.stop_ids else "length"

@@ -139,6 +139,17 @@ def test_missing_prefill_flags_are_found_out(server: VllmShaped) -> None:
         discovered(options(server, mode="prefill"))
 
 
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [(Faults(ends_turn=True), "the turn is ended"), (Faults(no_usage=True), "do not count")],
+    ids=["ends_turn", "no_usage"],
+)
+def test_a_turn_that_one_token_ends_is_no_prefill(server: VllmShaped, faults: Faults, message: str) -> None:
+    server.faults = faults
+    with pytest.raises(ModelNotUsableError, match=message):
+        discovered(options(server, mode="prefill"))
+
+
 def test_an_echo_that_is_ignored_is_refused(server: VllmShaped) -> None:
     server.faults = Faults(no_tokenizer=True, no_echo=True)
     with pytest.raises(ModelNotUsableError, match="echo is ignored"):
