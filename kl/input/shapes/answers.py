@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kl.input.problems import Notes, as_list, as_plain, number, show
-from kl.input.shapes.completions import Asked, Shown, legacy_rows, native_answer, scored_prompt, without_echo
+from kl.input.shapes.completions import (
+    Asked,
+    Shown,
+    is_scored,
+    legacy_rows,
+    native_answer,
+    scored_prompt,
+    without_echo,
+)
 from kl.input.shapes.gemini import gemini_response, is_candidate
 from kl.input.shapes.outputs import output_choice
 from kl.input.shapes.requests import (
@@ -105,7 +113,7 @@ def _with_request(item: object, document: Object, answer: Object, prompt: Object
     stated = document.get("text") if document is not answer or "choices" in document else None
     scored = scored_message(document)
     whole = either(asked_of(document), "prompt") if scored is None else None
-    asked = Asked(prompt.get("prompt"), whole, stated if isinstance(stated, str) else scored)
+    asked = Asked(prompt.get("prompt"), whole, stated if isinstance(stated, str) else scored, scored is not None)
     count = (as_plain(answer.get("usage")) or {}).get("completion_tokens")
     n_tokens = count if type(count) is int and len(as_list(answer.get("choices")) or ()) == 1 else None
     return {**raw, **beside, _CONTEXT: _Context(asked, n_tokens, _hidden_tokens(answer))}
@@ -201,7 +209,7 @@ def _shown(raw: Object, context: _Context, notes: Notes) -> Shown | None:
     if "completion_probabilities" in raw:
         return native_answer(raw)
     holder = as_plain(raw.get("logprobs"))
-    if as_list(raw.get("prompt_logprobs")) and not _has_lists(holder):
+    if as_list(raw.get("prompt_logprobs")) and (not _has_lists(holder) or is_scored(raw, context.asked)):
         return scored_prompt(raw, context.asked, notes)
     if holder is not None and as_list(holder.get("tokens")) is not None:
         return without_echo(raw, legacy_rows(holder, notes), context.asked, notes)
@@ -210,7 +218,7 @@ def _shown(raw: Object, context: _Context, notes: Notes) -> Shown | None:
 
 
 def _has_lists(holder: Object | None) -> bool:
-    """Whether the tokens that were generated have lists, so that those of the prompt are beside the point."""
+    """Whether the tokens that were generated have lists."""
     return holder is not None and bool(holder.get("content") or holder.get("tokens"))
 
 

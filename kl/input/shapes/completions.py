@@ -15,12 +15,13 @@ class Asked(NamedTuple):
     """What an answer with tokens of the prompt needs, to say where the response begins.
 
     ``prompt`` is the one that the response answers; ``whole`` what the model was given (a text, or ids), which may hold
-    the response too; ``text`` the response, where it is known.
+    the response too; ``text`` the response, where it is known. ``scored``: it was given as the last message of a chat.
     """
 
     prompt: object = None
     whole: object = None
     text: str | None = None
+    scored: bool = False
 
 
 class Shown(NamedTuple):
@@ -50,7 +51,7 @@ def without_echo(raw: Object, rows: list[object], asked: Asked, notes: Notes) ->
     tokens = [str((as_plain(row) or {}).get("token")) for row in rows]
     text = raw.get("text")
     ids = as_list(asked.whole)
-    if ids is not None and asked.text is None:
+    if ids is not None and asked.text is None and _are_the_prompt(tokens[: len(ids)], asked.prompt):
         start, whole = len(ids), "".join(tokens[len(ids) :])
     else:
         whole = _response_in(text if isinstance(text, str) else "".join(tokens), asked)
@@ -82,6 +83,24 @@ def native_answer(raw: Object) -> Shown:
     reason = _STOP_TYPES.get(str(raw.get("stop_type")))
     ended = {} if reason is None else {"finish_reason": reason}
     return Shown({"text": raw.get("content"), **ended}, as_list(raw.get("completion_probabilities")) or [])
+
+
+def is_scored(raw: Object, asked: Asked) -> bool:
+    """Whether the response is in the prompt that was scored, and what was generated after it is no part of it."""
+    if asked.scored or "message" in raw:
+        return asked.scored
+    rows = [_scored_row(item, None) for item in as_list(raw.get("prompt_logprobs")) or []]
+    tokens = [str(row["token"]) for row in rows]
+    given = [asked.whole] if isinstance(asked.whole, str) else ["".join(tokens), "".join(tokens[1:])]
+    if asked.text is not None:
+        return given[-1].endswith(asked.text) or not str(raw.get("text")).endswith(asked.text)
+    prompt = asked.prompt
+    return isinstance(prompt, str) and any(text.startswith(prompt) and text != prompt for text in given)
+
+
+def _are_the_prompt(tokens: Sequence[str], prompt: object) -> bool:
+    """Whether tokens that were given may be the prompt and no more: one of turns is written in a way unknown here."""
+    return not isinstance(prompt, str) or "".join(tokens) == prompt
 
 
 def _response_in(given: str, asked: Asked) -> str | None:
@@ -123,7 +142,7 @@ def _cut_at(raw: Object, rows: list[object], start: int | None, text: str | None
     return Shown(raw, [])
 
 
-def _scored_row(item: object, own_id: object) -> object:
+def _scored_row(item: object, own_id: object) -> Object:
     """One item of `prompt_logprobs`: an object by token id, the prompt's own token first."""
     entries = as_plain(item)
     if entries is None:  # of the first token, which nothing was before

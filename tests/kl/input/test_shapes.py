@@ -287,7 +287,12 @@ ECHOED = {"index": 0, "text": "Hi you!", "logprobs": columns(*ECHO)}
         pytest.param({"request": {"prompt": "Hi"}, "response": {"choices": [ECHOED]}}, " you!", id="asked"),
         pytest.param({"prompt": "Hi you", "choices": [ECHOED]}, "!", id="stated"),
         pytest.param({"prompt": "Greet.", "text": " you!", "choices": [ECHOED]}, " you!", id="response stated"),
-        pytest.param({"prompt": "x", "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, "!", id="ids"),
+        pytest.param({"prompt": "Hi you", "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, "!",
+                     id="ids"),
+        pytest.param({"prompt": "Hi", "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, " you!",
+                     id="ids of the response too"),
+        pytest.param({"messages": MESSAGES, "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, "!",
+                     id="ids of turns"),
     ],
 )  # fmt: skip
 def test_an_echoed_prompt_is_cut_off(document: dict[str, Any], text: str) -> None:
@@ -329,6 +334,28 @@ def test_a_response_that_vllm_scored_as_its_prompt_has_its_lists(document: dict[
     assert [[(c.token, c.token_id) for c in position.top] for position in response.positions] == [
         [("!", 21), ("", 20)], [("", 22), ("", 23)], [("?", 25), (".", 24)],
     ]  # fmt: skip
+
+
+def test_lists_of_what_was_generated_after_a_scored_response_are_not_those_of_the_response() -> None:
+    chat_lists = {"content": [row_of("!", -0.1, ("!", -0.1), ("?", -3.0))]}
+    scored: list[Any] = [{"messages": MORE}, {"choices": [{"index": 0, "message": {"content": "!"}}]}]
+    text: list[Any] = [{"prompt": f"{PROMPT}🌊."}, {"choices": [{"index": 0, "text": "!"}]}]
+    for request, answer in (scored, text):
+        head = {} if request is scored[0] else {"prompt": PROMPT}
+        items = [None, scored_item((10, PROMPT, -3.0, 1)), *SCORED[2:]]
+        answer["choices"][0] |= {"prompt_logprobs": items, "logprobs": chat_lists}
+        (response,) = read({**head, "request": request, "response": answer}).responses
+        assert (response.text, len(response.positions)) == ("🌊.", 3)
+        # Where the request has the prompt alone, they are.
+        request |= {"messages": MESSAGES} if request is scored[0] else {"prompt": PROMPT}
+        answer["choices"][0]["prompt_logprobs"] = items[:2]
+        (response,) = read({**head, "request": request, "response": answer}).responses
+        assert (response.text, len(response.positions)) == ("!", 1)
+
+
+def row_of(token: str, logprob: float, *top: tuple[str, float]) -> dict[str, Any]:
+    listed = [{"token": text, "logprob": value} for text, value in top]
+    return {"token": token, "logprob": logprob, "top_logprobs": listed}
 
 
 def test_a_token_beside_the_best_is_no_entry_of_vllms_list() -> None:
