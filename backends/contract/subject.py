@@ -90,6 +90,8 @@ class Subject:
         Further options, each of which changes the answers; each must then change the identity.
     cases : sequence of Case
         The first is asked most. Leave one out only if no answer is possible: for a model without a system role, say.
+    without : set of str
+        Capabilities of the class that the server behind this model lacks, where it depends on the server.
     noise_nats : float
         How far two answers to one request may be apart; 0 is the claim that the model is deterministic.
     deadline_s : float
@@ -104,6 +106,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     changed_options: Sequence[Mapping[str, Any]] = ()
     cases: Sequence[Case] = CASES
+    without: frozenset[str] = frozenset()
     noise_nats: float = 0.0
     deadline_s: float = 120.0
     close_s: float = 30.0

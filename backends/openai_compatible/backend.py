@@ -46,7 +46,7 @@ class OpenAICompatibleBackend(Backend):
     name = "openai_compatible"
     needs = ("a server (base_url) that gives log-probabilities and continues a prefill; hosted ones: a key",)
     capabilities: ClassVar[Capabilities] = Capabilities(
-        max_top_logprobs=LONGEST, samples=True, token_ids=True, one_pass=True, discovers=True
+        max_top_logprobs=LONGEST, samples=True, token_ids=True, one_pass=True, discovers=True, wanted_tokens=True
     )
     options: OpenAICompatibleOptions
 

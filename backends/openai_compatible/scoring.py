@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from backends.base import ScoreRequest
@@ -21,6 +22,7 @@ from backends.openai_compatible.found import Found
 from backends.openai_compatible.options import OpenAICompatibleOptions
 from backends.openai_compatible.proofs import asker_of, vocabulary_of
 from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of, raw_text
+from backends.openai_compatible.wanted import check_can, entries_of, lacking, values_of, wanted_ids
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.service.retry import StatusError, with_retries
@@ -42,6 +44,7 @@ class Unit(NamedTuple):
     call: Callable[[], Awaitable[Answered]]
     places: tuple[tuple[str, int], ...]
     what: str
+    contexts: Mapping[str, Asked] = MappingProxyType({})  # of those that are asked for tokens by name
 
 
 Results = list[Score | ScoreFailure]
@@ -123,7 +126,15 @@ class Scorer:
         return await self.fetched(lambda: vocabulary.rendered(prompt))
 
     async def score(self, request: ScoreRequest) -> AsyncGenerator[Score | ScoreFailure]:
-        """One result for each key; positions in their order where the server works on one at a time."""
+        """One result for each key; positions in their order where the server works on one at a time.
+
+        Raises
+        ------
+        ConfigError
+            If tokens are asked for by name, and the server cannot be asked so.
+        """
+        if request.wanted is not None:
+            check_can(self.found)
         try:
             failed, units = await self._prepared(request)
         except PromptRefusedError as error:
@@ -186,6 +197,9 @@ class Scorer:
         else:
             by_text = replace(request, token_ids=None)
             contexts, failed = contexts_of(by_text, vocabulary, _Template(vocabulary), limit)
+        if request.wanted is not None and own:
+            named = await self.fetched(lambda: wanted_ids(request, vocabulary))
+            contexts = [item._replace(wanted=named[item.key]) for item in contexts]
         contexts.sort(key=lambda item: item.length)
         if not whole:
             return failed, [self._one(request, item) for item in contexts]
@@ -196,12 +210,12 @@ class Scorer:
 
     def _one(self, request: ScoreRequest, item: Asked) -> Unit:
         ids, k = item.ids[: item.length], request.top_logprobs
-        return Unit(lambda: self.asker.by_ids(ids, k), ((item.key, 0),), request.name)
+        return Unit(lambda: self.asker.by_ids(ids, k), ((item.key, 0),), request.name, _named([item]))
 
     def _whole(self, request: ScoreRequest, ids: Sequence[int], contexts: Sequence[Asked]) -> Unit:
         sent = [*ids[: contexts[-1].length], ids[0]]
         places = tuple((item.key, item.length) for item in contexts)
-        return Unit(lambda: self.asker.whole(sent, request.top_logprobs), places, request.name)
+        return Unit(lambda: self.asker.whole(sent, request.top_logprobs), places, request.name, _named(contexts))
 
     def _by_echo(self, request: ScoreRequest) -> tuple[list[ScoreFailure], list[Unit]]:
         """The whole text at once; a position is answered if the server cut all before it as P did."""
@@ -240,7 +254,34 @@ class Scorer:
         except (BackendError, PromptRefusedError) as error:
             failure = self.failure(error)
             return [failure.of(key) for key, _ in unit.places]
-        return list(self._read(unit, answered, k))
+        return [await self._with_wanted(unit, result) for result in self._read(unit, answered, k)]
+
+    async def _with_wanted(self, unit: Unit, result: Score | ScoreFailure) -> Score | ScoreFailure:
+        """The same with the values of the tokens that are asked for by name, if any are."""
+        context = unit.contexts.get(result.key)
+        if context is None or isinstance(result, ScoreFailure):
+            return result
+        tokens = lacking(result, context.wanted)
+        if not tokens:
+            return result
+        ids, longest = context.ids[: context.length], self.found.longest
+        try:
+            answers = await self.call(
+                lambda: values_of(self.asker, ids, tokens, longest), f"ask {self.found.model} about {unit.what}"
+            )
+            for answer in answers:
+                self.check_server(answer.told)
+            entries = entries_of(answers, tokens)
+            await self.fetch_texts(entries)
+        except (BackendError, PromptRefusedError) as error:
+            return self.failure(error).of(result.key)
+        told = [answer.told for answer in answers]
+        return replace(
+            result,
+            wanted=tuple(map(self.candidate, entries)),
+            input_tokens=_sum([result.input_tokens, *(each.input_tokens for each in told)]),
+            output_tokens=_sum([result.output_tokens, *(each.output_tokens for each in told)]),
+        )
 
     async def fetch_texts(self, entries: Iterable[Entry]) -> None:
         """The texts of candidates that are listed by their ids alone."""
@@ -351,6 +392,15 @@ class Failed(NamedTuple):
     def of(self, key: str) -> ScoreFailure:
         """The failure of one key."""
         return ScoreFailure(key, self.reason, self.message, self.final)
+
+
+def _named(contexts: Iterable[Asked]) -> dict[str, Asked]:
+    return {item.key: item for item in contexts if item.wanted}
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 _OTHERWISE = Entry(None, "", None, None, -1)

@@ -20,6 +20,7 @@ from kl.records import Prompt, Turn
 
 MODEL = "smol"
 CONTEXT = 2048
+MOST_CHOSEN = 128
 _MASKED = -9999.0
 _KNOWN: dict[str, dict[tuple[int, ...], np.ndarray]] = {}  # by model: what was computed, 200 kB a prefix
 
@@ -48,6 +49,8 @@ class Faults:
         Answers do not count tokens.
     collide : bool
         Lists show the first letter of a token alone.
+    no_chosen : bool
+        ``logprob_token_ids`` are ignored.
     no_tokenizer : bool
         Neither /tokenize nor /detokenize.
     fingerprint : str
@@ -67,6 +70,7 @@ class Faults:
     no_usage: bool = False
     collide: bool = False
     no_tokenizer: bool = False
+    no_chosen: bool = False
     fingerprint: str = "vllm-0.32.0-66d70269"
 
 
@@ -204,6 +208,9 @@ class VllmShaped:
                     f"Requested {kind} logprobs of {value}, which is greater than max allowed: {self.longest} "
                     f"(parameter={name}, value={value})", name,
                 )  # fmt: skip
+        chosen = body.get("logprob_token_ids")
+        if chosen is not None and len(chosen) > MOST_CHOSEN:
+            raise _RefusedError(f"logprob_token_ids has {len(chosen)} ids, at most {MOST_CHOSEN}", "logprob_token_ids")
         generated, lists = self._generate(ids, body)
         choice: dict[str, Any] = {
             "index": 0,
@@ -218,6 +225,9 @@ class VllmShaped:
             choice["text"] = self._text(generated[:-1])
         if k is not None:
             choice["logprobs"] = self._legacy(generated, lists, k, body)
+            if chosen is not None and not self.faults.no_chosen:
+                given = {token: float(lists[0][token]) for token in (*generated, *chosen)}
+                choice["logprobs"]["top_logprobs"] = [{self._key(token, body): v for token, v in given.items()}]
         if wanted is not None and not self.faults.no_prompt:
             choice["prompt_logprobs"] = self._prompt_lists(ids, wanted)
         if body.get("echo") and k is not None and not self.faults.no_echo:

@@ -134,7 +134,14 @@ def test_what_is_sampled_has_a_list_for_every_token_also_of_parts_of_characters(
         assert position.top[0].token_id == position.sampled.token_id
 
 
-LLAMA = Subject(OpenAICompatibleBackend, "smol", "no-such", changed_options=[{"cache": "fast"}], noise_nats=0.8)
+LLAMA = Subject(
+    OpenAICompatibleBackend,
+    "smol",
+    "no-such",
+    changed_options=[{"cache": "fast"}],
+    without=frozenset({"wanted_tokens"}),
+    noise_nats=0.8,
+)
 
 
 @pytest.mark.parametrize("check", checks_for(LLAMA), ids=str)

@@ -7,18 +7,20 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backends.base import Sample, SampleRequest
-from backends.errors import ModelNotUsableError
+from backends.base import Sample, SampleRequest, ScoreRequest
+from backends.errors import ConfigError, ModelNotUsableError
 from backends.openai_compatible.backend import OpenAICompatibleBackend
 from backends.settings import SampleSettings
+from kl.columns import TopLists
 from kl.records import Score, ScoreFailure
 from tests.openai_world import vllm as stand_in
-from tests.openai_world.asking import PROMPT, asked, discovered, reference, request_of
+from tests.openai_world.asking import PROMPT, Results, asked, discovered, reference, request_of
 from tests.openai_world.vllm import Faults, VllmShaped
 
 RECORDED = Path(stand_in.__file__).parent / "recorded"
@@ -278,3 +280,40 @@ def test_a_key_is_sent_and_shown_nowhere(server: VllmShaped, monkeypatch: pytest
     assert "sk-secret-1234567890" in server.headers[-1]["Authorization"]
     records = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     assert "sk-secret" not in complete.model_dump_json() + records
+
+
+def with_wanted(request: ScoreRequest, known: Results) -> ScoreRequest:
+    """The request for the tokens of longer lists by name."""
+    lists = [[item._replace(logprob=None) for item in result.top] for result in known if isinstance(result, Score)]
+    assert len(lists) == len(request.keys)
+    return replace(request, wanted=TopLists.of(lists))
+
+
+@pytest.mark.parametrize("mode", ["prompt", "ids"])
+def test_tokens_asked_for_by_name_have_their_values(server: VllmShaped, mode: str) -> None:
+    server.longest = 40
+    found = options(server, mode=mode)
+    longer, _ = asked(found, [request_of(TEXT, k=30)])
+    results, _ = asked(found, [with_wanted(request_of(TEXT, k=4), longer)])
+    for result, known in zip(results, longer, strict=True):
+        assert isinstance(result, Score)
+        assert isinstance(known, Score)
+        assert result.top == known.top[:4]
+        assert {item.token_id: item.logprob for item in result.wanted} == {
+            item.token_id: item.logprob for item in known.top[4:]
+        }
+        assert [item.token for item in result.wanted] == [item.token for item in known.top[4:]]
+
+
+def test_a_server_that_ignores_tokens_asked_for_by_name_gives_no_score(server: VllmShaped) -> None:
+    longer, _ = asked(options(server), [request_of(TEXT, k=20)])
+    server.faults.no_chosen = True
+    results, _ = asked(options(server), [with_wanted(request_of(TEXT, k=4), longer)])
+    assert not any(isinstance(result, Score) for result in results)
+    assert reasons(results) == {"wanted-ignored"}
+
+
+def test_a_server_that_cannot_be_asked_by_name_ends_the_run_in_one_line(server: VllmShaped) -> None:
+    longer, _ = asked(options(server), [request_of(TEXT, k=20)])
+    with pytest.raises(ConfigError, match=r"wanted_tokens is on, but this server \(vllm, asked by text\)"):
+        asked(options(server, mode="prefill"), [with_wanted(request_of(TEXT, k=4), longer)])
