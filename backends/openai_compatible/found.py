@@ -48,6 +48,8 @@ class Found(BaseModel):
         How far two answers to one request were apart.
     after_sampling : bool
         Whether the temperature moves its values: then they are of temperature 1 because that is what is asked.
+    writes_after_sampling : bool
+        The same for the lists of what it generates, however Q is asked.
     probe : dict of str to float
         Its list at a fixed context, by token: weights that were exchanged under one name give another.
     probe_id : str
@@ -71,6 +73,7 @@ class Found(BaseModel):
     answers_as: str | None = None
     noise_nats: float = 0.0
     after_sampling: bool = False
+    writes_after_sampling: bool
     probe: dict[str, float]
     probe_id: str
 

@@ -21,7 +21,7 @@ from backends.openai_compatible.presets import PRESETS, Prefill
 from backends.openai_compatible.server import Server, look_at
 from backends.openai_compatible.vocabulary import ServerVocabulary
 from backends.service.retry import StatusError, with_retries
-from kl.records import Prompt, Turn
+from kl.records import UNKNOWN_LOGPROB, Prompt, Turn
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +37,8 @@ _LEAST_MASS = 0.02  # of the best five: logits that happen to be negative have l
 _LIMIT = re.compile(
     r"max(?:imum)?(?: allowed)?:? (\d+)|at most (\d+)|less than or equal to (\d+)|between \d+ and (\d+)"
 )
+# Else the model's own generation_config is in force, which cuts and moves what is sampled.
+_NEUTRAL = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 _USUAL_LIMITS = (100, 50, 20, 10, 8, 5)
 
 
@@ -86,7 +88,8 @@ def asker_of(
     client: Client, options: OpenAICompatibleOptions, model: str, kind: str, forced: int | None, *, lent: bool
 ) -> Asker:
     """What sends the requests for lists; ``lent`` is whether the server lends its tokenizer."""
-    fields, llama = PRESETS[options.preset].body | options.body, kind == "llama_cpp"
+    neutral = _NEUTRAL if kind in ("vllm", "sglang") else {}
+    fields, llama = PRESETS[options.preset].body | neutral | options.body, kind == "llama_cpp"
     as_ids = kind == "vllm" or (lent and not llama)
     return Asker(client, model, fields, fast=options.cache == "fast", forced=forced, llama=llama, as_ids=as_ids)
 
@@ -313,12 +316,13 @@ class _Proof:
         again = usable((await self.ask_by(asker, sent, k)).lists[-1], k).entries
         noise = _apart(first, again)
         hot = (await self.ask_by(asker, sent, k, temperature=2)).lists[-1]
-        _check_known(first, hot)
+        _check_known(hot)
         after_sampling = _apart(first, usable(hot, k).entries) > max(10 * noise, 1e-3)
         if after_sampling:
             logger.warning(
                 "%s: the server reports its values after sampling; they are asked at temperature 1", self.model
             )
+        writes_after = after_sampling if route != "prompt" else await self.writes_after_sampling(asker, sent[1], noise)
         fingerprints = {told.fingerprint for told in self.told}
         names = {told.model for told in self.told}
         probe = _labelled(first)
@@ -338,16 +342,32 @@ class _Proof:
             answers_as=names.pop() if len(names) == 1 else None,
             noise_nats=noise,
             after_sampling=after_sampling,
+            writes_after_sampling=writes_after,
             probe=probe,
             probe_id=_hash(probe),
         )
+
+    async def writes_after_sampling(self, asker: Asker, context: Sequence[int] | str, noise: float) -> bool:
+        """Whether the temperature moves the lists of what is generated: the prompt's lists do not tell."""
+        sent: Sent = "ids", context
+        try:
+            plain, hot = [
+                await self.list_of(lambda heat=heat: self.ask_by(asker, sent, _FEW, temperature=heat), _FEW)
+                for heat in (1, 2)
+            ]
+        except (StatusError, ListError) as error:
+            logger.warning("%s: responses can be written at temperature 1 only: %s", self.model, error)
+            return True
+        return _apart(plain, hot) > max(10 * noise, 1e-3)
 
     async def longest(self, asker: Asker, sent: Sent) -> int:
         """How long a list may be: as many entries as come, or the limit that a refusal names."""
         tried = LONGEST
         for following in (*_USUAL_LIMITS, 1):
             try:
-                return len(usable((await self.ask_by(asker, sent, tried)).lists[-1], tried).entries)
+                listed = (await self.ask_by(asker, sent, tried)).lists[-1]
+                _check_known([item for item in listed if item.logprob is not None])
+                return len(usable(listed, tried).entries)
             except StatusError as error:
                 named = _LIMIT.search(str(error))
                 said = int(next(group for group in named.groups() if group)) if named else following
@@ -367,12 +387,12 @@ def _check_mass(entries: Sequence[Entry]) -> None:
         )
 
 
-def _check_known(first: Sequence[Entry], hot: Sequence[Entry]) -> None:
-    known = [item for item in hot if item.logprob is not None and item.logprob > -1000]
-    if len(known) < len(hot):
+def _check_known(listed: Sequence[Entry]) -> None:
+    known = [item for item in listed if item.logprob is not None and item.logprob > UNKNOWN_LOGPROB]
+    if len(known) < len(listed):
         raise ListError(
             "after-sampling",
-            f"{len(hot) - len(known)} of {len(hot)} listed tokens have no value: the server cuts the list by its "
+            f"{len(listed) - len(known)} of {len(listed)} listed tokens have no value: the server cuts the list by its "
             "sampling settings. vLLM: start it with --logprobs-mode raw_logprobs.",
         )
 

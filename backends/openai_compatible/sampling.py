@@ -49,8 +49,12 @@ async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure
 
 
 async def _written(scorer: Scorer, request: SampleRequest) -> _Written:
-    if scorer.found.after_sampling and request.settings.temperature != 1:
-        raise ListError("after-sampling", "the server reports its values after sampling: sample at temperature 1.")
+    if scorer.found.writes_after_sampling and (request.settings.temperature, request.settings.top_p) != (1, 1):
+        raise ListError(
+            "after-sampling",
+            "the server reports its values after sampling: sample at temperature 1 and top_p 1, or start vLLM with "
+            "--logprobs-mode raw_logprobs.",
+        )
     if scorer.found.form != "ids" or scorer.vocabulary is None:
         return await _by_text(scorer, request)
     ids = await _context(scorer, scorer.vocabulary, request)

@@ -16,6 +16,7 @@ import pytest
 from backends.base import Sample, SampleRequest, ScoreRequest
 from backends.errors import ConfigError, ModelNotUsableError
 from backends.openai_compatible.backend import OpenAICompatibleBackend
+from backends.openai_compatible.options import OpenAICompatibleOptions
 from backends.settings import SampleSettings
 from kl.columns import TopLists
 from kl.records import Score, ScoreFailure
@@ -40,6 +41,22 @@ def options(server: VllmShaped, **more: Any) -> dict[str, Any]:
 def values(results: list[Score | ScoreFailure]) -> list[list[float | None]]:
     assert all(isinstance(result, Score) for result in results), results
     return [[item.logprob for item in result.top] for result in results if isinstance(result, Score)]
+
+
+def sampled(options: dict[str, Any], n: int = 1, **settings: Any) -> list[Any]:
+    """A few responses of three tokens."""
+
+    async def work() -> list[Any]:
+        async with OpenAICompatibleBackend(OpenAICompatibleOptions(**options)) as backend:
+            asked_for = SampleSettings(**{"max_tokens": 3, "top_logprobs": 4, **settings})
+            return [
+                item
+                async for item in backend.sample(
+                    [SampleRequest(f"k{i}", "one", "smol", PROMPT, asked_for, i) for i in range(n)]
+                )
+            ]
+
+    return asyncio.run(work())
 
 
 def reasons(results: list[Score | ScoreFailure]) -> set[str]:
@@ -194,7 +211,13 @@ def test_values_after_sampling_are_noticed(server: VllmShaped) -> None:
     assert found.after_sampling
     found = discovered(options(server, mode="prompt")).found
     assert found is not None
-    assert not found.after_sampling
+    assert (found.after_sampling, found.writes_after_sampling) == (False, True)
+    assert sampled(options(server), temperature=0.5)[0].reason == "after-sampling"
+    (sample,) = sampled(options(server))
+    assert isinstance(sample, Sample), sample
+    assert {(body["top_k"], body["repetition_penalty"]) for path, body in server.requests if "/v1/" in path} == {
+        (-1, 1)
+    }
 
 
 def test_a_prompt_that_is_cut_later_is_a_failure_and_no_score(server: VllmShaped) -> None:
