@@ -42,6 +42,9 @@ class CheckpointTokenizer:
         if backend is None or not hasattr(backend, "to_str"):
             what = f"its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json, which exact bytes are read from"
             raise unusable(name, f"{what}; convert it to a fast tokenizer.")
+        # Many a tokenizer.json keeps how its training cut or filled up texts.
+        backend.no_truncation()
+        backend.no_padding()
         self._tokenizer, self._backend = tokenizer, backend
         description: dict[str, Any] = json.loads(backend.to_str())
         self._added = {entry["id"]: entry for entry in description["added_tokens"]}
@@ -198,7 +201,7 @@ def _plain(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from(description: Mapping[str, Any], kind: Any) -> Any:
     """A tokenizer that reads control tokens as plain text."""
-    made = kind.from_str(json.dumps(dict(description) | {"truncation": None, "padding": None}))
+    made = kind.from_str(json.dumps(description))
     made.encode_special_tokens = True
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
@@ -24,8 +26,9 @@ from backends.transformers.backend import TransformersBackend
 from backends.transformers.checkpoints import find_checkpoint
 from backends.transformers.options import TransformersOptions
 from backends.transformers.reduction import compared, log_total, top_ids
+from backends.transformers.tokens import CheckpointTemplate, CheckpointTokenizer
 from kl.estimators.divergence import exact_of_padded
-from kl.records import Score
+from kl.records import Prompt, Score, Turn
 from tests import ROOT
 from tests.backends.transformers.asking import ask, paired, request, scores
 from tests.backends.transformers.checkpoints import tiny_model
@@ -177,6 +180,22 @@ def test_a_gguf_file_is_the_model_of_the_numpy_engine(tmp_path: Path) -> None:
         assert isinstance(other, Score)
         assert [item[2:] for item in one.top] == [item[2:] for item in other.top]
         assert values(one) == pytest.approx(values(other), abs=NATS)
+
+
+def test_a_prompt_is_whole_whatever_length_the_tokenizer_keeps(tiny: Path, tmp_path: Path) -> None:
+    prompt = Prompt((Turn("user", "Is a prompt of many bytes cut or filled up?"),))
+
+    def ids(folder: Path) -> list[int]:
+        own = AutoTokenizer.from_pretrained(folder)
+        return CheckpointTemplate(own, CheckpointTokenizer("a", own), "own", {}, None).encode(prompt)
+
+    shutil.copytree(tiny, tmp_path / "kept")
+    for length in (8, 256):
+        known = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+        known.enable_truncation(length)
+        known.enable_padding(length=length)
+        known.save(str(tmp_path / "kept/tokenizer.json"))
+        assert ids(tmp_path / "kept") == ids(tiny)
 
 
 # Names and refusals.
