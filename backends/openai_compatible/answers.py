@@ -134,6 +134,18 @@ def keyed_entries(listed: dict[str, Any]) -> list[Entry]:
     ]
 
 
+def may_lack(entries: Sequence[Entry], own: Entry, k: int) -> bool:
+    """Whether a list by texts may have lost an entry to another of its text.
+
+    A list has its k best, and one more where the position's own token is none of them. Of k entries whose last is the
+    position's own, nobody can say whether it stands beside them or in the place of one that was lost.
+    """
+    if all(item.token_id is not None for item in entries):
+        return False
+    least = min(entries, key=_value, default=None)
+    return len(entries) < k or (len(entries) == k > 1 and least is not None and least.text == own.text)
+
+
 def prompt_entries(listed: dict[str, Any]) -> list[Entry]:
     """Of one item of ``prompt_logprobs``: a mapping from the id as text."""
     return [
@@ -181,8 +193,8 @@ def generated_lists(choice: Json) -> list[tuple[Entry, list[Entry]]]:
     ]
 
 
-def one_list(choice: Json) -> list[Entry]:
-    """The list of the one generated token.
+def one_list(choice: Json, k: int) -> list[Entry]:
+    """The list of the one generated token; empty where entries may have been lost to others of their text.
 
     Raises
     ------
@@ -192,4 +204,10 @@ def one_list(choice: Json) -> list[Entry]:
     lists = generated_lists(choice)
     if len(lists) != 1:
         raise ListError("unexpected-shape", f"the answer has {len(lists)} lists where one token was asked.")
-    return lists[0][1]
+    ((own, entries),) = lists
+    return [] if is_keyed(choice) and may_lack(entries, own, k) else entries
+
+
+def is_keyed(choice: Json) -> bool:
+    """Whether its lists are in the form of the older completions: a mapping, where equal texts are one entry."""
+    return (choice.get("logprobs") or {}).get("content") is None

@@ -11,6 +11,7 @@ from backends.openai_compatible.answers import (
     ListError,
     first_choice,
     keyed_entries,
+    may_lack,
     one_list,
     prompt_entries,
     without_outsider,
@@ -82,13 +83,13 @@ class Asker:
         """The list after some tokens, from completions."""
         body = self._body(prompt=list(ids), logprobs=k, **self._named, **self._forced)
         answer = await self.client.post("completions", body | changes)
-        return _read(lambda: _one(answer, ids, "completions"))
+        return _read(lambda: _one(answer, ids, "completions", k))
 
     async def by_text(self, text: str, k: int, **changes: Any) -> Answered:
         """The list after a text, from completions."""
         body = self._body(prompt=text, logprobs=k, **self._named)
         answer = await self.client.post("completions", body | changes)
-        return _read(lambda: _one(answer, None, "completions"))
+        return _read(lambda: _one(answer, None, "completions", k))
 
     async def by_chat(self, prompt: Prompt, prefix: str, k: int, spelling: Prefill, **changes: Any) -> Answered:
         """The list after the beginning of an answer, from chat; without one, that of the answer's first token."""
@@ -98,7 +99,7 @@ class Asker:
             messages.append({"role": "assistant", "content": prefix, **in_message})
         body = self._body(messages=messages, logprobs=True, top_logprobs=k, **self._named, **flags, **self._forced)
         answer = await self.client.post("chat/completions", body | changes)
-        return _read(lambda: _one(answer, None, "chat"))
+        return _read(lambda: _one(answer, None, "chat", k))
 
     async def whole(self, ids: Sequence[int], k: int, **changes: Any) -> Answered:
         """The lists before each token but the first, by ``prompt_logprobs``.
@@ -136,12 +137,12 @@ def told(answer: Json, choice: Json) -> Told:
     )
 
 
-def _one(answer: Json, ids: Sequence[int] | None, where: str) -> Answered:
+def _one(answer: Json, ids: Sequence[int] | None, where: str, k: int) -> Answered:
     choice = first_choice(answer)
     said = told(answer, choice)
     if ids is not None:
         check_same(ids, said.input_tokens, choice.get("prompt_token_ids"))
-    entries = one_list(choice)
+    entries = one_list(choice, k)
     return Answered([list(without_outsider(entries)) if where == "chat" else entries], said)
 
 
@@ -187,8 +188,8 @@ def _echoed(answer: Json, text: str, k: int) -> tuple[list[str], Answered]:
     if "".join(tokens[:n]) != text or said.input_tokens not in (None, n):
         raise ListError("cut-prompt", f"the {n} tokens that were echoed are not the prompt that was sent.")
     lists: list[list[Entry]] = [[]]
-    for item in tops[1:n]:
+    for own, item in zip(tokens[1:n], tops[1:n], strict=True):
         entries = keyed_entries(item or {})
         # Tokens of one text become one entry: of what is missing then, nothing is known.
-        lists.append(entries if len(entries) >= k else [])
+        lists.append([] if may_lack(entries, Entry(None, own, None, None), k) else entries)
     return tokens[:n], Answered(lists, said)

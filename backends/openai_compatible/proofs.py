@@ -32,6 +32,7 @@ _OTHER_PREFIX = "1, 2, 3,"
 _ONE_TOKEN = "a"  # of every vocabulary, with a blank before it or without
 _FEW = 5
 _PROBED = 20
+_DRAWS = 3
 LONGEST = 1000
 _LEAST_MASS = 0.02  # of the best five: logits that happen to be negative have less
 _LIMIT = re.compile(
@@ -103,9 +104,12 @@ class _Proof:
         return await with_retries(call, what=f"look at {self.model}", deadline_s=self.deadline_s, first_wait_s=0.2)
 
     async def ask(self, call: Callable[[], Awaitable[Answered]]) -> Answered:
-        answered = await self.repeated(call)
-        self.told.append(answered.told)
-        return answered
+        for _ in range(_DRAWS):
+            answered = await self.repeated(call)
+            self.told.append(answered.told)
+            if answered.lists[-1]:  # by texts it is whole for most tokens that are drawn, not for all
+                return answered
+        raise ListError("colliding-texts", "several candidates share one text, so that some are not listed.")
 
     async def list_of(self, call: Callable[[], Awaitable[Answered]], k: int) -> list[Entry]:
         return usable((await self.ask(call)).lists[-1], k).entries
@@ -368,6 +372,10 @@ class _Proof:
                 listed = (await self.ask_by(asker, sent, tried)).lists[-1]
                 _check_known([item for item in listed if item.logprob is not None])
                 return len(usable(listed, tried).entries)
+            except ListError as error:
+                if error.reason != "colliding-texts":
+                    raise
+                tried = min(following, tried - 1)
             except StatusError as error:
                 named = _LIMIT.search(str(error))
                 said = int(next(group for group in named.groups() if group)) if named else following

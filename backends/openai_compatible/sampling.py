@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from backends.base import Sample, SampleRequest
 from backends.errors import BackendError
 from backends.local.tokenizer import PromptRefusedError
-from backends.openai_compatible.answers import SHAPE_ERRORS, Entry, ListError, first_choice, generated_lists, usable
+from backends.openai_compatible.answers import (
+    SHAPE_ERRORS,
+    Entry,
+    ListError,
+    first_choice,
+    generated_lists,
+    is_keyed,
+    may_lack,
+    usable,
+    without_outsider,
+)
 from backends.openai_compatible.asking import check_same, told
 from backends.openai_compatible.client import Json
 from backends.openai_compatible.presets import SPELLINGS
@@ -23,7 +34,10 @@ _PART = "\ufffd"
 
 
 class _Written(NamedTuple):
-    """A response: ``tokens`` are (sampled, list) of each; with ``has_stop`` the last ends the turn."""
+    """A response: ``tokens`` are (sampled, list) of each; with ``has_stop`` the last ends the turn.
+
+    ``lacking`` says of each whether its list may lack entries; empty where none does.
+    """
 
     tokens: list[tuple[Entry, list[Entry]]]
     texts: list[str]
@@ -31,6 +45,7 @@ class _Written(NamedTuple):
     finish_reason: str | None
     input_tokens: int | None
     output_tokens: int
+    lacking: Sequence[bool] = ()
 
 
 async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
@@ -193,6 +208,9 @@ async def _by_text(scorer: Scorer, request: SampleRequest) -> _Written:
     if message.get("reasoning") or message.get("reasoning_content"):
         raise ListError("hidden-thinking", "the model thought before it answered, in tokens that have no lists.")
     lists = generated_lists(choice)
+    lacking = [is_keyed(choice) and may_lack(listed, own, request.settings.top_logprobs) for own, listed in lists]
+    if not is_keyed(choice):
+        lists = [(own, list(without_outsider(listed))) for own, listed in lists]
     has_stop = choice.get("finish_reason") == "stop" and (not lists[-1][0].text or lists[-1][0].text in END_TOKENS)
     texts = _joined([item for item, _ in (lists[:-1] if has_stop else lists)])
     content: str = choice["text"] if "text" in choice else message.get("content") or ""
@@ -203,7 +221,7 @@ async def _by_text(scorer: Scorer, request: SampleRequest) -> _Written:
     texts += [lists[-1][0].text] if has_stop else []
     return _Written(
         lists, texts, has_stop, choice.get("finish_reason"), said.input_tokens,
-        said.output_tokens or len(lists),
+        said.output_tokens or len(lists), lacking,
     )  # fmt: skip
 
 
@@ -275,8 +293,10 @@ def _response(scorer: Scorer, request: SampleRequest, written: _Written) -> Resp
         model=request.model,
         text="".join(written.texts[: len(written.texts) - written.has_stop]),
         positions=tuple(
-            _position(scorer, sampled, listed, text, settings.top_logprobs)
-            for (sampled, listed), text in zip(written.tokens, written.texts, strict=True)
+            replace(_position(scorer, sampled, listed, text, settings.top_logprobs), may_lack=lacks)
+            for (sampled, listed), text, lacks in zip(
+                written.tokens, written.texts, written.lacking or [False] * len(written.texts), strict=True
+            )
         ),
         finish_reason=written.finish_reason,
         sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),

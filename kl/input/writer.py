@@ -50,9 +50,10 @@ def response_entry(response: Response) -> dict[str, Any]:
 
 
 def _position(position: Position, with_bytes: bool) -> dict[str, Any]:
-    return _candidate(position.sampled, with_bytes) | {
+    entry = _candidate(position.sampled, with_bytes) | {
         "top_logprobs": [candidate_entry(candidate) for candidate in position.top]
     }
+    return entry | ({"may_lack": True} if position.may_lack else {})
 
 
 def _candidate(candidate: Candidate, with_bytes: bool) -> dict[str, Any]:

@@ -152,6 +152,17 @@ def test_a_model_that_only_writes_is_never_q(server: VllmShaped) -> None:
     assert "".join(position.sampled.token for position in sample.response.positions) == sample.response.text
 
 
+def test_a_written_list_holds_no_sampled_token_in_place_of_its_last(server: VllmShaped) -> None:
+    samples = sampled(options(server, mode="write"), 3, temperature=1.5, max_tokens=6, top_logprobs=3)
+    positions = [position for sample in samples for position in sample.response.positions]
+    outside = [
+        item for item in positions if (item.sampled.logprob or 0.0) < min(top.logprob for top in item.top) - 1e-6
+    ]
+    assert outside
+    assert all(len(item.top) == 2 for item in outside)
+    assert not any(len(item.top) == 3 and item.top[-1].token_id == item.sampled.token_id for item in positions)
+
+
 def test_missing_prefill_flags_are_found_out(server: VllmShaped) -> None:
     server.faults = Faults(no_flags=True)
     with pytest.raises(ModelNotUsableError, match="the turn is ended"):
@@ -182,9 +193,13 @@ def test_lists_whose_texts_collide_are_no_scores(server: VllmShaped) -> None:
     results, report = asked(complete, [request])
     assert report["servers"]["smol"]["mode"] == "echo"
     assert len(values(results)) == 2
+    by_one = discovered(options(server, mode="ids", template="none")).model_dump()
     server.faults = Faults(no_tokenizer=True, collide=True)
-    results, _ = asked(complete, [request])
-    assert reasons(results) == {"colliding-texts"}
+    for given in (complete, by_one):
+        results, _ = asked(given, [request])
+        assert reasons(results) == {"colliding-texts"}
+    (sample,) = sampled(by_one)
+    assert {position.may_lack for position in sample.response.positions} == {True}
 
 
 @pytest.mark.parametrize(
