@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from kl.columns import Positions
+from kl.input.appended import stated_k
 from kl.input.documents import load_documents
 from kl.input.problems import Notes, as_list, as_plain
 from kl.input.responses import ResponseFile, parse_responses
 from kl.input.shapes.answers import as_response
-from kl.input.shapes.requests import RENDERED, Object, prompt_of
+from kl.input.shapes.requests import RENDERED, K, Object, prompt_of
 from kl.input.sources import Buffer, objects_of, parts_of, read_document
 from kl.input.writer import prompt_fields
 from kl.records import Defect, Response, Sampling
@@ -117,11 +118,12 @@ def _converted(data: bytes, source_file: str, number: int | None) -> Converted:
     document = read_document(data, lambda texts: load_documents(texts, in_columns=False), Notes(source_file))
     items = as_list((document or {}).get("responses")) or []
     head: Object = {**prompt_fields(read.prompt), **({} if read.model is None else {"model": read.model})}
-    responses = [_response(items[response.response_idx], response, read.model) for response in read.responses]
+    k = stated_k(document or {})
+    responses = [_response(items[response.response_idx], response, read.model, k) for response in read.responses]
     return Converted(number, read, {**head, "responses": responses})
 
 
-def _response(item: object, response: Response, model: str | None) -> Object:
+def _response(item: object, response: Response, model: str | None, k: int | None) -> Object:
     """The response as its source has it, with the settings and names that hold for it."""
     shaped = as_plain(as_response(item, Notes(response.source_file, response.response_idx))) or {}
     content = as_list((as_plain(shaped.get("logprobs")) or {}).get("content")) or []
@@ -131,6 +133,7 @@ def _response(item: object, response: Response, model: str | None) -> Object:
         RENDERED: response.rendered_prompt_sha256,
         "finish_reason": response.finish_reason,
         "sampling": _stated(response.sampling) or None,
+        K: k if stated_k(shaped) is None else stated_k(shaped),
     }
     defects = Positions.of(response.positions).defects
     # What comes after the end of the turn is no position of the response, and may hold numbers that JSON has not.

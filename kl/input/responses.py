@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kl.columns import NO_ID, Entries, Positions
+from kl.input.appended import stated_k, without_added
 from kl.input.contents import Columns
 from kl.input.documents import load_documents
 from kl.input.logprobs import read_positions
@@ -79,6 +80,7 @@ class _FileFacts(NamedTuple):
     model_version: str | None
     sampling: Sampling
     rendered: str | None
+    k: int | None
 
 
 def prompt_sha256(text: str) -> str:
@@ -165,7 +167,7 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     if prompt is None or notes.first_defect:
         return _nothing(notes, prompt, model, items)
     rendered = _read_name(document, RENDERED, None, notes)
-    facts = _FileFacts(source_file, prompt, model, version, sampling, rendered)
+    facts = _FileFacts(source_file, prompt, model, version, sampling, rendered, stated_k(document))
     responses: list[Response] = []
     unreadable: list[UnreadableResponse] = []
     problems = [*notes.problems()]
@@ -227,6 +229,9 @@ def _read_response(item: object, facts: _FileFacts, notes: Notes) -> Response | 
     text = _read_text(raw, notes)
     content = None if text is None else _read_content(raw, text, notes)
     read = None if content is None else _read_positions(content, raw, notes)
+    if read is not None and not notes.first_defect:
+        k = stated_k(raw)
+        read = read._replace(positions=without_added(read.positions, facts.k if k is None else k, notes))
     if text is None or read is None or notes.first_defect:
         return None
     settled = settle_text(text, read.sampled, finish_reason, notes)

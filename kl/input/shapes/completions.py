@@ -67,14 +67,16 @@ def scored_prompt(raw: Object, asked: Asked, notes: Notes) -> Shown:
     if ids is not None and len(ids) != len(items):
         notes.defect("no-logprobs", f"{name}: {len(items)} entries for {len(ids)} tokens, some were left out")
         return Shown(raw, [])
-    rows: list[object] = [_scored_row(item, None if ids is None else ids[at]) for at, item in enumerate(items)]
-    rows, tokens = rows[1:], [str((as_plain(row) or {}).get("token")) for row in rows[1:]]
+    rows = [_scored_row(item, None if ids is None else ids[at]) for at, item in enumerate(items)][1:]
+    tokens = [str(row["token"]) for row in rows]
     given = asked.whole if isinstance(asked.whole, str) else "".join(tokens)
     whole = _response_in(given, asked)
     start = None if whole is None else _start_of(tokens, whole)
     # What the one generated token ended with says nothing of the response.
     scored = {name: value for name, value in raw.items() if name != "finish_reason"}
-    cut = _cut_at(scored, rows, start, whole, name, notes)
+    if all(map(_is_ranked, items[1:])):  # a token beside the best is no entry then: all lists are whole
+        scored["top_logprobs"] = max((len(as_list(row.get("top_logprobs")) or ()) for row in rows), default=0)
+    cut = _cut_at(scored, [*rows], start, whole, name, notes)
     return cut._replace(rows=_without_context_texts(cut.rows))
 
 
@@ -157,6 +159,10 @@ def _scored_entry(key: str, value: object) -> Object:
     token = entry.get("decoded_token")
     token_id = int(key) if key.isdecimal() else key
     return {"token": "" if token is None else token, "logprob": entry.get("logprob"), "token_id": token_id}
+
+
+def _is_ranked(item: object) -> bool:
+    return all(number((as_plain(entry) or {}).get("rank")) is not None for entry in (as_plain(item) or {}).values())
 
 
 def _is_beyond(entries: Object, key: str) -> bool:

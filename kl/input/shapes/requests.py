@@ -13,7 +13,8 @@ Object = dict[str, object]
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "presence_penalty",
             "frequency_penalty", "repetition_penalty")  # fmt: skip
 RENDERED = "rendered_prompt_sha256"  # where a file states the hash of the text that its model was given
-ABOUT = ("model", "model_version", RENDERED, *SETTINGS)
+K = "top_logprobs"  # how many entries were asked for a list
+ABOUT = ("model", "model_version", RENDERED, K, *SETTINGS)
 _OTHER_NAMES = {
     "modelVersion": "model_version",
     "topP": "top_p",
@@ -49,8 +50,9 @@ def settings_of(places: Sequence[Mapping[str, object]]) -> Object:
         inner = as_plain(either(place, "generationConfig", "generation_config")) or {}
         for raw in (place, inner):
             for name, value in raw.items():
-                known = _OTHER_NAMES.get(name, name)
-                if known in ABOUT and value is not None:
+                # Of chats `logprobs` is a switch, and in answers both names are those of lists.
+                known = K if name == "logprobs" and type(value) is int else _OTHER_NAMES.get(name, name)
+                if known in ABOUT and value is not None and (known != K or type(value) is int):
                     found[known] = value
     return found
 

@@ -245,6 +245,39 @@ def test_lines_and_raw_answers_are_read_in_columns(monkeypatch: pytest.MonkeyPat
         assert parse_responses(text.encode(), "a.json").responses
 
 
+@pytest.mark.parametrize(
+    ("stated", "kept", "shown"),
+    [
+        ({}, [2, 2], "may have been added"),
+        ({"top_logprobs": 2}, [2, 2], "one longer than the 2"),
+        ({"top_logprobs": 9}, [2, 2], "may have been added"),
+        ({"sampling": {"logprobs": 3}}, [3, 3], None),
+    ],
+)
+def test_a_sampled_token_that_ends_every_list_is_no_limit_unless_it_is_one_of_the_k(
+    stated: dict[str, Any], kept: list[int], shown: str | None
+) -> None:
+    best = [{"token": " a", "logprob": math.log(0.5)}, {"token": " b", "logprob": math.log(0.2)}]
+    rows = [
+        {"token": token, "logprob": math.log(p), "top_logprobs": [*best, {"token": token, "logprob": math.log(p)}]}
+        for token, p in ((" y", 0.01), (" z", 0.02))
+    ]
+    head = {"prompt": "Hi", "model": "m", **stated}
+    found = same(json.dumps({**head, "responses": [{"text": " y z", "logprobs": {"content": rows}}]}).encode())
+    (response,) = found.responses
+    assert [len(position.top) for position in response.positions] == kept
+    assert [position.sampled.logprob for position in response.positions] == [math.log(0.01), math.log(0.02)]
+    assert all(shown in p.message for p in found.problems) if shown else not found.problems
+    # No token that is missing can be more probable than the last one: the list is whole.
+    own = {"token": " y", "logprob": math.log(0.29)}
+    for top in ([best[0], own], [own]):
+        rows = [{**own, "top_logprobs": top}]
+        found = same(
+            json.dumps({"prompt": "Hi", "responses": [{"text": " y", "logprobs": {"content": rows}}]}).encode()
+        )
+        assert (found.problems, len(found.responses[0].positions[0].top)) == ((), len(top))
+
+
 def test_a_file_travels_between_processes_as_it_is() -> None:
     read = parse_responses(INPUTS[0].read_bytes(), "a.json")
     assert pickle.loads(pickle.dumps(read)) == read

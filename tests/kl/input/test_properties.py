@@ -173,6 +173,7 @@ def document_of(prompt: Prompt, rows: list[Response]) -> dict[str, Any]:
                 "model": row.model,
                 "text": row.text,
                 "finish_reason": row.finish_reason,
+                "top_logprobs": len(row.positions[0].top),
                 "sampling": {name: getattr(row.sampling, name) for name in ("temperature", "top_p", "top_k")},
                 "logprobs": {
                     "content": [
