@@ -83,10 +83,12 @@ def with_one_stop(
     """The same with one key for what ends the turn, where P's name for it is not listed by Q.
 
     Only for a name that is no text, as a response may also end at a text that it was to stop at, and only if Q lists
-    one token that is known to end turns, which P does not list.
+    one token that is known to end turns, which P does not list. What Q was asked for says nothing of how it ends turns:
+    its vocabulary may well contain P's name.
     """
     sampled = samples[0].candidate
-    ends = known_ends(side_q.keys).difference(side_p.keys)
+    listed_q = side_q.keys[: side_q.n_best]
+    ends = known_ends(listed_q).difference(side_p.keys)
     if sampled is None or not is_special(sampled.token) or len(ends) != 1:
         return side_p, side_q, samples
     at = [
@@ -94,8 +96,11 @@ def with_one_stop(
         for place, candidate in enumerate(side_p.candidates)
         if candidate == sampled or (is_whole(sampled.token) and candidate.token == sampled.token)
     ]
-    if len(at) != 1 or (side_p.keys[at[0]] is not None and side_p.keys[at[0]] in side_q.keys):
+    own = None if len(at) != 1 else side_p.keys[at[0]]
+    if len(at) != 1 or (own is not None and own in listed_q):
         return side_p, side_q, samples
+    if own is not None:
+        side_q = _without_wanted(side_q, frozenset([own]))
     keys_p = [END_KEY if place == at[0] else key for place, key in enumerate(side_p.keys)]
     keys_q = [role_key(key, ends) for key in side_q.keys]
     by_role = samples[0]._replace(key=END_KEY), samples[1]._replace(roles=ends)

@@ -185,6 +185,27 @@ def test_a_text_that_two_tokens_have_names_neither():
     assert aligned.open_q[0] == pytest.approx(np.exp(-1.6) + np.exp(-3.0))
 
 
+@pytest.mark.parametrize("stop", ["</s>", "<|turn_over|>"])
+@pytest.mark.parametrize("by", ["bytes", "text"])
+def test_a_stop_is_matched_by_its_role_though_q_s_vocabulary_has_its_name(stop, by):
+    def listed(**probabilities):
+        return tuple(
+            Candidate(text, float(np.log(value)), None, text.encode() if by == "bytes" else None)
+            for text, value in probabilities.items()
+        )
+
+    p, q = listed(**{stop: 0.9, " a": 0.05, " b": 0.02}), listed(**{"<|im_end|>": 0.9, " a": 0.05, " b": 0.02})
+    for wanted in ((), listed(**{stop: 1e-9})):
+        aligned = align([p], [q], p[:1], None, [True], None, [wanted])
+        assert aligned.choices[0].key == by
+        assert aligned.overlap[0] == 3
+        assert aligned.logq_sampled[0] == pytest.approx(np.log(0.9))
+        assert lower_bounds(cells(aligned)).kl[0] == pytest.approx(0, abs=1e-9)
+    # A name that Q lists is Q's own.
+    own = align([p], [(*q, *listed(**{stop: 0.01}))], p[:1], None, [True])
+    assert own.logq_sampled[0] == pytest.approx(np.log(0.01))
+
+
 def test_the_verdict_on_the_vocabularies_counts_what_q_lists():
     logp, logq = gaussian_pair(11, 20, 40, 1.0)
     lists_p, lists_q = top_lists(logp, 8), top_lists(logq, 8)
