@@ -14,6 +14,7 @@ from kl.records import UNKNOWN_LOGPROB
 LARGEST_LOGPROB = 1e-3
 _CLIPPED = -100.0  # what some services say in place of minus infinity
 _AS_ID = "token_id:"
+_NO_BYTES = "\ufffd".encode()
 SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
@@ -115,7 +116,8 @@ def _chat_entry(item: Json) -> Entry:
         return Entry(
             int(text.removeprefix(_AS_ID)), "", None, _number(item.get("logprob"))
         )  # its bytes are of that text
-    token_bytes = bytes(listed) if listed else None
+    # Some servers show a part of a character as U+FFFD, and give the bytes of that.
+    token_bytes = bytes(listed) if listed and _NO_BYTES not in bytes(listed) else None
     return Entry(
         token_id,
         text if token_bytes is None else token_bytes.decode("utf-8", "replace"),

@@ -156,8 +156,9 @@ class OpenAICompatibleBackend(Backend):
     async def _looked_up(self, model: str, known: Sequence[Found]) -> Found:
         deadline_s = min(self.options.retry_deadline_s, _LOOK_ON_RECORD_S if known else _LOOK_S)
         for found in reversed(known):
-            if await probe_again(self._client, self.options, found, deadline_s=deadline_s):
-                return found
+            now = await probe_again(self._client, self.options, found, deadline_s=deadline_s)
+            if now is not None:
+                return now
         return await prove(self._client, self.options, model, deadline_s=deadline_s)
 
     def _with(self, found: Found) -> OpenAICompatibleOptions:

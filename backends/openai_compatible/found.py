@@ -32,6 +32,8 @@ class Found(BaseModel):
         What it says of each model that it serves; empty where it does not say.
     route, form : str
         How it is asked, and whether with ids or with text.
+    lent : bool
+        Whether it lends a tokenizer whose ids and texts are exact.
     echo : bool
         With the route ``prompt``: through ``echo`` in place of ``prompt_logprobs``.
     prefill : str, optional
@@ -64,6 +66,7 @@ class Found(BaseModel):
     served: dict[str, dict[str, Any]]
     route: Literal["prompt", "ids", "prefill", "write"]
     form: Literal["ids", "text"]
+    lent: bool
     echo: bool = False
     prefill: Prefill | None = None
     longest: int

@@ -64,16 +64,28 @@ async def prove(client: Client, options: OpenAICompatibleOptions, model: str, *,
         raise ModelNotUsableError(f"{model} cannot be asked: {error}", permanent=True, model=model) from error
 
 
-async def probe_again(client: Client, options: OpenAICompatibleOptions, found: Found, *, deadline_s: float) -> bool:
-    """Whether a server that was proven before still answers the fixed question alike: one tiny request or two."""
+async def probe_again(
+    client: Client, options: OpenAICompatibleOptions, found: Found, *, deadline_s: float
+) -> Found | None:
+    """What was proven before, where the server still answers the fixed question alike: a few tiny requests.
+
+    What is in no identity is as the server now says it: other models, its context, the longest list.
+    """
     proof = _Proof(client, options, found.model, deadline_s)
     server = await proof.repeated(lambda: look_at(client, found.model, options.preset))
     if server.facts != {name: found.server[name] for name in found.server if name in server.facts}:
-        return False
+        return None
+    if server.served.get(found.model) != found.served.get(found.model):
+        return None
     try:
-        return found.same_weights(await proof.probed(found, server))
+        now = await proof.probed(found, server)
     except (StatusError, ListError, KeyError):
-        return False
+        return None
+    if not found.same_weights(now):
+        return None
+    return found.model_copy(
+        update={"served": server.served, "context": server.context, "slots": server.slots, "longest": now.longest}
+    )
 
 
 def vocabulary_of(
@@ -88,10 +100,10 @@ def vocabulary_of(
 def asker_of(
     client: Client, options: OpenAICompatibleOptions, model: str, kind: str, forced: int | None, *, lent: bool
 ) -> Asker:
-    """What sends the requests for lists; ``lent`` is whether the server lends its tokenizer."""
+    """What sends the requests for lists; ``lent`` is whether the server lends a tokenizer that is exact."""
     neutral = _NEUTRAL if kind in ("vllm", "sglang") else {}
     fields, llama = PRESETS[options.preset].body | neutral | options.body, kind == "llama_cpp"
-    as_ids = kind == "vllm" or (lent and not llama)
+    as_ids = lent and not llama
     return Asker(client, model, fields, fast=options.cache == "fast", forced=forced, llama=llama, as_ids=as_ids)
 
 
@@ -291,15 +303,24 @@ class _Proof:
 
     async def probed(self, found: Found, server: Server) -> Found:
         """The same with the list that the server now gives at the fixed context."""
-        vocabulary = await self.lent(server) if found.form == "ids" or found.kind == "llama_cpp" else None
+        vocabulary = await self.lent(server) if found.lent else None
+        if found.lent and vocabulary is None:
+            raise ListError("server-changed", "it does not lend its tokenizer as before")
+        if vocabulary is not None and found.form == "ids":
+            now = _hash(vocabulary.prompt_ids(_PROMPT))
+            if now != found.server.get("template_ids"):
+                raise ListError("server-changed", "its template writes a prompt otherwise")
         forced = (await vocabulary.encoded("a"))[0] if vocabulary is not None and found.kind == "llama_cpp" else None
         asker = asker_of(self.client, self.options, self.model, found.kind, forced, lent=vocabulary is not None)
         self.spelling = found.prefill
         sent = await self.sent_by(found.route, found.form, vocabulary, _PREFIX)
-        answered = await self.ask_by(asker, sent, min(_PROBED, found.longest))
+        longest = await self.longest(asker, sent)
+        answered = await self.ask_by(asker, sent, min(_PROBED, longest))
         if found.fingerprint is not None and answered.told.fingerprint != found.fingerprint:
             raise ListError("server-changed", "its answers have another system_fingerprint")
-        return found.model_copy(update={"probe": _labelled(usable(answered.lists[-1], _PROBED).entries)})
+        return found.model_copy(
+            update={"longest": longest, "probe": _labelled(usable(answered.lists[-1], _PROBED).entries)}
+        )
 
     async def measured(
         self,
@@ -337,6 +358,7 @@ class _Proof:
             served=server.served,
             route=route,
             form="ids" if form == "ids" else "text",
+            lent=vocabulary is not None,
             echo=echo,
             prefill=spelling,
             longest=longest,

@@ -31,6 +31,7 @@ from kl.tables.context_counts import RETOKENISED
 
 _FIRST_WAIT_S = 0.2
 _NO_LIMIT = 2**31
+_TOO_LONG_REASON = "context-too-long"
 _TOO_LONG = re.compile(
     r"exceed_context_size|context.length|maximum context|too long|context window|must be at least 1, got 0",
     re.IGNORECASE,
@@ -99,7 +100,7 @@ class Scorer:
         """With what each request needs of the server's tokenizer."""
         made = cls(client, options, found, limit, calls, version)
         forced = None
-        if found.form == "ids" or found.kind in ("llama_cpp", "vllm"):
+        if found.lent:
             vocabulary = vocabulary_of(client, options, found.model, found.kind, found.server.get("n_vocab"))
             made.vocabulary = vocabulary
             if found.kind == "llama_cpp":
@@ -145,7 +146,8 @@ class Scorer:
                 [],
             )
         for failure in failed:
-            yield failure
+            # The server's context belongs to no key: started with a longer one, it may well answer.
+            yield replace(failure, final=False) if failure.reason == _TOO_LONG_REASON else failure
         waiting = iter(units)
 
         async def work() -> AsyncGenerator[Score | ScoreFailure]:
@@ -340,7 +342,7 @@ class Scorer:
             return Failed("deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
         if isinstance(error, StatusError):
             too_long = _TOO_LONG.search(str(error)) is not None
-            return Failed("context-too-long" if too_long else "refused", str(error), final=too_long)
+            return Failed(_TOO_LONG_REASON if too_long else "refused", str(error))
         return Failed(error.reason if isinstance(error, ListError) else "unexpected-shape", str(error))
 
     def _read(self, unit: Unit, answered: Answered, k: int) -> Iterator[Score | ScoreFailure]:
@@ -422,7 +424,7 @@ def _of_own(request: ScoreRequest, prompt_ids: Sequence[int], limit: int) -> tup
             contexts.append(Asked(key, whole, length))
         elif length:
             message = f"the context has {length} tokens, the server takes {limit}; start it with a longer context."
-            failed.append(ScoreFailure(key, "context-too-long", message, final=True))
+            failed.append(ScoreFailure(key, _TOO_LONG_REASON, message))
         else:
             failed.append(ScoreFailure(key, "empty-context", "there is nothing to predict from.", final=True))
     return contexts, failed

@@ -6,6 +6,7 @@ Only what the recordings show is imitated. `Faults` are what other servers, othe
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ class Faults:
         So are they, and one token ends a turn of the assistant, with no header after it.
     no_usage : bool
         Answers do not count tokens.
+    system : str
+        What the template writes into a conversation without system text.
+    tidies : bool
+        /detokenize leaves out blanks before punctuation.
     collide : bool
         Lists show the first letter of a token alone.
     no_chosen : bool
@@ -68,6 +73,8 @@ class Faults:
     no_flags: bool = False
     ends_turn: bool = False
     no_usage: bool = False
+    system: str = ""
+    tidies: bool = False
     collide: bool = False
     no_tokenizer: bool = False
     no_chosen: bool = False
@@ -165,7 +172,8 @@ class VllmShaped:
         return self._model.tokenizer._tokens[index]
 
     def _detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt": self._text(body["tokens"])}
+        text = self._text(body["tokens"])
+        return {"prompt": re.sub(r" (?=[.,?!])", "", text) if self.faults.tidies else text}
 
     def _text(self, ids: Sequence[int]) -> str:
         return b"".join(map(self._model.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
@@ -179,7 +187,7 @@ class VllmShaped:
         begins = body.get("add_generation_prompt", True)
         if goes_on and begins:
             raise _RefusedError("Cannot set both `add_generation_prompt` and `continue_final_message` to True.", "")
-        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else self.faults.system or None
         last = messages.pop()["content"] if goes_on else ""
         roles = {"user": "user", "assistant": "model"}
         turns = tuple(Turn(roles[item["role"]], item["content"]) for item in messages)
