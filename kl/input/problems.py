@@ -38,6 +38,7 @@ WHAT_TO_DO = {
     "empty-prompt": "Give each turn of the prompt a text.",
     "unknown-role": "Known: user, model (or assistant), and system for the first turn.",
     "prompt-end": "A prompt must end with a user turn; the response is what follows it.",
+    "two-prompts": "State what the model was given, or the request alone.",
     "two-system-texts": "Keep one of them.",
     "bad-responses": "`responses` must be a list of objects.",
     "continues-prefix": "They are read by people; a run needs whole responses.",

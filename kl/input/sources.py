@@ -209,6 +209,8 @@ class _Question(msgspec.Struct):
     messages: msgspec.Raw = msgspec.Raw()
     system: msgspec.Raw = msgspec.Raw()
     request: msgspec.Raw = msgspec.Raw()
+    object: msgspec.Raw = msgspec.Raw()
+    instructions: msgspec.Raw = msgspec.Raw()
     prompt_logprobs: msgspec.Raw = msgspec.Raw()
     choices: list[_Choice] | None = None
     response: _Question | None = None
@@ -217,7 +219,7 @@ class _Question(msgspec.Struct):
     def plain(self) -> Object:
         """The same as the values of an object."""
         found: Object = {}
-        for name in ("prompt", "messages", "system", "request"):
+        for name in ("prompt", "messages", "system", "request", "object", "instructions"):
             raw = bytes(getattr(self, name))
             if raw:
                 found[name] = json.loads(raw)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kl.input.problems import Notes, as_list, as_plain, number, show
+from kl.input.prompts import read_prompt
 from kl.input.shapes.completions import (
     Asked,
     Shown,
@@ -28,10 +29,12 @@ from kl.input.shapes.requests import (
     foreign_part,
     is_raw_text,
     prompt_of,
+    prompt_of_request,
     scored_message,
     settings_of,
 )
 from kl.input.shapes.rows import unexplained, usual_rows, with_ids
+from kl.records import Prompt
 
 _CONTEXT = "\0asked"  # a key that no service has
 
@@ -39,13 +42,13 @@ _CONTEXT = "\0asked"  # a key that no service has
 class _Context(NamedTuple):
     """What an item of a raw answer needs of the answer and of its request.
 
-    ``n_tokens`` is how many tokens the service counted, ``n_hidden`` how many came before and are not shown;
-    ``trouble`` is what the service said in the place of an answer.
+    ``n_tokens`` is how many tokens the service counted, ``n_hidden`` how many came before and are not shown, None where
+    some did; ``trouble`` is what the service said in the place of an answer.
     """
 
     asked: Asked = Asked()
     n_tokens: int | None = None
-    n_hidden: int = 0
+    n_hidden: int | None = 0
     trouble: str | None = None
 
 
@@ -113,21 +116,26 @@ def _with_request(item: object, document: Object, answer: Object, prompt: Object
     stated = document.get("text") if document is not answer or "choices" in document else None
     scored = scored_message(document)
     whole = either(asked_of(document), "prompt") if scored is None else None
-    asked = Asked(prompt.get("prompt"), whole, stated if isinstance(stated, str) else scored, scored is not None)
+    text = stated if isinstance(stated, str) else scored
+    request = asked_of(document)
+    echo = bool(request.get("echo")) if request else None
+    asked = Asked(prompt.get("prompt"), whole, text, scored is not None, echo)
     count = (as_plain(answer.get("usage")) or {}).get("completion_tokens")
     n_tokens = count if type(count) is int and len(as_list(answer.get("choices")) or ()) == 1 else None
-    return {**raw, **beside, _CONTEXT: _Context(asked, n_tokens, _hidden_tokens(answer))}
+    return {**raw, **beside, _CONTEXT: _Context(asked, n_tokens, _hidden_tokens(raw, answer))}
 
 
-def _hidden_tokens(answer: Object) -> int:
-    """How many tokens a model wrote before its response that the answer does not show."""
+def _hidden_tokens(item: Object, answer: Object) -> int | None:
+    """How many tokens a model wrote before its response that this does not hold; None where it is some number."""
     usage = as_plain(answer.get("usage")) or {}
     details = as_plain(either(usage, "completion_tokens_details", "output_tokens_details")) or {}
     google = as_plain(either(answer, "usageMetadata", "usage_metadata")) or {}
-    count = number(either(details, "reasoning_tokens")) or number(
-        either(google, "thoughtsTokenCount", "thoughts_token_count")
-    )
-    return int(count or 0)
+    counts = (either(details, "reasoning_tokens"), either(google, "thoughtsTokenCount", "thoughts_token_count"))
+    count = next((value for raw in counts if (value := number(raw)) is not None), None)
+    message = as_plain(item.get("message")) or {}
+    kinds = [(as_plain(part) or {}).get("type") for part in as_list(answer.get("output")) or []]
+    thinks = message.get("reasoning_content") or message.get("reasoning") or ("reasoning" in kinds and count is None)
+    return int(count) if count else None if thinks else 0
 
 
 def note_request(document: Object, shaped: Object, notes: Notes) -> None:
@@ -138,6 +146,9 @@ def note_request(document: Object, shaped: Object, notes: Notes) -> None:
             notes.defect("foreign-prompt-part", f"the request has `{foreign}`, which the model is given as text")
         if either(asked_of(document), "logprob_token_ids") is not None:
             notes.defect("chosen-tokens", "the request has `logprob_token_ids`: the lists are of those tokens alone")
+        asked = prompt_of_request(document)
+        if asked is not None and "prompt" in shaped and _read(asked) != _read(shaped):
+            notes.defect("two-prompts", "the request has other turns, or another system text, than stand beside it")
         if is_raw_text(document):
             what = "the request's `prompt` is the text that the model was given as it is"
             notes.repair("raw-prompt", f"{what}; taken as a user turn, as nothing here says otherwise")
@@ -148,6 +159,10 @@ def note_request(document: Object, shaped: Object, notes: Notes) -> None:
         notes.defect("no-prompt", f"{bare}, and `prompt` is missing")
     elif ids and all(type(item) is int for item in ids):
         notes.defect("no-prompt", "the request's `prompt` is a list of token ids, which no text here says")
+
+
+def _read(asked: Object) -> Prompt | None:
+    return read_prompt(asked, Notes(""))
 
 
 def _name_of(item: Mapping[str, object]) -> str | None:
@@ -171,8 +186,9 @@ def as_response(item: object, notes: Notes) -> object:
     assert isinstance(context, _Context), "no JSON has it"
     if context.trouble is not None:
         return notes.defect("service-error", context.trouble)
-    if context.n_hidden:
-        what = f"the model wrote {context.n_hidden} tokens of thought before the response, which are not shown"
+    if context.n_hidden != 0:
+        number_of = "" if context.n_hidden is None else f"{context.n_hidden} "
+        what = f"the model wrote {number_of}tokens of thought before the response, which are not shown"
         return notes.defect("hidden-thinking", what)
     if "delta" in raw:
         return notes.defect("streamed-answer", "the item is a chunk of an answer that was streamed")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from kl.input.problems import Notes, as_list, as_plain, number, show
 from kl.input.shapes.requests import Object
+from kl.pieces import REPLACEMENT
 
+_WORDS = re.compile(r"\S\s+\S")  # more than one token has
 _STOP_TYPES = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
@@ -16,12 +19,14 @@ class Asked(NamedTuple):
 
     ``prompt`` is the one that the response answers; ``whole`` what the model was given (a text, or ids), which may hold
     the response too; ``text`` the response, where it is known. ``scored``: it was given as the last message of a chat.
+    ``echo``: whether the prompt was to be given back, None where no request says it.
     """
 
     prompt: object = None
     whole: object = None
     text: str | None = None
     scored: bool = False
+    echo: bool | None = None
 
 
 class Shown(NamedTuple):
@@ -44,19 +49,24 @@ def legacy_rows(holder: Object, notes: Notes) -> list[object]:
 
 
 def without_echo(raw: Object, rows: list[object], asked: Asked, notes: Notes) -> Shown:
-    """A choice of the completions format without the prompt, if that is echoed: the first token has no value then."""
+    """A choice of the completions format without the prompt, if that is echoed: mostly the first token has no value."""
+    name = "an answer of completions that echoes its prompt"
     first = as_plain(rows[0]) if rows else None
-    if first is None or first.get("logprob") is not None or first.get("top_logprobs") is not None:
+    text = raw.get("text")
+    if not asked.echo and (first is None or first.get("logprob") is not None or first.get("top_logprobs")):
+        prompt = asked.prompt if asked.echo is None and asked.text is None else None
+        if isinstance(prompt, str) and isinstance(text, str) and prompt and text != prompt and text.startswith(prompt):
+            notes.defect("no-boundary", f"{name}, or a response that begins with the same text")
+            return Shown(raw, [])
         return Shown(raw, rows)
     tokens = [str((as_plain(row) or {}).get("token")) for row in rows]
-    text = raw.get("text")
     ids = as_list(asked.whole)
     if ids is not None and asked.text is None and _are_the_prompt(tokens[: len(ids)], asked.prompt):
         start, whole = len(ids), "".join(tokens[len(ids) :])
     else:
         whole = _response_in(text if isinstance(text, str) else "".join(tokens), asked)
         start = None if whole is None else _start_of(tokens, whole)
-    return _cut_at(raw, rows, start, whole, "an answer of completions that echoes its prompt", notes)
+    return _cut_at(raw, rows, start, whole, name, notes)
 
 
 def scored_prompt(raw: Object, asked: Asked, notes: Notes) -> Shown:
@@ -71,6 +81,9 @@ def scored_prompt(raw: Object, asked: Asked, notes: Notes) -> Shown:
     tokens = [str(row["token"]) for row in rows]
     given = asked.whole if isinstance(asked.whole, str) else "".join(tokens)
     whole = _response_in(given, asked)
+    if isinstance(asked.whole, str) and _is_cut(asked.whole, "".join(tokens)):
+        notes.defect("no-boundary", f"{name} of other tokens than the request's `prompt` has: it was cut, or changed")
+        return Shown(raw, [])
     start = None if whole is None else _start_of(tokens, whole)
     # What the one generated token ended with says nothing of the response.
     scored = {name: value for name, value in raw.items() if name != "finish_reason"}
@@ -98,6 +111,13 @@ def is_scored(raw: Object, asked: Asked) -> bool:
         return given[-1].endswith(asked.text) or not str(raw.get("text")).endswith(asked.text)
     prompt = asked.prompt
     return isinstance(prompt, str) and any(text.startswith(prompt) and text != prompt for text in given)
+
+
+def _is_cut(whole: str, shown: str) -> bool:
+    """Whether a prompt has more before the tokens that are shown than the text of one, which is not."""
+    if REPLACEMENT in shown:
+        return False
+    return not whole.endswith(shown) or _WORDS.search(whole[: len(whole) - len(shown)]) is not None
 
 
 def _are_the_prompt(tokens: Sequence[str], prompt: object) -> bool:

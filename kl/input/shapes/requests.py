@@ -23,7 +23,10 @@ _OTHER_NAMES = {
     "frequencyPenalty": "frequency_penalty",
     "repeat_penalty": "repetition_penalty",
 }
-_PARTS_OF_A_PROMPT = ("tools", "functions", "previous_response_id", "conversation")
+# The last one takes a part of the prompt away.
+_PARTS_OF_A_PROMPT = ("tools", "functions", "previous_response_id", "conversation", "cachedContent", "cached_content",
+                      "truncate_prompt_tokens")  # fmt: skip
+_BESIDE = ("prompt", "messages", "system")  # where the prompt stands beside an answer
 
 
 def either(raw: Mapping[str, object], *names: str) -> object:
@@ -60,7 +63,9 @@ def settings_of(places: Sequence[Mapping[str, object]]) -> Object:
 def prompt_of(document: Object) -> Object:
     """``prompt`` and ``system`` of an answer's file, as the readers take them; nothing where it has none."""
     asked = asked_of(document)
-    own = {"system": document["system"]} if "system" in document else {}
+    repeated = _repeated_system(document)
+    own = {} if repeated is None else {"system": repeated}
+    own |= {"system": document["system"]} if "system" in document else {}
     for place in (document, asked, answer_of(document)):
         if place.get("prompt") is not None:
             return {"prompt": place["prompt"], **own}
@@ -72,6 +77,22 @@ def prompt_of(document: Object) -> Object:
     if found is None:
         return {"prompt": document["prompt"], **own} if "prompt" in document else own
     return {"prompt": found, **({} if system is None else {"system": _text_parts(system)}), **own}
+
+
+def prompt_of_request(document: Object) -> Object | None:
+    """As `prompt_of`, of a request with turns or a system text, whatever stands beside it; None of any other one."""
+    names = ("messages", "contents", "input", "systemInstruction", "system_instruction", "instructions")
+    if either(asked_of(document), *names) is None and _repeated_system(document) is None:
+        return None
+    asked = {name: value for name, value in document.items() if name not in _BESIDE}
+    found = prompt_of(asked)
+    return found if "prompt" in found else {"prompt": prompt_of(document).get("prompt"), **found}
+
+
+def _repeated_system(document: Object) -> object:
+    """The system text that an answer of OpenAI's Responses route repeats."""
+    answer = answer_of(document)
+    return answer.get("instructions") if answer.get("object") == "response" else None
 
 
 def scored_message(document: Object) -> str | None:

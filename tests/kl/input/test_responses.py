@@ -636,7 +636,7 @@ FILE_KINDS = (
 ).split()  # their cases are beside those of other whole files
 FOREIGN_KINDS = (
     "foreign-prompt-part chosen-tokens no-boundary service-error hidden-thinking after-sampling missing-entries "
-    "streamed-answer unusable-list"
+    "streamed-answer unusable-list two-prompts"
 ).split()  # of other people's formats, with their cases
 
 

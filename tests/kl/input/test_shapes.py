@@ -101,8 +101,7 @@ def responses_route(**changes: Any) -> dict[str, Any]:
     """An answer of OpenAI's Responses route."""
     part = {"type": "output_text", "text": RESPONSE["text"], "annotations": [], "logprobs": CONTENT}
     message = {"type": "message", "role": "assistant", "content": [part]}
-    output = [{"type": "reasoning", "summary": []}, message]
-    return {"object": "response", "status": "completed", "model": "m", "tools": [], "output": output, **changes}
+    return {"object": "response", "status": "completed", "model": "m", "tools": [], "output": [message], **changes}
 
 
 INPUT = [{"role": "user", "content": [{"type": "input_text", "text": PROMPT}]}]
@@ -286,6 +285,8 @@ ECHOED = {"index": 0, "text": "Hi you!", "logprobs": columns(*ECHO)}
     [
         pytest.param({"request": {"prompt": "Hi"}, "response": {"choices": [ECHOED]}}, " you!", id="asked"),
         pytest.param({"prompt": "Hi you", "choices": [ECHOED]}, "!", id="stated"),
+        pytest.param({"request": {"prompt": "Hi", "echo": True}, "response": {"choices": [
+                      {**ECHOED, "logprobs": columns(("Hi", 0.0, {"Hi": 0.0}), *ECHO[1:])}]}}, " you!", id="a value"),
         pytest.param({"prompt": "Greet.", "text": " you!", "choices": [ECHOED]}, " you!", id="response stated"),
         pytest.param({"prompt": "Hi you", "request": {"prompt": [7, 8]}, "response": {"choices": [ECHOED]}}, "!",
                      id="ids"),
@@ -436,11 +437,29 @@ def test_an_entry_that_stands_for_several_tokens_of_llama_cpp_is_not_used() -> N
         pytest.param(llama_answer(11, *PLAIN_ROWS), "missing-entries", id="entries that nothing accounts for"),
         pytest.param({"prompt": "Bye", "choices": [ECHOED]}, "no-boundary", id="another prompt"),
         pytest.param({"prompt": "H", "choices": [ECHOED]}, "no-boundary", id="inside a token"),
+        pytest.param({"prompt": "Hi", "choices": [
+                      {**ECHOED, "logprobs": columns(("Hi", 0.0, {"Hi": 0.0}), *ECHO[1:])}]}, "no-boundary",
+                     id="an echo, or a response that begins so"),
+        pytest.param({"prompt": "x", "text": "🌊.", "request": {"prompt": "Cut from the left: Hi🌊."}, "choices": [
+                      {"index": 0, "prompt_logprobs": SCORED}]}, "no-boundary", id="a prompt cut from the left"),
+        pytest.param({"request": {"messages": MORE, "truncate_prompt_tokens": 4}, "response": {"choices": [
+                      {"index": 0}], "prompt_logprobs": SCORED}}, "foreign-prompt-part",
+                     id="a prompt that was to be cut"),
         pytest.param({"prompt": "Hi you!", "choices": [ECHOED]}, "no-boundary", id="nothing after the prompt"),
         pytest.param({"prompt": "x", "text": "🌊.", "choices": [{"index": 0, "prompt_logprobs": SCORED[:4],
                       "prompt_token_ids": [1, 11, 20, 22, 24]}]}, "no-logprobs", id="a scored prompt that was cut"),
         pytest.param(chat(prompt=PROMPT, usage={"completion_tokens_details": {"reasoning_tokens": 9}}),
                      "hidden-thinking", id="thoughts"),
+        pytest.param({"prompt": PROMPT, "choices": [{"index": 0, "message": {"content": "a", "reasoning": "so"}}]},
+                     "hidden-thinking", id="thoughts beside the answer"),
+        pytest.param({"request": {"input": PROMPT}, "response": responses_route(output=[
+                      {"type": "reasoning", "summary": []}, *responses_route()["output"]])}, "hidden-thinking",
+                     id="an item of thoughts"),
+        pytest.param({"request": {**GEMINI_REQUEST, "cachedContent": "c"}, "response": {"candidates": [GEMINI]}},
+                     "foreign-prompt-part", id="a kept part of the prompt"),
+        pytest.param({"prompt": PROMPT, "request": {**GEMINI_REQUEST, "systemInstruction": {"parts": [{"text": "S"}]}},
+                      "response": {"candidates": [GEMINI]}}, "two-prompts", id="a system text in the request alone"),
+        pytest.param(chat(prompt=PROMPT, request={"messages": [*MORE, *MESSAGES]}), "two-prompts", id="earlier turns"),
         pytest.param({"request": GEMINI_REQUEST, "response": {"candidates": [GEMINI], "usageMetadata":
                       {"thoughtsTokenCount": 3}}}, "hidden-thinking", id="thoughts of Gemini"),
         pytest.param(chat(request={"messages": MESSAGES, "tools": [{"type": "function"}]}), "foreign-prompt-part",
@@ -471,6 +490,17 @@ def test_an_answer_that_cannot_be_read_is_refused_with_the_reason(document: dict
     file = read(document)
     assert (len(file.responses), [item.kind for item in file.unreadable]) == (0, [kind])
     assert "\n" not in file.unreadable[0].message
+
+
+def test_the_system_text_is_the_one_of_the_request_or_of_the_answer_that_repeats_it() -> None:
+    answer = responses_route(instructions="S")
+    for document in (
+        {"prompt": PROMPT, **answer},
+        {"request": {"input": INPUT}, "response": answer},
+        {"prompt": PROMPT, "system": "S", "request": {"input": INPUT, "instructions": "S"}, "response": answer},
+    ):
+        (response,) = read(document).responses
+        assert response.prompt == Prompt((Turn("user", PROMPT),), "S")
 
 
 def test_settings_stand_in_the_request_in_the_words_of_its_service() -> None:
