@@ -43,7 +43,7 @@ class LoadedModel:
         The latter for GGUF files, whose rules transformers does not take over.
     template : CheckpointTemplate or ChatTemplate
     limit : int
-        The most tokens of a context.
+        The most tokens of a context. A pass, padding included, has no more.
     device : torch.device
         Where ids go, and where the rows of `hidden` are.
     n_vocabulary : int
@@ -72,7 +72,9 @@ class LoadedModel:
         self._finish = _finishing(config, torch)
         self.tokenizer, self.template, own_limit = words
         self.stop_ids = self.tokenizer.stop_ids | _stops_of(whole)
-        self.limit = min(int(getattr(config, "max_position_embeddings", None) or own_limit), own_limit)
+        self.limit = min(
+            int(getattr(config, "max_position_embeddings", None) or own_limit), own_limit, _longest(config)
+        )
         self.n_vocabulary = 0  # until it is proved
         with torch.inference_mode():
             self._prove()
@@ -277,6 +279,18 @@ def _device(wanted: str, torch: Any) -> Any:
 
 def _first_device(model: Any) -> Any:
     return model.get_input_embeddings().weight.device
+
+
+def _longest(config: Any) -> int:
+    """The most tokens of a context whose figures do not depend on what is fed after it or beside it.
+
+    With ``longrope`` a pass whose longest row goes beyond the original length has other frequencies in all its rows.
+    (`dynamic` does the same beyond ``max_position_embeddings``, which is a limit anyway.)
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    layers = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    lengths = [each["original_max_position_embeddings"] for each in layers if each.get("rope_type") == "longrope"]
+    return min(map(int, lengths), default=sys.maxsize)
 
 
 def _finishing(config: Any, torch: Any) -> Callable[[Tensor], Tensor]:

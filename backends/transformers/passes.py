@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -96,7 +97,8 @@ class Passes:
     def __init__(self, tokens_per_pass: int | None, *, compiled: bool = False) -> None:
         self._given, self._compiled = tokens_per_pass, compiled
         self._shrunk = 1
-        self._numberings: dict[tuple[int, int], bool] = {}
+        # By the models themselves: an address may be given to another model once one is forgotten.
+        self._numberings: WeakKeyDictionary[LoadedModel, WeakKeyDictionary[LoadedModel, bool]] = WeakKeyDictionary()
 
     def tokens(self, model: LoadedModel) -> int:
         """How many tokens a pass of a model may have."""
@@ -166,12 +168,12 @@ class Passes:
 
         Control tokens may have other names: a model is often tuned with ones that were kept free for that.
         """
-        place = id(p), id(q)
-        if place not in self._numberings:
+        known = self._numberings.setdefault(p, WeakKeyDictionary())
+        if q not in known:
             both = [(a, b) for a, b in zip(p.pieces, q.pieces, strict=False) if a is not None and b is not None]
             same = all(a == b for a, b in both)
-            self._numberings[place] = p is q or (same and len(both) > _SHARED * min(len(p.pieces), len(q.pieces)))
-        return self._numberings[place]
+            known[q] = p is q or (same and len(both) > _SHARED * min(len(p.pieces), len(q.pieces)))
+        return known[q]
 
     def _shrink(self, model: LoadedModel, error: BaseException) -> None:
         self._shrunk *= 2

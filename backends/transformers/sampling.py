@@ -131,7 +131,8 @@ def _write(model: LoadedModel, batch: Sequence[_Asked]) -> list[_Written]:
                 going.discard(at)
         ids = torch.tensor(drawn, device=model.device)[:, None]
         mask = torch.cat([mask, mask.new_ones((n, 1))], dim=1)
-        positions = positions[:, -1:] + 1
+        # Rows that are done go on beside the others; a position beyond the limit may change the frequencies of all.
+        positions = (positions[:, -1:] + 1).clamp(max=model.limit - 1)
     return [_Written(one, stop) for one, stop in zip(written, stops, strict=True)]
 
 

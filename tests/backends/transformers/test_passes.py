@@ -24,11 +24,13 @@ from backends.errors import ModelNotUsableError
 from backends.local.backend import LocalBackend
 from backends.transformers.backend import TransformersBackend
 from backends.transformers.checkpoints import find_checkpoint
+from backends.transformers.loading import Models
 from backends.transformers.options import TransformersOptions
+from backends.transformers.passes import Passes, Rows
 from backends.transformers.reduction import compared, log_total, top_ids
 from backends.transformers.tokens import CheckpointTemplate, CheckpointTokenizer
 from kl.estimators.divergence import exact_of_padded
-from kl.records import Prompt, Score, Turn
+from kl.records import Prompt, Score, ScoreFailure, Turn
 from tests import ROOT
 from tests.backends.transformers.asking import ask, paired, request, scores
 from tests.backends.transformers.checkpoints import tiny_model
@@ -56,6 +58,46 @@ def test_answers_do_not_depend_on_what_shares_a_pass(tiny: Path) -> None:
     together, one_by_one = (scores(several(str(tiny)), tokens_per_pass=size) for size in (4096, 1))
     for here, there in zip(together, one_by_one, strict=True):
         assert values(here) == pytest.approx(values(there), abs=NATS)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 8.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6},
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_frequencies_do_not_depend_on_what_comes_later(rope: dict[str, Any], tmp_path: Path) -> None:
+    if rope["rope_type"] == "longrope":
+        rope, longest = rope | {"original_max_position_embeddings": 64}, 512
+    else:
+        longest = 64
+    settings = {"rope_parameters": rope | {"rope_theta": 10_000.0}, "max_position_embeddings": longest}
+    model = str(tiny_model(tmp_path / "model", **settings))
+    early, whole = request(model, TEXTS[:3]), request(model, [*TEXTS[:3], *["x"] * 80])
+    alone, beside = ask([early]), ask([whole])
+    assert [values(beside[key]) for key in early.keys] == [pytest.approx(values(alone[key])) for key in early.keys]
+    late = beside[whole.keys[-1]]
+    assert isinstance(late, ScoreFailure)
+    assert late.reason == "context-too-long"
+    assert "takes 64" in late.message
+
+
+def test_models_that_are_forgotten_leave_nothing_behind(tiny: Path, other: Path) -> None:
+    models, passes = Models(), Passes(None)
+    options = TransformersOptions(local_files_only=True)
+
+    def compare() -> None:
+        sides = [models.load(find_checkpoint(str(folder), options)) for folder in (tiny, other)]
+        rows = [Rows(side, torch.zeros(1, 48), 1, False, [()]) for side in sides]
+        ((_, found),) = passes.reduced(rows, pair=True)
+        assert np.isfinite(found.figures).all()
+
+    compare()
+    assert len(passes._numberings) == 1
+    models.release()
+    assert not passes._numberings
 
 
 def test_figures_of_a_pair_are_those_of_the_vocabularies_that_are_kept(tiny: Path, other: Path) -> None:
