@@ -277,6 +277,11 @@ class Backend(ABC):
         return {"backend": name, "top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
 
     @classmethod
+    def sampling_identity(cls, options: BackendOptions, model: str, settings: SampleSettings) -> dict[str, Any]:
+        """As `identity`, of a model that writes responses: those of one sampling come from one."""
+        return cls.identity(options, ScoreRequest("", model, Prompt(()), "", (), None, (), (), settings.top_logprobs))
+
+    @classmethod
     def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
         """The price of that many tokens, or None where it is not known; 0 where nothing leaves the machine."""
         return None if cls.capabilities.remote else 0.0

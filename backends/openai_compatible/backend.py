@@ -32,6 +32,7 @@ from backends.openai_compatible.sampling import write
 from backends.openai_compatible.scoring import Scorer
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
+from backends.settings import SampleSettings
 from kl.records import Prompt, Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -75,23 +76,21 @@ class OpenAICompatibleBackend(Backend):
             If the server does not have the model, or gives no lists of that length.
         """
         assert isinstance(options, OpenAICompatibleOptions)
-        asked = {
-            "wire": "openai",
-            "template": options.template,
-            "cache": options.cache,
-            "body": options.body,
-            "top_logprobs": request.top_logprobs,
-        }
         found = options.found
-        if found is None:
-            return asked | {"address": options.base_url, "preset": options.preset, "mode": options.mode}
-        if found.served and request.model not in found.served:
+        if found is not None and found.served and request.model not in found.served:
             raise ModelNotUsableError(
                 f"the server has no model {request.model!r}; it has {', '.join(sorted(found.served))}.",
                 permanent=True, model=request.model,
             )  # fmt: skip
-        _check_length(found, request)
-        return asked | found.identity(request.model)
+        if found is not None:
+            _check_length(found, request)
+        return _identity(options, request.model, request.top_logprobs)
+
+    @classmethod
+    def sampling_identity(cls, options: BackendOptions, model: str, settings: SampleSettings) -> dict[str, Any]:
+        """The same of a model that writes, which may be asked with mode write."""
+        assert isinstance(options, OpenAICompatibleOptions)
+        return _identity(options, model, settings.top_logprobs)
 
     @classmethod
     def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
@@ -245,6 +244,20 @@ class OpenAICompatibleBackend(Backend):
         async with aclosing(merged([work() for _ in range(workers)])) as results:
             async for result in results:
                 yield result
+
+
+def _identity(options: OpenAICompatibleOptions, model: str, top_logprobs: int) -> dict[str, Any]:
+    found = options.found
+    asked = {
+        "wire": "openai",
+        "template": options.template,
+        "cache": options.cache,
+        "body": options.body,
+        "top_logprobs": top_logprobs,
+    }
+    if found is None:
+        return asked | {"address": options.base_url, "preset": options.preset, "mode": options.mode}
+    return asked | found.identity(model)
 
 
 def in_flight(found: Found, options: OpenAICompatibleOptions) -> int:

@@ -17,6 +17,7 @@ from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.terminal import ProgressReporter
 from flows.sampling.files import Target
+from flows.sampling.identity import check_identities
 from flows.sampling.plan import SamplePlan
 from kl.input.responses import RENDERED, prompt_sha256
 from kl.input.writer import response_entry
@@ -100,6 +101,7 @@ class Sampler:
     async def _rounds(self, backend: Backend) -> None:
         """Ask, and ask again for what came without what it must have."""
         config, left = self.plan.config, self.plan.requests
+        await check_identities(self.plan, backend)
         if config.preflight:
             await _preflight(backend, config, left)
         with ProgressReporter("responses sampled", len(left)) as progress:
@@ -173,9 +175,9 @@ class Sampler:
     def _report(self) -> SampleReport:
         targets, missing = self.plan.targets, Counter[str]()
         lacking: dict[Target, list[ScoreFailure]] = {}
-        for key, (target, _) in self.plan.places.items():
-            if key in self.failures:
-                lacking.setdefault(target, []).append(self.failures[key])
+        for key, (target, index) in self.plan.places.items():
+            if index not in target.entries:
+                lacking.setdefault(target, []).append(self.failures.get(key) or _no_result(key))
         for target, failures in lacking.items():
             missing.update(failure.reason for failure in failures)
             logger.warning(
@@ -207,6 +209,10 @@ async def _preflight(backend: Backend, config: SampleConfig, requests: Sequence[
         else:
             version = await backend.preflight_sampling(model, config.sampling.settings)
         logger.info("%s can be sampled%s", model, f" ({version})" if version else "")
+
+
+def _no_result(key: str) -> ScoreFailure:
+    return ScoreFailure(key, "no-result", "the backend gave neither a response nor a reason. Run again to ask it.")
 
 
 def _entry(sample: Sample, config: SampleConfig, index: int) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from backends.storage import files_in, local_copies
 from flows.config.sampling import SampleConfig, folder_name
 from flows.folder.output import write_json
 from flows.sampling.prompts import Asked
-from kl.input.responses import parse_responses
+from kl.input.responses import RENDERED, parse_responses
 from kl.input.writer import document_head
 from kl.output.atomic import json_bytes
 
 Entry = dict[str, Any]
 
+SAMPLED_BY = "backend_identity_sha256"  # files of earlier versions do not state it
 # What a file of responses must agree with; files of earlier versions state the others only.
 _ALWAYS = ("prompt", "system", "model", "sampling", "continues")
 
@@ -146,6 +147,7 @@ def _take_in(targets: Sequence[Target], there: Collection[Path]) -> None:
                 f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it."
             )
         target.entries, target.is_there = entries, True
+        target.head |= {name: document[name] for name in (SAMPLED_BY, RENDERED) if name in document}
         if not target.missing:
             target.let_go()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from backends.storage import as_location
 from flows.config.backend import resolve_backend
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues, fill
-from flows.sampling.files import Target, targets_of
+from flows.sampling.files import SAMPLED_BY, Target, targets_of
 from flows.sampling.prompts import Prompts, find_prompts
 from flows.sampling.state import SamplingState
 from kl.records import ScoreFailure
@@ -46,6 +47,12 @@ class SamplePlan:
     def build_backend(self) -> Backend:
         """The backend with its records in the state folder."""
         return self.backend(self.options, state_dir=self.state.folder)
+
+    def state_identities(self, digests: Mapping[str, str]) -> None:
+        """Have new files say who wrote their responses."""
+        for target in self.targets:
+            if target.model in digests and not target.is_there:
+                target.head[SAMPLED_BY] = digests[target.model]
 
     def to_buy(self) -> list[SampleRequest]:
         """The requests that are not in a remote job already."""
@@ -125,6 +132,7 @@ def plan_sampling(config: SampleConfig, *, make_identity: bool) -> SamplePlan:
     for entry in state.recorded() if identity else ():
         _take(plan, entry, wanted)
     plan.places = wanted
+    plan.state_identities({model: digest(known) for model, known in state.identities().items()})
     for key, (target, index) in wanted.items():
         if index not in target.entries and key not in plan.failures:
             plan.requests.append(target.request(config, index, key))
@@ -153,6 +161,11 @@ def _key(identity: str, config: SampleConfig, target: Target, index: int) -> str
         parts.append(dict(asked.continues))
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:_KEY_HEX_DIGITS]
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """The hash by which a file names who wrote its responses."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def check_cost(plan: SamplePlan) -> None:

@@ -24,8 +24,9 @@ class SamplingState:
     """The folder ``.sampling`` in an output folder; it is gone when every response is in its file.
 
     It holds the ``identity`` of this sampling, which is a part of the name of every response, so that a second sampling
-    of the same prompts elsewhere draws anew and is not given the remote jobs of the first; and ``journal/``, a line for
-    each response that came and for each that never will.
+    of the same prompts elsewhere draws anew and is not given the remote jobs of the first; ``models.json``, which says
+    what decides the answers of each model; and ``journal/``, a line for each response that came and for each that never
+    will.
 
     Parameters
     ----------
@@ -35,6 +36,7 @@ class SamplingState:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / _NAME
         self._identity = self.folder / "identity"
+        self._identities = self.folder / "models.json"
         self._journal = self.folder / "journal"
         self._lines = lines_in(self._journal, uuid.uuid4().hex)
 
@@ -55,6 +57,19 @@ class SamplingState:
             known = uuid.uuid4().hex
             write_bytes_atomic(self._identity, known.encode("ascii"))
         return known
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What decides the answers of each model that was asked, by its name; empty where no run has said so."""
+        try:
+            return json.loads(read_bytes(self._identities))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise ConfigError(f"{self._identities} cannot be read; restore it, or remove it.") from error
+
+    def keep_identities(self, identities: dict[str, dict[str, Any]]) -> None:
+        """Put them on disk."""
+        write_bytes_atomic(self._identities, json.dumps(identities, indent=1).encode("ascii"))
 
     def add(self, entry: dict[str, Any]) -> None:
         """Put an answer on disk."""
@@ -79,6 +94,7 @@ class SamplingState:
         for folder in (self._journal, self.jobs):
             remove_folder(folder)
         remove(self._identity)
+        remove(self._identities)
 
 
 def leave_no_lock(folder: OutputFolder) -> None:

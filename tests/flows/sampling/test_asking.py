@@ -1,0 +1,86 @@
+"""What a sampling makes of a backend's results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
+from backends.errors import ConfigError
+from flows.sampling.asking import Sampler
+from flows.sampling.files import SAMPLED_BY
+from flows.sampling.plan import SamplePlan, plan_sampling
+from kl.records import Candidate, Position, Response, ScoreFailure
+from tests.flows.sampling.test_plan import config
+
+
+class Plugin(Backend):
+    """A backend that answers as it is told; ``asked`` are the names it was asked for, a tuple a round."""
+
+    name = "plugin"
+    capabilities = Capabilities(20, samples=True)
+    weights: ClassVar[str] = "one"
+    asked: ClassVar[list[tuple[str, ...]]]
+    lost: ClassVar[set[str]]
+    failing: ClassVar[set[str]]
+
+    @classmethod
+    def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
+        return super().identity(options, request) | {"weights": cls.weights}
+
+    async def preflight(self, model: str) -> str | None:
+        return None
+
+    def score(self, requests: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        type(self).asked.append(tuple(request.name for request in requests))
+        for request in requests:
+            if request.name in self.failing:
+                yield ScoreFailure(request.key, "lists-missing", "no lists.")
+            elif request.name not in self.lost:
+                yield Sample(request.key, response(request))
+
+
+def response(request: SampleRequest) -> Response:
+    token = Candidate("Hi", -0.5, request.index)
+    return Response("", 0, request.prompt, request.model, "Hi", (Position(token, (token,)),), "STOP")
+
+
+def planned(folder: Path, *, lost: tuple[str, ...] = (), failing: tuple[str, ...] = (), **settings: Any) -> SamplePlan:
+    Plugin.asked, Plugin.lost, Plugin.failing = [], set(lost), set(failing)
+    return replace(plan_sampling(config(folder, **settings), make_identity=True), backend=Plugin)
+
+
+def test_a_response_that_a_backend_says_nothing_of_is_missing(tmp_path: Path) -> None:
+    report = Sampler(planned(tmp_path, lost=("001_two#1",))).run()
+    assert (report.n_responses, report.missing, report.complete) == (3, {"no-result": 1}, False)
+    assert [request.name for request in planned(tmp_path).requests] == ["001_two#1"]
+
+
+def test_a_sampling_that_another_model_began_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    Sampler(planned(tmp_path, lost=("001_two#1",))).run()
+    stated = {json.loads(path.read_text())[SAMPLED_BY] for path in out.glob("*.json")}
+    assert len(stated) == 1
+    monkeypatch.setattr(Plugin, "weights", "two")
+    with pytest.raises(ConfigError, match=r"begun with another server or other weights \(changed: weights\)"):
+        Sampler(planned(tmp_path)).run()
+    shutil.rmtree(out / ".sampling")
+    with pytest.raises(ConfigError, match=r"\(001_two.json states another\)"):
+        Sampler(planned(tmp_path)).run()
+    document = json.loads((out / "001_two.json").read_text())
+    del document[SAMPLED_BY]  # as an earlier version wrote it
+    (out / "001_two.json").write_text(json.dumps(document))
+    assert Sampler(planned(tmp_path)).run().complete
+    assert Plugin.asked == [("001_two#1",)]
+    assert "1 files that are there come from another server or other weights (000_one.json)" in caplog.text
