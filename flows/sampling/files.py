@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from kl.input.responses import RENDERED, parse_responses
 from kl.input.writer import document_head
 from kl.output.atomic import json_bytes
 
+logger = logging.getLogger("flows.sample")
+
 Entry = dict[str, Any]
+
+_NUMBERED = re.compile(r"\d{3,}_")
 
 SAMPLED_BY = "backend_identity_sha256"  # files of earlier versions do not state it
 # What a file of responses must agree with; files of earlier versions state the others only.
@@ -98,16 +104,27 @@ def targets_of(config: SampleConfig, asked: Sequence[Asked], *, states_top_k: bo
     sampling = config.sampling.settings.model_dump() | ({"top_k": 0} if states_top_k else {})
     targets: list[Target] = []
     for model in config.models:
-        place = folder / folder_name(model) if several else folder
-        for number, item in enumerate(asked):
+        place, mine = folder / folder_name(model) if several else folder, list[Target]()
+        for item in asked:
             head = document_head(item.prompt, model, sampling) | {"num_responses": config.num_responses}
             if item.continues is not None:
                 head["continues"] = dict(item.continues)
-            path = place / f"{number:03d}_{_slug(item)}.json"
-            targets.append(Target(path, model, item, head))
-    for place in dict.fromkeys(target.path.parent for target in targets):
-        _take_in([target for target in targets if target.path.parent == place], set(files_in(place, ".json")))
+            mine.append(Target(place, model, item, head))
+        there = [path for path in files_in(place, ".json") if _NUMBERED.match(path.name)]
+        _take_in(mine, there)
+        _name_new(mine, place, there)
+        targets += mine
     return targets
+
+
+def _name_new(targets: Sequence[Target], place: Path, there: Sequence[Path]) -> None:
+    """Name the files that are not there after the place of their prompt, or, where that number is taken, at the end."""
+    taken = {int(path.name.partition("_")[0]) for path in there}
+    spare = count(max([len(targets), *(number + 1 for number in taken)]))
+    for number, target in enumerate(targets):
+        if not target.is_there:
+            chosen = next(spare) if number in taken else number
+            target.path = place / f"{chosen:03d}_{_slug(target.asked)}.json"
 
 
 def _slug(item: Asked) -> str:
@@ -117,7 +134,7 @@ def _slug(item: Asked) -> str:
 
 def _check_layout(config: SampleConfig, folder: Path) -> None:
     # One model alone has no folder of its own; a second one must not make it be asked again.
-    alone = [path for path in files_in(folder, ".json") if re.match(r"\d{3,}_", path.name)]
+    alone = [path for path in files_in(folder, ".json") if _NUMBERED.match(path.name)]
     for path, copy in local_copies(alone[:1]):
         model = _read(path, copy).get("model")
         if model in config.models:
@@ -127,18 +144,20 @@ def _check_layout(config: SampleConfig, folder: Path) -> None:
             )
 
 
-def _take_in(targets: Sequence[Target], there: Collection[Path]) -> None:
-    """Read the files that are there.
+def _take_in(targets: Sequence[Target], there: Sequence[Path]) -> None:
+    """Read the files that are there; each is known by its prompt, for its number changes when others come or go.
 
     Raises
     ------
     ConfigError
         If one holds other responses.
     """
-    by_path = {target.path: target for target in targets if target.path in there}
-    for path, copy in local_copies(by_path):
-        target = by_path[path]
+    by_context = {_context(target.head): target for target in targets}
+    for path, copy in local_copies(there):
         document = _read(path, copy)
+        target = by_context.get(_context(document))
+        if target is None:
+            continue
         entries = dict(_numbered(path, document))
         same = all(document.get(name) == target.head.get(name) for name in _ALWAYS)
         n_asked = document.get("num_responses", len(entries))
@@ -146,10 +165,21 @@ def _take_in(targets: Sequence[Target], there: Collection[Path]) -> None:
             raise ConfigError(
                 f"{path} holds responses that were sampled otherwise. Choose another output_dir, or move it."
             )
-        target.entries, target.is_there = entries, True
+        if target.is_there:
+            logger.warning("%s and %s answer one prompt; the one with more responses counts", target.path, path)
+            if len(entries) <= target.n_there:
+                continue
+        target.path, target.entries, target.is_there = path, entries, True
         target.head |= {name: document[name] for name in (SAMPLED_BY, RENDERED) if name in document}
         if not target.missing:
             target.let_go()
+
+
+def _context(document: Mapping[str, Any]) -> str:
+    """What is asked in a file, however it is sampled."""
+    begun = document.get("continues")
+    prefix = begun.get("prefix") if isinstance(begun, Mapping) else None
+    return json.dumps([document.get("prompt"), document.get("system"), prefix], sort_keys=True)
 
 
 def _read(path: Path, copy: Path) -> Entry:

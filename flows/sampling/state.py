@@ -24,7 +24,7 @@ class SamplingState:
     """The folder ``.sampling`` in an output folder; it is gone when every response is in its file.
 
     It holds the ``identity`` of this sampling, which is a part of the name of every response, so that a second sampling
-    of the same prompts elsewhere draws anew and is not given the remote jobs of the first; ``models.json``, which says
+    of the same prompts elsewhere draws anew and is not given the remote jobs of the first; ``models``, which says
     what decides the answers of each model; and ``journal/``, a line for each response that came and for each that never
     will.
 
@@ -36,7 +36,7 @@ class SamplingState:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / _NAME
         self._identity = self.folder / "identity"
-        self._identities = self.folder / "models.json"
+        self._identities = self.folder / "models"
         self._journal = self.folder / "journal"
         self._lines = lines_in(self._journal, uuid.uuid4().hex)
 

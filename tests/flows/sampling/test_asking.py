@@ -84,3 +84,10 @@ def test_a_sampling_that_another_model_began_is_not_gone_on_with(
     assert Sampler(planned(tmp_path)).run().complete
     assert Plugin.asked == [("001_two#1",)]
     assert "1 files that are there come from another server or other weights (000_one.json)" in caplog.text
+
+
+def test_a_file_is_known_by_its_prompt_when_a_record_before_it_is_mended(tmp_path: Path) -> None:
+    Sampler(planned(tmp_path)).run()
+    report = Sampler(planned(tmp_path, prompts=["Zero?", "One?", "Two?"])).run()
+    assert Plugin.asked == [("003_zero#0", "003_zero#1")]
+    assert [Path(path).name for path in report.paths] == ["003_zero.json", "000_one.json", "001_two.json"]
