@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backends.base import Backend, Sample, SampleRequest
-from backends.errors import BackendError
+from backends.errors import BackendError, RetryableBackendError
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
@@ -27,6 +27,7 @@ logger = logging.getLogger("flows.sample")
 
 # Reasons of failures that another request would meet at once.
 _NOT_AGAIN = frozenset({"daily-quota", "refused", "deadline"})
+_PROMPTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,6 @@ class Sampler:
         self.plan = plan
         self.failures = dict(plan.failures)
         self._unwritten: set[Target] = set()
-        self._silent: set[Target] = set()
         self._unreadable: Counter[str] = Counter()
 
     def run(self) -> SampleReport:
@@ -104,9 +104,11 @@ class Sampler:
         await check_identities(self.plan, backend)
         if config.preflight:
             await _preflight(backend, config, left)
+        await self._note_prompts(backend)
         with ProgressReporter("responses sampled", len(left)) as progress:
             # A backend with jobs follows them up itself.
             retries = 0 if backend.capabilities.deferred else config.sampling.max_retries
+            spent = self.plan.estimate(left).cost_usd or 0.0  # at most; where a limit is set, the price is known
             for number in range(1 + retries):
                 if number:
                     logger.info(
@@ -115,31 +117,53 @@ class Sampler:
                 async for result in backend.sample(left):
                     target = await asyncio.to_thread(self._take, result)
                     if target is not None:
-                        await self._note_prompt(backend, target)
                         if not target.missing:
                             await asyncio.to_thread(self._write, target)
                     progress.advance(int(isinstance(result, Sample)))
                 left = [request for request in left if self._may_ask_again(request)]
-                if not left:
+                limit = config.max_cost_usd
+                spent += self.plan.estimate(left).cost_usd or 0.0
+                if not left or number == retries:
+                    return
+                if limit is not None and spent > limit:
+                    logger.warning(
+                        "%d responses are not asked again: with them this may cost up to %.4f USD, above "
+                        "max_cost_usd = %g",
+                        len(left),
+                        spent,
+                        limit,
+                    )
                     return
 
     def _may_ask_again(self, request: SampleRequest) -> bool:
         failure = self.failures.get(request.key)
         return failure is not None and not failure.final and failure.reason not in _NOT_AGAIN
 
-    async def _note_prompt(self, backend: Backend, target: Target) -> None:
-        """Have the file say how its model was given the prompt, where that is known: another's template may differ."""
-        if RENDERED in target.head or target in self._silent:
-            return
-        try:
-            text = await backend.rendered_prompt(target.asked.prompt, target.model)
-        except BackendError as error:
-            logger.info("%s: how its prompt was written is not known: %s", target.path.name, error)
-            text = None
-        if text is None:
-            self._silent.add(target)
-        else:
-            target.head[RENDERED] = prompt_sha256(text)
+    async def _note_prompts(self, backend: Backend) -> None:
+        """Have new files say how their model was given the prompt, where that is known: another's template may differ.
+
+        It is asked before the asking begins, so that what was bought never waits for it.
+        """
+        places, away, told = asyncio.Semaphore(_PROMPTS_AT_ONCE), set[str](), set[str]()
+        unknown = {target: None for target, _ in self.plan.places.values() if RENDERED not in target.head}
+
+        async def note(target: Target) -> None:
+            async with places:
+                if target.model in away:
+                    return
+                try:
+                    text = await backend.rendered_prompt(target.asked.prompt, target.model)
+                except BackendError as error:
+                    if isinstance(error, RetryableBackendError):
+                        away.add(target.model)  # each further prompt would be waited for as long
+                    if target.model not in told:
+                        logger.info("%s: how prompts are written is not known: %s", target.model, error)
+                    told.add(target.model)
+                    return
+                if text is not None:
+                    target.head[RENDERED] = prompt_sha256(text)
+
+        await asyncio.gather(*map(note, unknown))
 
     def _take(self, result: Sample | ScoreFailure) -> Target | None:
         """Put a result on disk; gives the file that a response belongs to."""

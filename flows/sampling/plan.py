@@ -192,6 +192,13 @@ def check_cost(plan: SamplePlan) -> None:
         )
 
 
+def _tries_text(plan: SamplePlan) -> str:
+    retries = plan.config.sampling.max_retries
+    if plan.backend.capabilities.deferred:
+        return "the cost is of one each; rows without an answer go into follow-up jobs, which max_cost_usd leaves out"
+    return f"the cost is of one each; up to {retries:,} more where a response fails, as far as max_cost_usd allows"
+
+
 def plan_rows(plan: SamplePlan) -> list[tuple[str, str]]:
     """(label, text) of a dry run."""
     config, requests = plan.config, plan.to_buy()
@@ -213,4 +220,5 @@ def plan_rows(plan: SamplePlan) -> list[tuple[str, str]]:
         ("input tokens, estimated", f"{work.input_tokens:,}"),
         ("output tokens, at most", f"{work.output_tokens:,}"),
         ("cost, at most", cost),
+        ("tries", _tries_text(plan)),
     ]

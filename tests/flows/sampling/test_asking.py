@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import pytest
 
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
-from backends.errors import ConfigError
+from backends.errors import ConfigError, ModelNotUsableError
 from flows.sampling.asking import Sampler
 from flows.sampling.files import SAMPLED_BY
-from flows.sampling.plan import SamplePlan, plan_sampling
-from kl.records import Candidate, Position, Response, ScoreFailure
+from flows.sampling.plan import SamplePlan, plan_rows, plan_sampling
+from kl.input.responses import RENDERED, prompt_sha256
+from kl.records import Candidate, Position, Prompt, Response, ScoreFailure
 from tests.flows.sampling.test_plan import config
 
 
@@ -26,6 +27,9 @@ class Plugin(Backend):
     name = "plugin"
     capabilities = Capabilities(20, samples=True)
     weights: ClassVar[str] = "one"
+    usd: ClassVar[float] = 0.0
+    template: ClassVar[bool] = True
+    asked_before_noted: ClassVar[list[int]]
     asked: ClassVar[list[tuple[str, ...]]]
     lost: ClassVar[set[str]]
     failing: ClassVar[set[str]]
@@ -33,6 +37,16 @@ class Plugin(Backend):
     @classmethod
     def identity(cls, options: BackendOptions, request: ScoreRequest) -> dict[str, Any]:
         return super().identity(options, request) | {"weights": cls.weights}
+
+    @classmethod
+    def cost_usd(cls, options: BackendOptions, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        return cls.usd
+
+    async def rendered_prompt(self, prompt: Prompt, model: str) -> str | None:
+        if not self.template:
+            raise ModelNotUsableError("no template", model=model)
+        self.asked_before_noted.append(len(self.asked))
+        return f"<{prompt.turns[-1].content}>"
 
     async def preflight(self, model: str) -> str | None:
         return None
@@ -55,6 +69,7 @@ def response(request: SampleRequest) -> Response:
 
 
 def planned(folder: Path, *, lost: tuple[str, ...] = (), failing: tuple[str, ...] = (), **settings: Any) -> SamplePlan:
+    Plugin.asked_before_noted = []
     Plugin.asked, Plugin.lost, Plugin.failing = [], set(lost), set(failing)
     return replace(plan_sampling(config(folder, **settings), make_identity=True), backend=Plugin)
 
@@ -91,3 +106,27 @@ def test_a_file_is_known_by_its_prompt_when_a_record_before_it_is_mended(tmp_pat
     report = Sampler(planned(tmp_path, prompts=["Zero?", "One?", "Two?"])).run()
     assert Plugin.asked == [("003_zero#0", "003_zero#1")]
     assert [Path(path).name for path in report.paths] == ["003_zero.json", "000_one.json", "001_two.json"]
+
+
+def test_what_is_asked_again_counts_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plugin, "usd", 1.0)
+    settings: dict[str, Any] = {"sampling": {"max_retries": 2}, "max_cost_usd": 5.5}
+    report = Sampler(planned(tmp_path, failing=("001_two#1",), **settings)).run()
+    assert report.missing == {"lists-missing": 1}
+    assert Plugin.asked == [("000_one#0", "000_one#1", "001_two#0", "001_two#1"), ("001_two#1",)]
+    assert "up to 2 more where a response fails" in dict(plan_rows(planned(tmp_path, **settings)))["tries"]
+
+
+def test_prompts_are_noted_before_anything_is_bought_and_a_failure_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    Sampler(planned(tmp_path)).run()
+    assert [json.loads(path.read_text())[RENDERED] for path in sorted((tmp_path / "out").glob("*.json"))] == [
+        prompt_sha256("<One?>"),
+        prompt_sha256("<Two?>"),
+    ]
+    assert Plugin.asked_before_noted == [0, 0]
+    monkeypatch.setattr(Plugin, "template", False)
+    assert Sampler(planned(tmp_path / "other")).run().complete
+    assert caplog.text.count("how prompts are written is not known: no template") == 1
