@@ -178,7 +178,7 @@ class Sampler:
             self._note(ScoreFailure(result.key, "no-number", f"the response cannot be written: {error}."))
             return None
         self.failures.pop(result.key, None)
-        target.entries[index] = entry
+        target.put(index, entry)
         self._unwritten.add(target)
         return target
 

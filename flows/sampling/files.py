@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -36,14 +37,15 @@ _ALWAYS = ("prompt", "system", "model", "sampling", "continues")
 class Target:
     """One file: the responses of a model to a prompt.
 
-    ``entries`` are the responses that are there, by their number; ``is_there`` whether the file is.
+    ``entries`` are the responses that are there, by their number, packed: of many files none may be whole for long, and
+    a response is megabytes as objects; ``is_there`` is whether the file is.
     """
 
     path: Path
     model: str
     asked: Asked
     head: Entry
-    entries: dict[int, Entry] = field(default_factory=dict[int, Entry])
+    entries: dict[int, bytes] = field(default_factory=dict[int, bytes])
     is_there: bool = False
 
     @property
@@ -61,9 +63,13 @@ class Target:
         """The numbers of the responses that are not there."""
         return [index for index in range(self.n_wanted) if index not in self.entries]
 
+    def put(self, index: int, entry: Entry) -> None:
+        """Take in a response."""
+        self.entries[index] = zlib.compress(json.dumps(entry).encode("ascii"), 1)
+
     def let_go(self) -> None:
         """Keep in memory only which responses are in the file."""
-        self.entries = {index: {} for index in self.entries}
+        self.entries = {index: b"" for index in self.entries}
 
     def request(self, config: SampleConfig, index: int, key: str) -> SampleRequest:
         """What a backend is asked for one of them."""
@@ -73,13 +79,17 @@ class Target:
 
     def write(self) -> list[str]:
         """Write the file with the responses that are there; a line for each that the readers refuse."""
-        document = self.head | {"responses": [self.entries[index] for index in sorted(self.entries)]}
+        document = self.head | {"responses": [_unpacked(self.entries[index]) for index in sorted(self.entries)]}
         write_json(self.path, document)
         self.is_there = True
         if self.asked.continues is not None:
             return []  # what goes on from a prefix is no input of a run
         read = parse_responses(json_bytes(document), self.path.name)
         return [item.message for item in read.unreadable]
+
+
+def _unpacked(packed: bytes) -> Entry:
+    return json.loads(zlib.decompress(packed))
 
 
 def targets_of(config: SampleConfig, asked: Sequence[Asked], *, states_top_k: bool) -> list[Target]:
@@ -169,10 +179,11 @@ def _take_in(targets: Sequence[Target], there: Sequence[Path]) -> None:
             logger.warning("%s and %s answer one prompt; the one with more responses counts", target.path, path)
             if len(entries) <= target.n_there:
                 continue
-        target.path, target.entries, target.is_there = path, entries, True
+        target.path, target.entries, target.is_there = path, dict.fromkeys(entries, b""), True
         target.head |= {name: document[name] for name in (SAMPLED_BY, RENDERED) if name in document}
-        if not target.missing:
-            target.let_go()
+        if target.missing:
+            for index, entry in entries.items():
+                target.put(index, entry)
 
 
 def _context(document: Mapping[str, Any]) -> str:

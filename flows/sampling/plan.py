@@ -147,7 +147,7 @@ def _take(plan: SamplePlan, entry: dict[str, Any], wanted: dict[str, tuple[Targe
     target, index = place
     if "response" in entry:
         plan.n_recorded += index not in target.entries
-        target.entries[index] = entry["response"]
+        target.put(index, entry["response"])
         plan.failures.pop(entry["key"], None)
     elif index not in target.entries:
         plan.failures[entry["key"]] = ScoreFailure(entry["key"], entry["reason"], entry["message"], final=True)

@@ -81,3 +81,12 @@ def test_a_backend_that_writes_nothing_is_refused(tmp_path: Path) -> None:
         resolve_sampling(config(tmp_path, backend={"name": "files", "dir": str(tmp_path)}))
     with pytest.raises(ConfigError, match="top_logprobs is 21, but the backend vertex_online reports at most 20"):
         resolve_sampling(config(tmp_path, sampling={"logprobs": 21}))
+
+
+def test_a_response_waits_for_the_others_of_its_file_in_few_bytes(tmp_path: Path) -> None:
+    (target, _) = plan_sampling(config(tmp_path), make_identity=False).targets
+    long = entry(0) | {"logprobs": {"content": entry(0)["logprobs"]["content"] * 1000}}
+    target.put(0, long)
+    assert len(target.entries[0]) < len(json.dumps(long)) / 10
+    target.write()
+    assert json.loads(target.path.read_text())["responses"] == [long]
