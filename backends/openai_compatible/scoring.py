@@ -197,7 +197,7 @@ class Scorer:
         if own:
             contexts, failed = _of_own(request, vocabulary.prompt_ids(request.prompt), limit)
         else:
-            by_text = replace(request, token_ids=None)
+            by_text = replace(request, token_ids=None, wanted=None)  # by name only where P's ids are the server's
             contexts, failed = contexts_of(by_text, vocabulary, _Template(vocabulary), limit)
         if request.wanted is not None and own:
             named = await self.fetched(lambda: wanted_ids(request, vocabulary))

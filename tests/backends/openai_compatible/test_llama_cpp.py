@@ -138,7 +138,7 @@ LLAMA = Subject(
     OpenAICompatibleBackend,
     "smol",
     "no-such",
-    changed_options=[{"cache": "fast"}],
+    changed_options=[{"cache": "off"}],
     without=frozenset({"wanted_tokens"}),
     noise_nats=0.8,
 )
@@ -146,11 +146,14 @@ LLAMA = Subject(
 
 @pytest.mark.parametrize("check", checks_for(LLAMA), ids=str)
 def test_contract_of_llama_cpp(check: Check, address: str) -> None:
-    LLAMA.options = {"base_url": address}
+    LLAMA.options = {"base_url": address, "cache": "fast"}  # uncached it evaluates three positions a second
     check.run(LLAMA)
 
 
-VLLM = Subject(OpenAICompatibleBackend, "smol", "no-such", noise_nats=1e-4)
+# Tokens are asked for by name where P's ids are the server's, which those of the suite are not (tests/…/test_vllm.py).
+VLLM = Subject(
+    OpenAICompatibleBackend, "smol", "no-such", without=frozenset({"wanted_tokens"}), noise_nats=1e-4
+)
 
 
 @pytest.fixture(scope="module")
