@@ -29,6 +29,10 @@ NOT_IN_FILES = "not-in-files"
 _MOST_BYTES = 100_000_000  # of JSON, whose responses are in memory parsed
 _SHOWN = 20  # of a kind of warning
 _TOGETHER = 4  # positions of one response, from which on all of them are made objects at once
+_RAW = (
+    "%s: %s was given its prompt as it is, without a chat template. Its lists are of P's contexts only "
+    "if P was given the same text: P's files then note `raw-prompt` too."
+)
 
 
 class FilesOptions(BackendOptions):
@@ -65,6 +69,7 @@ class FilesBackend(Backend):
         self._counts: Counter[str] = Counter()
         self._absent: set[str] = set()
         self._told: set[str] = set()
+        self._raw_is_said = False
         self._unreadable: Counter[str] = Counter()
 
     @classmethod
@@ -195,6 +200,9 @@ class FilesBackend(Backend):
         if file.source_file in self._told:
             return
         self._told.add(file.source_file)
+        if not self._raw_is_said and any(problem.kind == "raw-prompt" for problem in file.problems):
+            self._raw_is_said = True
+            logger.warning(_RAW, self._folder, file.source_file)
         for response in file.unreadable:
             self._unreadable[response.kind] += 1
             if self._unreadable.total() <= _SHOWN:

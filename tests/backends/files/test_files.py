@@ -137,6 +137,17 @@ def test_ones_own_text_goes_before_others_and_names_and_order_of_files_say_nothi
     assert identity(one) == identity(two)
 
 
+def test_a_log_of_raw_prompts_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    columns = {"tokens": [" So"], "token_logprobs": [-0.2], "top_logprobs": [{" So": -0.2, " It": -2.0}]}
+    choice = {"index": 0, "text": " So", "logprobs": columns}
+    raw = {prompt: {"request": {"prompt": prompt}, "response": {"model": "q", "choices": [choice]}} for prompt in "ab"}
+    answers(logged(tmp_path / "raw", **raw), asked("a", [" So"]), asked("b", [" So"]))
+    assert [record.message for record in caplog.records if "without a chat template" in record.message] != []
+    assert len(caplog.records) == 1
+    answers(logged(tmp_path / "chat", a=document("a", response([" So"]))), asked("a", [" So"]))
+    assert len(caplog.records) == 1
+
+
 def identity(folder: Path) -> dict[str, Any]:
     return FilesBackend.identity(FilesBackend.Options(dir=folder), asked("Why?", TOKENS))
 
