@@ -32,7 +32,7 @@ class Client:
     def __init__(self, address: str, headers: dict[str, str], timeout_s: float) -> None:
         self.address = address
         self._root = address.removesuffix("/v1")
-        values = [part for value in headers.values() for part in (value, value.removeprefix("Bearer "))]
+        values = [part for value in headers.values() for part in (value, value.rpartition(" ")[2])]
         self._secrets = [value for value in values if len(value) >= _SHORTEST_SECRET]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),

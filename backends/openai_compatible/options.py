@@ -24,7 +24,8 @@ _RESERVED = frozenset(
     "logprob_token_ids".split()
 )
 _FROM_ENVIRONMENT = re.compile(r"\$\{(\w+)\}")
-_SECRET_HEADERS = re.compile(r"authorization|api-?key|token|secret|cookie", re.IGNORECASE)
+_SECRET_HEADERS = re.compile(r"key|auth|token|secret|cookie|password", re.IGNORECASE)
+_VARIABLE_ALONE = re.compile(r"(?:[A-Za-z-]+ )?\$\{\w+\}")
 
 
 class OpenAICompatibleOptions(BackendOptions):
@@ -97,21 +98,16 @@ class OpenAICompatibleOptions(BackendOptions):
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
-            if _SECRET_HEADERS.search(name) and not _FROM_ENVIRONMENT.search(text):
-                raise ValueError(f"the value of {name} looks like a credential; write it as ${{NAME}} of a variable")
+            if _SECRET_HEADERS.search(name) and not _VARIABLE_ALONE.fullmatch(text):
+                raise ValueError(
+                    f"the value of {name} looks like a credential; write it as ${{NAME}} of a variable, and that alone"
+                )
         return value
 
     @field_validator("base_url")
     @classmethod
     def _plain_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("write it as http://HOST:PORT/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address holds no credentials and no query; use api_key_env or headers")
-        return value.rstrip("/")
+        return None if value is None else _plain(value)
 
     @model_validator(mode="after")
     def _both_prices(self) -> OpenAICompatibleOptions:
@@ -126,9 +122,14 @@ class OpenAICompatibleOptions(BackendOptions):
         Raises
         ------
         ConfigError
-            If nothing says it.
+            If nothing says it, or the variable holds more than an address.
         """
-        found = self.base_url or PRESETS[self.preset].base_url or os.environ.get("OPENAI_BASE_URL")
+        found = self.base_url or PRESETS[self.preset].base_url
+        if not found and (given := os.environ.get("OPENAI_BASE_URL")):
+            try:
+                found = _plain(given)
+            except ValueError as error:
+                raise ConfigError(f"the environment variable OPENAI_BASE_URL is not usable: {error}.") from error
         if not found:
             raise ConfigError(
                 "no server: set backend.base_url (http://127.0.0.1:8000/v1), a preset or OPENAI_BASE_URL."
@@ -148,6 +149,15 @@ class OpenAICompatibleOptions(BackendOptions):
         }
         named = self.api_key_env or PRESETS[self.preset].api_key_env
         return headers | ({"Authorization": f"Bearer {_variable(named)}"} if named else {})
+
+
+def _plain(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("write it as http://HOST:PORT/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("an address holds no credentials and no query; use api_key_env or headers")
+    return address.rstrip("/")
 
 
 def _variable(name: str) -> str:

@@ -30,6 +30,8 @@ from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of,
 from kl.records import END_TOKENS, Candidate, Position, Response, Sampling, ScoreFailure
 
 _SEEDS = 2**31
+# Failures of the calls that follow an answer, and of one server among several: the answer is kept for another try.
+_ASKED_ANEW = ("deadline", "refused", "server-changed")
 _PART = "\ufffd"
 
 
@@ -49,7 +51,17 @@ class _Written(NamedTuple):
 
 
 async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
-    """One response."""
+    """One response; what was paid for and cannot be used is not asked for again."""
+    result = await _sample(scorer, request)
+    if isinstance(result, ScoreFailure) and request.key in scorer.bought:
+        if result.reason in _ASKED_ANEW:
+            return replace(result, message=f"the answer came, and then: {result.message}")
+        result = replace(result, final=True)
+    scorer.bought.pop(request.key, None)
+    return result
+
+
+async def _sample(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
     try:
         written = await _written(scorer, request)
         await scorer.fetch_texts(item for sampled, listed in written.tokens for item in (sampled, *listed))
@@ -248,7 +260,9 @@ def _seed(request: SampleRequest) -> int:
 
 
 async def _called(scorer: Scorer, request: SampleRequest, path: str, body: Json) -> Json:
-    return await scorer.call(lambda: scorer.client.post(path, body), f"sample {request.name}")
+    if request.key not in scorer.bought:
+        scorer.bought[request.key] = await scorer.call(lambda: scorer.client.post(path, body), f"sample {request.name}")
+    return scorer.bought[request.key]
 
 
 class _Piece(NamedTuple):

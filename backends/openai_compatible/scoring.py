@@ -17,7 +17,7 @@ from backends.local.contexts import Asked, contexts_of
 from backends.local.tokenizer import PromptRefusedError
 from backends.openai_compatible.answers import Entry, ListError, usable
 from backends.openai_compatible.asking import Answered, Asker, Told
-from backends.openai_compatible.client import Client
+from backends.openai_compatible.client import Client, Json
 from backends.openai_compatible.found import Found
 from backends.openai_compatible.options import OpenAICompatibleOptions
 from backends.openai_compatible.proofs import asker_of, vocabulary_of
@@ -86,6 +86,7 @@ class Scorer:
         )
         self.vocabulary: ServerVocabulary | None = None
         self.asker: Asker
+        self.bought: dict[str, Json] = {}  # by key: answers of responses that are not read yet
 
     @classmethod
     async def of(

@@ -50,6 +50,10 @@ class Faults:
         Answers do not count tokens.
     system : str
         What the template writes into a conversation without system text.
+    thinks : bool
+        Chat answers of several tokens hold a thought.
+    loses_tokenizer : bool
+        ``no_tokenizer`` from the first answer of several tokens on.
     tidies : bool
         /detokenize leaves out blanks before punctuation.
     collide : bool
@@ -74,6 +78,8 @@ class Faults:
     ends_turn: bool = False
     no_usage: bool = False
     system: str = ""
+    thinks: bool = False
+    loses_tokenizer: bool = False
     tidies: bool = False
     collide: bool = False
     no_tokenizer: bool = False
@@ -251,6 +257,7 @@ class VllmShaped:
     def _answer(
         self, kind: str, ids: Sequence[int], generated: Sequence[int], choice: dict[str, Any]
     ) -> dict[str, Any]:
+        self.faults.no_tokenizer |= self.faults.loses_tokenizer and len(generated) > 1
         usage = {
             "prompt_tokens": len(ids),
             "completion_tokens": len(generated),
@@ -364,9 +371,10 @@ class VllmShaped:
             items = [self._chat_entry(each, value, body) for each, value, _ in self._best(values, k, token)[:k]]
             content.append(self._chat_entry(token, float(values[token]), body) | {"top_logprobs": items})
         said = generated[:-1] if generated[-1] in self._model.tokenizer.stop_ids else generated
+        thought = "Let me see." if self.faults.thinks and len(generated) > 1 else None
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": self._text(said), "reasoning": None},
+            "message": {"role": "assistant", "content": self._text(said), "reasoning": thought},
             "logprobs": {"content": content},
             "finish_reason": self._finish(generated),
         }

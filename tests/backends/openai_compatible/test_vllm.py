@@ -397,3 +397,34 @@ def test_a_server_that_cannot_be_asked_by_name_ends_the_run_in_one_line(server: 
     longer, _ = asked(options(server), [request_of(TEXT, k=20)])
     with pytest.raises(ConfigError, match=r"wanted_tokens is on, but this server \(vllm, asked by text\)"):
         asked(options(server, mode="prefill"), [with_wanted(request_of(TEXT, k=4), longer)])
+
+
+def test_credentials_are_in_no_address_and_in_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://user:sekret@127.0.0.1:9/v1")
+    with pytest.raises(ConfigError, match="no credentials") as raised:
+        _ = OpenAICompatibleOptions().address
+    assert "sekret" not in str(raised.value)
+    for name, text in (("Ocp-Apim-Subscription-Key", "abc123456"), ("Authorization", "Bearer sk-1 ${X}")):
+        with pytest.raises(ValueError, match="looks like a credential"):
+            OpenAICompatibleOptions(headers={name: text})
+    assert OpenAICompatibleOptions(headers={"Authorization": "Bearer ${X}", "X-Title": "mine"}).headers
+
+
+@pytest.mark.parametrize("fault", ["thinks", "loses_tokenizer"])
+def test_a_response_that_was_paid_for_is_not_bought_again(server: VllmShaped, fault: str) -> None:
+    server.faults = Faults(thinks=fault == "thinks", loses_tokenizer=fault == "loses_tokenizer")
+    given = OpenAICompatibleOptions(**options(server, mode="write" if fault == "thinks" else "auto"))
+    request = SampleRequest("k", "one", "smol", PROMPT, SampleSettings(max_tokens=3, top_logprobs=4))
+
+    async def work() -> tuple[Any, Any]:
+        async with OpenAICompatibleBackend(given) as backend:
+            (first,) = [item async for item in backend.sample([request])]
+            server.faults = Faults()
+            (second,) = [item async for item in backend.sample([request])] if not first.final else [None]
+            return first, second
+
+    first, second = asyncio.run(work())
+    assert isinstance(first, ScoreFailure)
+    assert first.final == (fault == "thinks")
+    assert first.final or isinstance(second, Sample)
+    assert sum(body.get("max_tokens", 0) == 3 for _, body in server.requests) == 1
