@@ -151,9 +151,7 @@ def test_contract_of_llama_cpp(check: Check, address: str) -> None:
 
 
 # Tokens are asked for by name where P's ids are the server's, which those of the suite are not (tests/…/test_vllm.py).
-VLLM = Subject(
-    OpenAICompatibleBackend, "smol", "no-such", without=frozenset({"wanted_tokens"}), noise_nats=1e-4
-)
+VLLM = Subject(OpenAICompatibleBackend, "smol", "no-such", without=frozenset({"wanted_tokens"}), noise_nats=1e-4)
 
 
 @pytest.fixture(scope="module")
