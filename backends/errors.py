@@ -13,6 +13,7 @@
     │   ├── StatusError                    a refusal that repeating does not mend (backends.service.retry)
     │   ├── DailyQuotaError                final for today (backends.vertex.service.retry)
     │   ├── JobGivenUpError                a job that is not waited for any more (backends.vertex.jobs.rounds)
+    │   ├── ListError                      a list that is no distribution (backends.openai_compatible.answers)
     │   ├── OtherContentError              a name in the bucket is taken (backends.vertex.jobs.bucket)
     │   └── PromptRefusedError             a local model has no form for a prompt (backends.local.tokenizer)
     ├── LeaseHeldError                     another process has the lock (backends.storage.lease)

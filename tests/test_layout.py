@@ -20,7 +20,7 @@ FLOORS = """
 kl                      pieces records / columns / scores
 kl.input                hidden problems / logprobs prompts texts writer / contents / documents
 kl.input.shapes         requests / completions gemini outputs rows / answers
-kl.input                sources / responses / conversion
+kl.input                appended / sources / responses / conversion
 kl.estimators           rows token_bytes / token_keys / list_checks
 kl.estimators.matching  aligned codes rows / places / evidence trust
 kl.estimators           align
@@ -39,7 +39,7 @@ backends.local          gguf / config tokenizer / candidates contexts engine / m
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
 backends.service        limit merging retry
-backends.openai_compatible client presets / server answers found vocabulary / asking options / proofs / scoring
+backends.openai_compatible client presets / server answers found vocabulary / asking options / proofs wanted / scoring
 backends.openai_compatible sampling / backend
 backends.vertex         status / wire / answers prices / samples options
 backends.vertex.service access_token / retry model_calls / calls client
@@ -61,7 +61,7 @@ flows.runtime           interrupts / hooks
 flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
-flows.sampling          prompts state / files / plan / asking
+flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / tables two_runs / run
 flows                   backends checkout notify / convert sample / analyze clean / run / pipeline
 """
