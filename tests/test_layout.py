@@ -63,7 +63,7 @@ flows.stages            inputs / scoring / measuring plan reuse / dry_run passes
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / tables two_runs / run
-flows                   backends checkout notify / convert sample / analyze clean / run / pipeline
+flows                   list_backends checkout notify / convert sample / analyze clean / run / pipeline
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened

@@ -1,4 +1,4 @@
-"""Which backends there are: ``python -m flows.backends``."""
+"""Which backends there are: ``python -m flows.list_backends``."""
 
 from __future__ import annotations
 
