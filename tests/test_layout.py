@@ -172,6 +172,13 @@ def test_a_folder_can_be_taken_in_at_a_glance(room: str) -> None:
         folders += inner
 
 
+def test_no_module_of_flows_hides_a_room() -> None:
+    """Prefect loads the script of a deployment with its folder first on the path."""
+    files, folders = shown_in(ROOT / "flows")
+    hidden = {Path(item).stem for item in (*files, *folders)} & {*ROOMS, "tests"}
+    assert hidden == set()
+
+
 # What is loaded when something is imported.
 
 
