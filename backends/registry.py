@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -104,6 +104,19 @@ def _collect(manager: pluggy.PluginManager) -> dict[str, Registered]:
     return found
 
 
+def check_known(name: str, known: Collection[str]) -> None:
+    """Refuse a name that no backend is registered under.
+
+    Raises
+    ------
+    UnknownBackendError
+        With the closest name and all that exist.
+    """
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+
+
 def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backend]:
     """The class behind a backend name.
 
@@ -115,9 +128,7 @@ def load_backend(name: str, targets: dict[str, str] | None = None) -> type[Backe
         If the target cannot be imported, is no backend, or one of another name.
     """
     known = build_targets() if targets is None else targets
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+    check_known(name, known)
     module, _, attribute = known[name].partition(":")
     try:
         backend = getattr(importlib.import_module(module), attribute)

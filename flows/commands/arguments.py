@@ -115,7 +115,7 @@ def _metavar(name: str, field: Any) -> str:
 def _options_of_chosen(arguments: Sequence[str]) -> list[str]:
     """The options of the backend that a call names, by flag or in its file; nothing if it names none."""
     from backends.catalogue import describe, full_text
-    from backends.registry import registered
+    from backends.registry import check_known, registered
 
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--backend")
@@ -125,11 +125,10 @@ def _options_of_chosen(arguments: Sequence[str]) -> list[str]:
     if name is None and called.config is not None:
         choice = read_yaml(called.config).get("backend")
         name = choice.get("name") if isinstance(choice, dict) else None
-    known = registered()
     if name is None:
         return []
-    if name not in known:
-        raise ConfigError(f"unknown backend {name!r}. Known: {', '.join(sorted(known))}.")
+    known = registered()
+    check_known(name, known)
     return ["the chosen backend:", *full_text(describe(name, known[name]))]
 
 

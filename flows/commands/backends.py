@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from backends.catalogue import BackendText, describe, full_text, short_text
-from backends.errors import UnknownBackendError, did_you_mean
-from backends.registry import registered
+from backends.registry import check_known, registered
 from flows.commands.arguments import Parser, exit_code_of
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
@@ -32,9 +31,7 @@ def _run(arguments: Sequence[str]) -> int:
     called = parser.parse_args(arguments)
     known = registered()
     for name in called.names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise UnknownBackendError(f"unknown backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+        check_known(name, known)
     found = [describe(name, known[name]) for name in called.names or sorted(known)]
     if called.json:
         lines: Iterator[str] = iter([json.dumps([_record(each) for each in found], indent=2, ensure_ascii=False)])
