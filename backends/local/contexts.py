@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
-from backends.base import ScoreRequest
+from backends.base import SampleRequest, ScoreRequest
 from backends.errors import TokenKLError
 from backends.local.tokenizer import PromptRefusedError, split_text
 from kl.pieces import escaped_bytes, is_whole
@@ -186,6 +186,28 @@ def own_token_ids(request: ScoreRequest, tokenizer: Vocabulary) -> tuple[int, ..
             return None
         at += len(text)
     return ids if at == len(request.text) else None
+
+
+def context_of_sample(request: SampleRequest, tokenizer: Vocabulary, template: Template, limit: int) -> list[int]:
+    """The ids that a response is written after: the prompt's, and those of its prefix as stated if they are its text.
+
+    Raises
+    ------
+    PromptRefusedError
+        If the model has no form for them, or no room for an answer.
+    """
+    context = [*template.encode(request.prompt), *_prefix_ids(request, tokenizer)]
+    if not 0 < len(context) <= limit:
+        raise PromptRefusedError(f"the prompt has {len(context)} tokens, model {request.model!r} takes 1 to {limit}.")
+    return context
+
+
+def _prefix_ids(request: SampleRequest, tokenizer: Vocabulary) -> Sequence[int]:
+    ids = request.prefix_ids
+    if ids is not None and all(0 <= index < len(tokenizer) for index in ids):
+        if b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace") == request.prefix:
+            return ids
+    return tokenizer.encode(request.prefix) if request.prefix else ()
 
 
 def _by_sequence(contexts: list[Asked]) -> list[Asked]:

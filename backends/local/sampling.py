@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from backends.base import Sample, SampleRequest, SampleSettings
 from backends.local.candidates import candidate, top_candidates
+from backends.local.contexts import context_of_sample
 from backends.local.engine import Cache
-from backends.local.gguf import BACKEND, FloatArray
+from backends.local.gguf import FloatArray
 from backends.local.models import LocalModel, find_model, load_model
 from backends.local.tokenizer import PromptRefusedError, split_text
 from kl.records import Position, Response, Sampling, ScoreFailure
@@ -20,12 +21,11 @@ from kl.records import Position, Response, Sampling, ScoreFailure
 
 def sample_steps(requests: Sequence[SampleRequest]) -> Iterator[Sample | ScoreFailure]:
     """The responses asked, one after the other; those to one prompt share its pass."""
-    for (name, prompt, prefix, prefix_ids), alike in groupby(requests, attrgetter(*_SHARED)):
+    for (name, *_), alike in groupby(requests, attrgetter(*_SHARED)):
         model = load_model(find_model(name))
-        asked = list(alike)
+        asked, limit = list(alike), model.engine.config.context_length
         try:
-            context = [*model.template.encode(prompt), *_prefix_ids(model, prefix, prefix_ids)]
-            _check_length(context, model, name)
+            context = context_of_sample(asked[0], model.tokenizer, model.template, limit)
         except PromptRefusedError as error:
             yield from (ScoreFailure(request.key, "prompt-refused", str(error), final=True) for request in asked)
             continue
@@ -38,23 +38,6 @@ def sample_steps(requests: Sequence[SampleRequest]) -> Iterator[Sample | ScoreFa
 
 
 _SHARED = ("model", "prompt", "prefix", "prefix_ids")
-
-
-def _prefix_ids(model: LocalModel, prefix: str, ids: tuple[int, ...] | None) -> Sequence[int]:
-    """The tokens of a prefix: those stated, if they are this model's own and are its text."""
-    if ids is not None and all(0 <= index < len(model.tokenizer) for index in ids):
-        said = b"".join(model.tokenizer.token_bytes(index) for index in ids)
-        if said.decode("utf-8", "replace") == prefix:
-            return ids
-    return model.tokenizer.encode(prefix) if prefix else ()
-
-
-def _check_length(context: Sequence[int], model: LocalModel, name: str) -> None:
-    limit = model.engine.config.context_length
-    if not 0 < len(context) <= limit:
-        raise PromptRefusedError(
-            f"the prompt has {len(context)} tokens, model {name!r} takes 1 to {limit}.", backend=BACKEND, model=name
-        )
 
 
 def _response(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backends.base import Sample, SampleRequest
+from backends.local.contexts import context_of_sample
 from backends.local.tokenizer import PromptRefusedError, split_text
 from backends.transformers.loading import LoadedModel, Tensor
 from backends.transformers.passes import Fed, Passes, Rows
@@ -60,22 +61,9 @@ def sample_steps(
 
 
 def _prepared(request: SampleRequest, model: LoadedModel) -> _Asked:
-    context = [*model.template.encode(request.prompt), *_prefix_ids(request, model)]
-    if not 0 < len(context) <= model.limit:
-        raise PromptRefusedError(
-            f"the prompt has {len(context)} tokens, model {request.model!r} takes 1 to {model.limit}."
-        )
+    context = context_of_sample(request, model.tokenizer, model.template, model.limit)
     # The last token is not fed back.
     return _Asked(request, context, min(request.settings.max_tokens, model.limit - len(context) + 1))
-
-
-def _prefix_ids(request: SampleRequest, model: LoadedModel) -> Sequence[int]:
-    """The tokens of a prefix: those stated, if they are this model's own and are its text."""
-    ids, known = request.prefix_ids, model.tokenizer
-    if ids is not None and all(0 <= index < len(known) for index in ids):
-        if b"".join(map(known.token_bytes, ids)).decode("utf-8", "replace") == request.prefix:
-            return ids
-    return known.encode(request.prefix) if request.prefix else ()
 
 
 def _batches(asked: Sequence[_Asked], room: int) -> Iterator[list[_Asked]]:
