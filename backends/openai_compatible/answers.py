@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from backends.errors import BackendError
@@ -54,14 +54,7 @@ def usable(entries: Sequence[Entry], k: int) -> Usable:
     ListError
         If values are above 0 (logits), or nothing usable is left.
     """
-    known = [item for item in entries if item.logprob is not None and _is_logprob(item.logprob)]
-    known.sort(key=lambda item: -_value(item))
-    if known and _value(known[0]) > LARGEST_LOGPROB:
-        raise ListError(
-            "no-log-probabilities",
-            f"a value of {_value(known[0]):.4g} is above 0: the server reports something else than log-probabilities "
-            "(vLLM: start it with --logprobs-mode raw_logprobs).",
-        )
+    known = falling(entries)
     n_none = len(entries) - len(known)
     best = [item for item in known if item.rank is None or item.rank <= k][:k]
     if not best:
@@ -71,7 +64,26 @@ def usable(entries: Sequence[Entry], k: int) -> Usable:
         raise ListError(
             "colliding-texts", "the best candidates share one text and have no ids: which is which is unknown."
         )
-    return Usable([item._replace(logprob=min(_value(item), 0.0)) for item in told], n_none + len(best) - len(told))
+    return Usable(list(told), n_none + len(best) - len(told))
+
+
+def falling(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries that have a log-probability, by falling value; what rounding puts above 0 is 0.
+
+    Raises
+    ------
+    ListError
+        If values are above 0 (logits).
+    """
+    known = [item for item in entries if item.logprob is not None and _is_logprob(item.logprob)]
+    known.sort(key=lambda item: -_value(item))
+    if known and _value(known[0]) > LARGEST_LOGPROB:
+        raise ListError(
+            "no-log-probabilities",
+            f"a value of {_value(known[0]):.4g} is above 0: the server reports something else than log-probabilities "
+            "(vLLM: start it with --logprobs-mode raw_logprobs).",
+        )
+    return [item._replace(logprob=min(_value(item), 0.0)) for item in known]
 
 
 def _value(item: Entry) -> float:

@@ -197,9 +197,8 @@ class OpenAICompatibleBackend(Backend):
             if model not in self._scorers:
                 found = self._found[model]
                 limit = CallLimit(in_flight(found, self.options))
-                self._scorers[model] = await Scorer.of(
-                    self._client, self.options, found, limit, self._calls, version_of(found)
-                )
+                made = Scorer(self._client, self.options, found, limit, self._calls, version_of(found))
+                self._scorers[model] = await made.prepare()
             return self._scorers[model]
 
     async def rendered_prompt(self, prompt: Prompt, model: str) -> str | None:

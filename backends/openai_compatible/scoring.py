@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -48,13 +48,11 @@ class Unit(NamedTuple):
     contexts: Mapping[str, Asked] = MappingProxyType({})  # of those that are asked for tokens by name
 
 
-Results = list[Score | ScoreFailure]
-
-
+@dataclass(eq=False)
 class Scorer:
-    """Scores of one model of one server.
+    """Scores of one model of one server; to be prepared before it is used.
 
-    Parameters
+    Attributes
     ----------
     client : Client
     options : OpenAICompatibleOptions
@@ -65,49 +63,35 @@ class Scorer:
         Counts calls by outcome.
     version : str
         What scores call the model.
+    vocabulary : ServerVocabulary, optional
+        Where the server lends its tokenizer.
+    asker : Asker
+    bought : dict
+        By key, the answers of responses that are not read yet.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        options: OpenAICompatibleOptions,
-        found: Found,
-        limit: CallLimit,
-        calls: Counter[str],
-        version: str,
-    ) -> None:
-        self.client, self.options, self.found, self.limit, self.calls, self.version = (
-            client,
-            options,
-            found,
-            limit,
-            calls,
-            version,
-        )
-        self.vocabulary: ServerVocabulary | None = None
-        self.asker: Asker
-        self.bought: dict[str, Json] = {}  # by key: answers of responses that are not read yet
+    client: Client
+    options: OpenAICompatibleOptions
+    found: Found
+    limit: CallLimit
+    calls: Counter[str]
+    version: str
+    vocabulary: ServerVocabulary | None = field(default=None, init=False)
+    asker: Asker = field(init=False)
+    bought: dict[str, Json] = field(default_factory=dict[str, Json], init=False)
 
-    @classmethod
-    async def of(
-        cls,
-        client: Client,
-        options: OpenAICompatibleOptions,
-        found: Found,
-        limit: CallLimit,
-        calls: Counter[str],
-        version: str,
-    ) -> Self:
-        """With what each request needs of the server's tokenizer."""
-        made = cls(client, options, found, limit, calls, version)
-        forced = None
+    async def prepare(self) -> Self:
+        """Fetch what each request needs of the server's tokenizer."""
+        found, forced = self.found, None
         if found.lent:
-            vocabulary = vocabulary_of(client, options, found.model, found.kind, found.server.get("n_vocab"))
-            made.vocabulary = vocabulary
+            n_vocab = found.server.get("n_vocab")
+            vocabulary = vocabulary_of(self.client, self.options, found.model, found.kind, n_vocab)
+            self.vocabulary = vocabulary
             if found.kind == "llama_cpp":
-                forced = (await made.fetched(lambda: vocabulary.encoded("a")))[0]
-        made.asker = asker_of(client, options, found.model, found.kind, forced, lent=made.vocabulary is not None)
-        return made
+                forced = (await self.fetched(lambda: vocabulary.encoded("a")))[0]
+        lent = self.vocabulary is not None
+        self.asker = asker_of(self.client, self.options, found.model, found.kind, forced, lent=lent)
+        return self
 
     async def fetched(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """What a call for the tokenizer gives, repeated while it may."""
@@ -153,8 +137,9 @@ class Scorer:
 
         async def work() -> AsyncGenerator[Score | ScoreFailure]:
             for unit in waiting:
-                for result in await self._answered(unit, request.top_logprobs):
-                    yield result
+                async with aclosing(self._answered(unit, request.top_logprobs)) as answered:
+                    async for result in answered:
+                        yield result
 
         workers = min(self.limit.most, len(units), _AT_ONCE)
         if not workers:
@@ -249,15 +234,18 @@ class Scorer:
 
     # Asking.
 
-    async def _answered(self, unit: Unit, k: int) -> Results:
+    async def _answered(self, unit: Unit, k: int) -> AsyncGenerator[Score | ScoreFailure]:
         try:
             answered = await self.call(unit.call, f"ask {self.found.model} about {unit.what}")
             self.check_server(answered.told)
             await self.fetch_texts(item for _, place in unit.places for item in answered.lists[place])
         except (BackendError, PromptRefusedError) as error:
             failure = self.failure(error)
-            return [failure.of(key) for key, _ in unit.places]
-        return [await self._with_wanted(unit, result) for result in self._read(unit, answered, k)]
+            for key, _ in unit.places:
+                yield failure.of(key)
+            return
+        for result in self._read(unit, answered, k):
+            yield await self._with_wanted(unit, result)
 
     async def _with_wanted(self, unit: Unit, result: Score | ScoreFailure) -> Score | ScoreFailure:
         """The same with the values of the tokens that are asked for by name, if any are."""
@@ -390,11 +378,10 @@ class Failed(NamedTuple):
 
     reason: str
     message: str
-    final: bool = False
 
     def of(self, key: str) -> ScoreFailure:
         """The failure of one key."""
-        return ScoreFailure(key, self.reason, self.message, self.final)
+        return ScoreFailure(key, self.reason, self.message)
 
 
 def _named(contexts: Iterable[Asked]) -> dict[str, Asked]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from backends.base import ScoreRequest
 from backends.errors import ConfigError
-from backends.openai_compatible.answers import LARGEST_LOGPROB, Entry, ListError
+from backends.openai_compatible.answers import Entry, ListError, falling
 from backends.openai_compatible.asking import Answered, Asker
 from backends.openai_compatible.found import Found
 from backends.openai_compatible.vocabulary import ServerVocabulary
 from kl.pieces import is_whole
-from kl.records import UNKNOWN_LOGPROB, Candidate, Score
+from kl.records import Candidate, Score
 
 _MOST_AT_ONCE = 128  # ids that vLLM takes in a request
 
@@ -83,16 +82,7 @@ def entries_of(answers: Iterable[Answered], tokens: Sequence[int]) -> list[Entry
             f"{len(missing)} of {len(tokens)} tokens that were asked for by id are not in the answer: the server "
             "ignores logprob_token_ids. Leave wanted_tokens out.",
         )
-    entries = [found[token] for token in tokens]
-    values = [entry.logprob for entry in entries if entry.logprob is not None]
-    if max(values, default=0.0) > LARGEST_LOGPROB:
-        raise ListError("no-log-probabilities", f"a value of {max(values):.4g} is above 0: no log-probability.")
-    usable = [
-        entry._replace(logprob=min(entry.logprob, 0.0))
-        for entry in entries
-        if entry.logprob is not None and math.isfinite(entry.logprob) and entry.logprob > UNKNOWN_LOGPROB
-    ]
-    return sorted(usable, key=lambda entry: -(entry.logprob or 0.0))
+    return falling(found[token] for token in tokens)
 
 
 def lacking(score: Score, tokens: Sequence[int]) -> list[int]:
