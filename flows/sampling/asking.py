@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backends.base import Backend, Sample, SampleRequest
-from backends.errors import BackendError, RetryableBackendError
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
@@ -19,7 +18,8 @@ from flows.runtime.terminal import ProgressReporter
 from flows.sampling.files import Target
 from flows.sampling.identity import check_identities
 from flows.sampling.plan import SamplePlan
-from kl.input.responses import RENDERED, prompt_sha256
+from flows.stages.prompts import prompt_hashes
+from kl.input.responses import RENDERED
 from kl.input.writer import response_entry
 from kl.records import ScoreFailure
 
@@ -27,7 +27,6 @@ logger = logging.getLogger("flows.sample")
 
 # Reasons of failures that another request would meet at once.
 _NOT_AGAIN = frozenset({"daily-quota", "refused", "deadline"})
-_PROMPTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +115,8 @@ class Sampler:
                     )
                 async for result in backend.sample(left):
                     target = await asyncio.to_thread(self._take, result)
-                    if target is not None:
-                        if not target.missing:
-                            await asyncio.to_thread(self._write, target)
+                    if target is not None and not target.missing:
+                        await asyncio.to_thread(self._write, target)
                     progress.advance(int(isinstance(result, Sample)))
                 left = [request for request in left if self._may_ask_again(request)]
                 limit = config.max_cost_usd
@@ -144,26 +142,11 @@ class Sampler:
 
         It is asked before the asking begins, so that what was bought never waits for it.
         """
-        places, away, told = asyncio.Semaphore(_PROMPTS_AT_ONCE), set[str](), set[str]()
-        unknown = {target: None for target, _ in self.plan.places.values() if RENDERED not in target.head}
-
-        async def note(target: Target) -> None:
-            async with places:
-                if target.model in away:
-                    return
-                try:
-                    text = await backend.rendered_prompt(target.asked.prompt, target.model)
-                except BackendError as error:
-                    if isinstance(error, RetryableBackendError):
-                        away.add(target.model)  # each further prompt would be waited for as long
-                    if target.model not in told:
-                        logger.info("%s: how prompts are written is not known: %s", target.model, error)
-                    told.add(target.model)
-                    return
-                if text is not None:
-                    target.head[RENDERED] = prompt_sha256(text)
-
-        await asyncio.gather(*map(note, unknown))
+        unknown = list({target: None for target, _ in self.plan.places.values() if RENDERED not in target.head})
+        hashes = await prompt_hashes(backend, [(target.model, target.asked.prompt) for target in unknown])
+        for target, sha256 in zip(unknown, hashes, strict=True):
+            if sha256 is not None:
+                target.head[RENDERED] = sha256
 
     def _take(self, result: Sample | ScoreFailure) -> Target | None:
         """Put a result on disk; gives the file that a response belongs to."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from backends.base import Backend
-from backends.errors import BackendError
+from backends.errors import BackendError, RetryableBackendError
 from backends.session import BackendSession
 from backends.storage import read_bytes
 from flows.config.comparison import Comparison
@@ -18,8 +20,11 @@ from flows.stages.inputs import InputFile, read_ahead, read_input
 from kl.input.responses import prompt_sha256
 from kl.records import Prompt
 
+logger = logging.getLogger(__name__)
+
 _LOOKED_AT = 100  # files: two templates differ at once, or for a kind of prompt
 _NAMED = 5
+_AT_ONCE = 8
 
 
 def rendered_prompts(files: list[InputFile], comparison: Comparison, session: BackendSession) -> dict[str, Any] | None:
@@ -32,7 +37,8 @@ def rendered_prompts(files: list[InputFile], comparison: Comparison, session: Ba
         them, and the files where the two ``differ``.
     """
     asked = list(islice(_prompts(files, comparison), _LOOKED_AT))
-    written = session.run(_written(session.backend, [prompt for _, prompt, _ in asked], comparison.config.model2))
+    model = comparison.config.model2
+    written = session.run(prompt_hashes(session.backend, [(model, prompt) for _, prompt, _ in asked]))
     known = [(name, ours, p) for (name, _, p), ours in zip(asked, written, strict=True) if ours is not None]
     if not known:
         return None
@@ -81,14 +87,27 @@ def _prompts(files: list[InputFile], comparison: Comparison) -> Iterator[tuple[s
         yield file.source_file, prompt, next((item for item in stated if item is not None), None)
 
 
-async def _written(backend: Backend, prompts: list[Prompt], model: str) -> list[str | None]:
-    hashes: list[str | None] = []
-    for prompt in prompts:
-        try:
-            text = await backend.rendered_prompt(prompt, model)
-        except BackendError:
-            text = None  # a prompt that the model cannot be given: its contexts are failures with that reason
-        hashes.append(None if text is None else prompt_sha256(text))
-        if hashes == [None]:
-            return [None] * len(prompts)  # a backend that cannot say it of one says it of none
-    return hashes
+async def prompt_hashes(backend: Backend, asked: Sequence[tuple[str, Prompt]]) -> list[str | None]:
+    """Hashes of the texts that models are given for prompts, asked a few at once; None where nobody says.
+
+    A prompt that its model cannot be given is not known, either: its answers are failures with that reason. A service
+    that does not answer is asked no more.
+    """
+    places, away, told = asyncio.Semaphore(_AT_ONCE), set[str](), set[str]()
+
+    async def one(model: str, prompt: Prompt) -> str | None:
+        async with places:
+            if model in away:
+                return None
+            try:
+                text = await backend.rendered_prompt(prompt, model)
+            except BackendError as error:
+                if isinstance(error, RetryableBackendError):
+                    away.add(model)  # each further prompt would be waited for as long
+                if model not in told:
+                    logger.info("%s: how prompts are written is not known: %s", model, error)
+                told.add(model)
+                return None
+            return None if text is None else prompt_sha256(text)
+
+    return await asyncio.gather(*(one(model, prompt) for model, prompt in asked))

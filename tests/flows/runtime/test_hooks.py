@@ -168,7 +168,7 @@ def test_a_service_that_refuses_is_one_line(
     make_jobs(world, tmp_path, "out", run.id)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "gone.json"))
     settle_jobs(kl_divergence, run, Crashed())
-    (line,) = caplog.messages
+    (line,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     assert line.startswith("the batch jobs of this run were left as they are: ")
     assert states(world) == [False]
 
