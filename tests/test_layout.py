@@ -29,6 +29,7 @@ kl.tables               context_counts schemas / totals / responses / pairs / re
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
+kl.output.report        scales spread svg / axes / charts
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
