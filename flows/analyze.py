@@ -8,15 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
+from rich.console import Console
 
 from backends.errors import ConfigError
 from backends.storage import as_location
 from flows.commands.arguments import Parser, exit_code_of
+from flows.commands.csv_files import ENDING, CsvTable, write_csv
+from flows.commands.many_runs import COLUMNS as CANDIDATE_COLUMNS
+from flows.commands.many_runs import load_candidates, show_candidates
 from flows.commands.tables import history_cells, position_cells, print_table, response_cells, token_cells
 from flows.commands.texts import warnings_of
 from flows.commands.two_runs import show_comparison
@@ -25,6 +29,7 @@ from flows.folder.output import write_json
 from flows.runtime.terminal import console, print_lines, print_pairs
 from flows.watch.history import load_history
 from flows.watch.report import EXIT_COMPLETE
+from kl.output.atomic import json_bytes
 from kl.output.headline import headline
 from kl.statistics.breakdowns import TOP_ROWS
 from kl.statistics.paired import IncomparableRunsError
@@ -33,17 +38,27 @@ from kl.tables.totals import TokenTableError
 _DESCRIPTION = (
     "Shows a finished run of flows.run from its output folder: the headline, and the worst tokens, positions and "
     "responses. With --compare, which of two models is nearer to P and by how much, from the paired difference of two "
-    "runs over the same responses of P. With --history, all runs of a schedule, a line each. "
-    "docs/reading-the-numbers.md says what each number means."
+    "runs over the same responses of P; of three or more, a table, the nearest first. With --history, all runs of a "
+    "schedule, a line each. docs/reading-the-numbers.md says what each number means."
 )
 _EPILOG = (
     "examples: python -m flows.analyze results/quickstart --top 10 | "
     "python -m flows.analyze results/quickstart --threshold 1 --out high.json | "
-    "python -m flows.analyze --compare results/int8 results/int4 | "
+    "python -m flows.analyze --compare results/int8 results/int4 results/int3 --csv candidates.csv | "
     "python -m flows.analyze --history results/nightly | "
     "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 )
 _DEFAULT_TOP = 20
+_STANDARD_OUTPUT = "-"  # in place of a file for --json
+_TOKEN_COLUMNS = ("token", "n_measured", "kl_sum", "kl_mean", "kl_share")
+_POSITION_COLUMNS = (
+    *("source_file", "response_idx", "position", "token", "kl_estimate", "kl_lower", "kl_upper_plausible"),
+    *("logprob_p", "logprob_q", "reason", "before"),
+)
+_RESPONSE_COLUMNS = (
+    *("source_file", "response_idx", "n_positions", "n_measured", "n_infinite", "kl_mean_per_token", "kl_sum"),
+    *("kl_lower_sum", "max_kl", "max_kl_position", "same_top_rate", "finish_reason"),
+)
 _SCORE_NAMES = {"kl": "a KL", "lower": "a lower bound of the KL", "normalized": "a KL by the sum of the entropies"}
 
 
@@ -54,24 +69,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _analyze(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
+    out = console(silent=options.json == _STANDARD_OUTPUT)
     try:
-        payload = _shown(options)
+        shown = _shown(out, options)
     except (IncomparableRunsError, TokenTableError) as error:
         raise ConfigError(str(error)) from error
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ConfigError(f"the results cannot be read: {' '.join(str(error).split())}") from error
-    if options.json is not None:
-        _write_json(as_location(options.json), payload)
+    if options.csv is not None:
+        print_lines(out, ["", *write_csv(options.csv, shown.tables)])
+    if options.json == _STANDARD_OUTPUT:
+        sys.stdout.write(json_bytes(shown.payload, indent=2).decode("utf-8") + "\n")
+    elif options.json is not None:
+        _write_json(as_location(options.json), shown.payload)
     return EXIT_COMPLETE
 
 
-def _shown(options: argparse.Namespace) -> dict[str, Any]:
+class _Shown(NamedTuple):
+    """What was shown, unrounded: for ``--json``, and as the tables of ``--csv``."""
+
+    payload: dict[str, Any]
+    tables: list[CsvTable]
+
+
+def _shown(out: Console, options: argparse.Namespace) -> _Shown:
     if options.history is not None:
-        return _show_history(options.history)
+        return _show_history(out, options.history)
+    if options.compare is not None:
+        return _show_comparison(out, options)
     if options.threshold is not None:
-        return _show_high(as_location(options.run_dir), options)
-    folders = [as_location(folder) for folder in options.compare or [options.run_dir]]
-    return show_comparison(*folders) if options.compare else _show_run(folders[0], options.top)
+        return _show_high(out, as_location(options.run_dir), options)
+    return _show_run(out, as_location(options.run_dir), options.top)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -90,8 +118,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",
                         help="Output folder of a finished run, local or in a bucket (gs://BUCKET/FOLDER).")  # fmt: skip
     parser.add_argument("--result-dir", metavar="RUN_DIR", help="The same as RUN_DIR.")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                        help="Output folders of two finished runs over the same responses of P.")  # fmt: skip
+    parser.add_argument("--compare", nargs="+", metavar=("A", "B"),
+                        help="Output folders of two or more finished runs over the same responses of P.")  # fmt: skip
+    parser.add_argument("--label", action="append", default=[], metavar="RUN_DIR=TEXT",
+                        help="What --compare says of a run beside its figures, such as its size; "
+                        "may be repeated.")  # fmt: skip
     parser.add_argument("--history", metavar="PATH", help="A history.parquet, or the folder that it is in.")
     parser.add_argument("--top", "--top-k", dest="top", type=int, metavar="N",
                         help=f"Rows of each table of the worst, 1 to {TOP_ROWS}. Default: {_DEFAULT_TOP}.")  # fmt: skip
@@ -103,23 +134,44 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE",
                         help="Write the positions of --threshold with prompt, prefix, scores and both lists to this "
                         "file, as JSON: flows.sample goes on from it (continue_from).")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="Also write what is shown, unrounded, to this file.")
+    parser.add_argument("--json", metavar="FILE",
+                        help="Also write what is shown, unrounded, to this file; - writes it to standard output and "
+                        "shows nothing else there.")  # fmt: skip
+    parser.add_argument("--csv", metavar="DIR",
+                        help="Also write what is shown, unrounded, as CSV files to this folder; where that is one "
+                        "table (--compare, --history, --threshold), to this file if it ends with .csv.")  # fmt: skip
     options = parser.parse_args(arguments)
     if None not in (options.run_dir, options.result_dir):
         parser.error("RUN_DIR and --result-dir are one thing; give one of them")
     options.run_dir = options.run_dir or options.result_dir
     if sum(given is not None for given in (options.run_dir, options.compare, options.history)) != 1:
-        parser.error("give either RUN_DIR or --compare A B or --history PATH")
+        parser.error("give either RUN_DIR or --compare A B … or --history PATH")
+    if options.compare is not None and len(options.compare) < 2:
+        parser.error("--compare takes two or more folders")
+    options.label = _labels(parser, options)
     if options.run_dir is None and options.top is not None:
         parser.error(f"--top belongs to RUN_DIR, not to {'--compare' if options.compare else '--history'}")
     if options.threshold is None and (options.score or options.out):
         parser.error("--score and --out belong to --threshold")
     if options.threshold is not None and options.run_dir is None:
         parser.error("--threshold belongs to RUN_DIR")
+    if options.run_dir and options.threshold is None and (options.csv or "").endswith(ENDING):
+        parser.error(f"--csv {options.csv}: a run is shown as several tables; give a folder")
     options.top = _DEFAULT_TOP if options.top is None else options.top
     if not 1 <= options.top <= TOP_ROWS:
         parser.error(f"--top is {options.top}; it goes from 1 to {TOP_ROWS}")
     return options
+
+
+def _labels(parser: Parser, options: argparse.Namespace) -> dict[str, str]:
+    """Folder of ``--compare`` → its label. A folder's name may hold a "=" itself."""
+    labels: dict[str, str] = {}
+    for text in options.label:
+        folder = next((name for name in options.compare or [] if text.startswith(f"{name}=")), None)
+        if folder is None:
+            parser.error(f"--label {text}: give RUN_DIR=TEXT with a folder of --compare, written as there")
+        labels[str(as_location(folder))] = text.removeprefix(f"{folder}=")
+    return labels
 
 
 def _write_json(path: Path, payload: Mapping[str, Any]) -> None:
@@ -129,12 +181,11 @@ def _write_json(path: Path, payload: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _show_run(folder: Path, top: int) -> dict[str, Any]:
+def _show_run(out: Console, folder: Path, top: int) -> _Shown:
     run = load_run(folder)
     summary = run.summary
     tokens, positions, responses = summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
     rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
-    out = console()
     print_lines(out, [f"warning: {alarm}" for alarm in summary.alarms])
     print_pairs(out, rows)
     others = (warning for warning in warnings_of(summary) if warning not in summary.alarms)
@@ -142,7 +193,7 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
     print_table(out, "Tokens with the largest sum of KL, nats", token_cells(tokens))
     print_table(out, "Positions with the largest KL, nats", position_cells(positions))
     print_table(out, "Responses with the largest KL per token, nats", response_cells(responses))
-    return {
+    payload = {
         "run": str(folder),
         "headline": [list(row) for row in rows],
         "worst_tokens": tokens,
@@ -150,9 +201,26 @@ def _show_run(folder: Path, top: int) -> dict[str, Any]:
         "worst_responses": responses,
         "summary": summary.to_json(),
     }
+    tables = [
+        CsvTable("headline", ("figure", "text"), [{"figure": label, "text": text} for label, text in rows]),
+        CsvTable("summary", ("figure", "value"), list(_leaves("", summary.to_json()))),
+        CsvTable("worst_tokens", _TOKEN_COLUMNS, tokens),
+        CsvTable("worst_positions", _POSITION_COLUMNS, positions),
+        CsvTable("worst_responses", _RESPONSE_COLUMNS, responses),
+    ]
+    return _Shown(payload, tables)
 
 
-def _show_high(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _leaves(path: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The figures of a summary, each with its way through ``summary.json``, without its tables and lists."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{path}{name}.", value)
+        elif not isinstance(value, list):
+            yield {"figure": f"{path}{name}", "value": value}
+
+
+def _show_high(out: Console, folder: Path, options: argparse.Namespace) -> _Shown:
     from flows.commands.positions import continuations, high_positions  # late: only this needs the run's backend
 
     run, score = load_run(folder), options.score or "kl"
@@ -161,19 +229,33 @@ def _show_high(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     count = f"{len(rows):,} of {run.summary.counts.measured:,} measured positions"
     title = f"{count} with {_SCORE_NAMES[score]} of at least {options.threshold:g}, the highest first"
     if rows:
-        print_table(console(), title, position_cells(shown))
+        print_table(out, title, position_cells(shown))
     else:
-        print_lines(console(), [title])
+        print_lines(out, [title])
     if options.out is not None:
         _write_json(as_location(options.out), continuations(run, rows))
-        print_lines(console(), [f"{len(rows):,} positions are in {options.out}"])
-    return {"run": str(folder), "score": score, "threshold": options.threshold, "n_positions": len(rows)}
+        print_lines(out, [f"{len(rows):,} positions are in {options.out}"])
+    payload = {"run": str(folder), "score": score, "threshold": options.threshold, "n_positions": len(rows)}
+    return _Shown(payload, [CsvTable("high_positions", ("score", *_POSITION_COLUMNS[:-1]), rows)])
 
 
-def _show_history(place: str) -> dict[str, Any]:
+def _show_comparison(out: Console, options: argparse.Namespace) -> _Shown:
+    folders = [as_location(folder) for folder in options.compare]
+    if len(folders) == 2:
+        payload = show_comparison(out, folders[0], folders[1], options.label)
+        found = load_candidates(folders, options.label) if options.csv is not None else None
+    else:
+        found = load_candidates(folders, options.label)
+        payload = show_candidates(out, found)
+    return _Shown(payload, [] if found is None else [CsvTable("candidates", CANDIDATE_COLUMNS, found.rows)])
+
+
+def _show_history(out: Console, place: str) -> _Shown:
     frame = load_history(place)
-    print_table(console(), f"{frame.height:,} runs, the newest last; KL in nats", history_cells(frame))
-    return {"history": place, "runs": json.loads(json.dumps(frame.to_dicts(), default=str))}
+    print_table(out, f"{frame.height:,} runs, the newest last; KL in nats", history_cells(frame))
+    runs = frame.to_dicts()
+    payload = {"history": place, "runs": json.loads(json.dumps(runs, default=str))}
+    return _Shown(payload, [CsvTable("history", frame.columns, runs)])
 
 
 if __name__ == "__main__":

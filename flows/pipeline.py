@@ -82,9 +82,11 @@ def _analyses(sections: Mapping[str, Any], file: Path) -> Iterator[list[str]]:
             raise ConfigError(f"{file}: analyze is a mapping of flags, such as {{top: 10}}, or a list of such.")
         given = dict(flags)
         folder = given.pop("run_dir", (sections.get("run") or {}).get("output_dir"))
-        arguments = [str(folder)] if folder is not None else []
+        of_other_runs = not {"compare", "history", "result_dir"}.isdisjoint(given)
+        arguments = [str(folder)] if folder is not None and not of_other_runs else []
         for name, value in given.items():
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
         check_arguments(arguments)
         yield arguments
 

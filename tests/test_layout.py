@@ -27,7 +27,7 @@ kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
-kl.statistics           noise_floor / summary / alarms / dataset
+kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 kl.output.report        scales spread svg / axes / charts
 
@@ -63,7 +63,8 @@ flows.watch             markdown / report / artifacts / history / events referen
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
-flows.commands          texts / arguments / backends convert positions sample / tables two_runs / run
+flows.commands          texts / arguments / backends convert positions sample / csv_files tables two_runs
+flows.commands          many_runs run
 flows                   list_backends checkout notify / convert sample / analyze clean / run / pipeline
 """
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from rich.columns import Columns
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.texts import number_text, quoted
+from flows.commands.texts import number_text, quoted, range_text
 from flows.folder.finished import Rows
+from flows.runtime.terminal import print_grid, print_lines
 from kl.tables.totals import INFINITE
+
+_WIDEST = 1000  # characters: what a table would take that nothing folds
 
 
 def history_cells(frame: pl.DataFrame) -> Rows:
@@ -22,7 +27,7 @@ def history_cells(frame: pl.DataFrame) -> Rows:
             "Q": _text(row["model2"]),
             "version of Q": ", ".join(row["model2_versions"] or []),
             "KL per token": number_text(row["kl_per_token"]),
-            "95 % CI": _range(row["kl_per_token_low"], row["kl_per_token_high"]),
+            "95 % CI": range_text(row["kl_per_token_low"], row["kl_per_token_high"]),
             "lower bound": number_text(row["kl_per_token_certified_lower"]),
             "noise floor": number_text(row["noise_floor"]),
             "measured": _amount(row),
@@ -39,10 +44,6 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-
-
 def _amount(row: dict[str, Any]) -> str:
     if row["measured"] is None or row["missing"] is None:
         return ""
@@ -53,7 +54,7 @@ def _amount(row: dict[str, Any]) -> str:
 def _drift(row: dict[str, Any]) -> str:
     if row["drift"] in (None, "undecided"):
         return _text(row["drift"])
-    return f"{row['drift']}: {number_text(row['drift_difference'])} ({_range(row['drift_low'], row['drift_high'])})"
+    return f"{row['drift']}: {number_text(row['drift_difference'])} ({range_text(row['drift_low'], row['drift_high'])})"
 
 
 def token_cells(rows: Rows) -> Rows:
@@ -105,9 +106,9 @@ def response_cells(rows: Rows) -> Rows:
 
 
 def print_table(out: Console, title: str, rows: Rows) -> None:
-    """Print rows of cells below a title."""
+    """Print rows of cells below a title: a table, or a paragraph a row in a terminal that is too narrow for one."""
     out.print()
-    out.print(Text(title, style="bold"))
+    print_lines(out, [title], style="bold")
     if not rows:
         out.print("none: nothing has an estimate")
         return
@@ -116,4 +117,11 @@ def print_table(out: Console, title: str, rows: Rows) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.values()))
-    out.print(table)
+    if out.measure(table, options=out.options.update(width=_WIDEST)).maximum <= out.width:
+        print_grid(out, table)
+        return
+    for row in rows:
+        (_, first), *others = row.items()
+        print_lines(out, [first])
+        cells = [Text(f"{name} {cell}") for name, cell in others if cell]
+        out.print(Padding(Columns(cells, padding=(0, 2)), (0, 0, 0, 2)))

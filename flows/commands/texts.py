@@ -22,6 +22,11 @@ def number_text(value: float | None, unknown: str = "") -> str:
     return unknown if value is None else rounded(value)
 
 
+def range_text(low: float | None, high: float | None, se: float | None = None) -> str:
+    """Two ends of an interval, with two digits of the standard error if it is given; nothing without them."""
+    return "" if low is None or high is None else f"{rounded(low, se)} to {rounded(high, se)}"
+
+
 def quoted(text: str) -> str:
     """A text as a literal: spaces, line breaks and control characters are seen, and the terminal is left alone."""
     return repr(text)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich.console import Console
 
 from flows.commands.texts import INTERVAL, number_text, signed, warnings_of
 from flows.folder.finished import FinishedRun, load_run
-from flows.runtime.terminal import console, print_lines
+from flows.runtime.terminal import print_lines
 from kl.output.digits import rounded
 from kl.statistics.intervals import Estimate
 from kl.statistics.paired import PairedDifference, paired_difference
@@ -19,22 +20,22 @@ from kl.statistics.summary import Summary
 from kl.tables.totals import INFINITE
 
 
-def show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
-    """Print the paired difference of two runs; gives the same unrounded."""
+def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Print the paired difference of two runs; gives the same unrounded. ``labels`` are as of `load_candidates`."""
     a, b = load_run(folder_a), load_run(folder_b)
     column = comparable_column(a.summary, b.summary)
-    difference = paired_difference(_with_estimate(a, column), _with_estimate(b, column))
+    difference = paired_difference(with_estimate(a, column), with_estimate(b, column))
     lines = [
         f"P = {a.summary.model_p or 'not stated'}",
-        f"A = {a.summary.model_q} ({folder_a}): {_value_text(difference.a_per_token)}",
-        f"B = {b.summary.model_q} ({folder_b}): {_value_text(difference.b_per_token)}",
+        f"A = {_named(a, labels)}: {_value_text(difference.a_per_token)}",
+        f"B = {_named(b, labels)}: {_value_text(difference.b_per_token)}",
         verdict(difference.per_token, "token"),
         verdict(difference.per_response, "response"),
-        _paired_over(difference, _measure_name(a.summary, column)),
-        *(f"warning: {note}" for note in _notes(a.summary, b.summary, column)),
+        _paired_over(difference, measure_name(a.summary, column)),
+        *(f"warning: {note}" for note in notes([a.summary, b.summary], "AB", column)),
         *(f"warning: {side}: {text}" for side, run in (("A", a), ("B", b)) for text in warnings_of(run.summary)),
     ]
-    print_lines(console(), lines)
+    print_lines(out, lines)
     return {
         "a": str(folder_a),
         "b": str(folder_b),
@@ -45,15 +46,20 @@ def show_comparison(folder_a: Path, folder_b: Path) -> dict[str, Any]:
     }
 
 
-def comparable_column(a: Summary, b: Summary) -> str:
-    """The column of the token table to compare two runs by: it means the same in both.
+def _named(run: FinishedRun, labels: Mapping[str, str]) -> str:
+    label = labels.get(str(run.folder))
+    return f"{run.summary.model_q} ({run.folder}{f'; {label}' if label else ''})"
 
-    The exact KL where both have it throughout; else what both report, if by one estimator; else the censored estimate,
+
+def comparable_column(*summaries: Summary) -> str:
+    """The column of the token table to compare runs by: it means the same in all.
+
+    The exact KL where all have it throughout; else what all report, if by one estimator; else the censored estimate,
     which every run has. Two estimators miss different parts of one KL, and would make two equal models look different.
     """
-    if _exact_throughout(a) and _exact_throughout(b):
+    if all(map(_exact_throughout, summaries)):
         return "kl_exact"
-    return "kl_estimate" if a.estimator == b.estimator else "kl_censored"
+    return "kl_estimate" if len({summary.estimator for summary in summaries}) == 1 else "kl_censored"
 
 
 def _exact_throughout(summary: Summary) -> bool:
@@ -61,31 +67,41 @@ def _exact_throughout(summary: Summary) -> bool:
     return 0 < summary.counts.measured == summary.kl_per_token.exact.n + infinite
 
 
-def _with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
+def with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
+    """The token table with another column as its estimate."""
     if column == "kl_estimate":
         return run.tokens
     # Rows without a point estimate keep their reason and stay without one.
     return run.tokens.with_columns(kl_estimate=pl.when(pl.col("error").is_null()).then(column))
 
 
-def _notes(a: Summary, b: Summary, column: str) -> Iterator[str]:
+def notes(summaries: Sequence[Summary], names: Sequence[str], column: str) -> Iterator[str]:
+    """What to know of a comparison by that column."""
     if column == "kl_exact":
         return
+    estimators = {name: repr(summary.estimator) for name, summary in zip(names, summaries, strict=True)}
     if column == "kl_censored":
+        yield f"{_each(estimators, 'reports the estimator')}; they are compared by their censored estimates."
+    elif summaries[0].estimator != "censored":
+        which = "both report" if len(summaries) == 2 else "all report"
         yield (
-            f"A reports the estimator {a.estimator!r}, B {b.estimator!r}; they are compared by their censored "
-            "estimates."
+            f"{which} the estimator {summaries[0].estimator!r}, which misses more of a large KL than of a small one; "
+            f"the difference is understated. Run {'both' if len(summaries) == 2 else 'all'} with the estimator "
+            "'censored'; no score is bought again."
         )
-    elif a.estimator != "censored":
+    lengths = {name: f"{summary.top_logprobs}" for name, summary in zip(names, summaries, strict=True)}
+    if len(set(lengths.values())) > 1:
+        first, *others = lengths.items()
+        rest = ", ".join(f"{name} with {length}" for name, length in others)
         yield (
-            f"both report the estimator {a.estimator!r}, which misses more of a large KL than of a small one; the "
-            "difference is understated. Run both with the estimator 'censored'; no score is bought again."
+            f"{first[0]} was measured with {first[1]} candidates per position, {rest}; part of the difference may come "
+            "from that."
         )
-    if a.top_logprobs != b.top_logprobs:
-        yield (
-            f"A was measured with {a.top_logprobs} candidates per position, B with {b.top_logprobs}; part of the "
-            "difference may come from that."
-        )
+
+
+def _each(values: Mapping[str, str], what: str) -> str:
+    (first, value), *others = values.items()
+    return ", ".join([f"{first} {what} {value}", *(f"{name} {value}" for name, value in others)])
 
 
 def verdict(difference: Estimate, unit: str) -> str:
@@ -126,7 +142,8 @@ def _value_text(estimate: Estimate) -> str:
     return f"{text} ({INTERVAL} {rounded(estimate.ci_low, estimate.se)} to {rounded(estimate.ci_high, estimate.se)})"
 
 
-def _measure_name(summary: Summary, column: str) -> str:
+def measure_name(summary: Summary, column: str) -> str:
+    """What a column of `comparable_column` is called."""
     if column == "kl_exact":
         return "exact KL"
     return f"{summary.estimator if column == 'kl_estimate' else 'censored'} estimate"

@@ -41,7 +41,7 @@ def per_token(totals: pl.DataFrame, metric: str) -> Estimate:
     unknown = _unknown(totals, metric)
     if unknown is not None:
         return unknown
-    above, below = _by_prompt(rows, pl.col(f"{metric}.sum"), denominator(metric))
+    above, below = by_prompt(rows, pl.col(f"{metric}.sum"), denominator(metric))
     n, n_measured = _total(totals, f"{metric}.n"), _total(totals, "n_measured")
     variance = _iid_token_variance(rows) if metric == "kl_estimate" else None
     return ratio_estimate(above, below, n=n, n_unknown=n_measured - n, iid_variance=variance)
@@ -59,7 +59,7 @@ def per_response(totals: pl.DataFrame, metric: str, *, extrapolate: bool = True)
     if unknown is not None:
         return unknown
     sums = response_sums(rows, metric, extrapolate=extrapolate)
-    above, below = _by_prompt(rows.with_columns(sums), pl.col("sum"), pl.lit(1.0))
+    above, below = by_prompt(rows.with_columns(sums), pl.col("sum"), pl.lit(1.0))
     variance = sums.var() if rows.height > 1 else None
     iid = float(variance) / rows.height if isinstance(variance, float) else None
     return ratio_estimate(above, below, n=rows.height, iid_variance=iid)
@@ -77,7 +77,7 @@ def prompts_needed(totals: pl.DataFrame, relative: float) -> int | None:
     rows = usable(totals, "kl_estimate")
     if _unknown(totals, "kl_estimate") is not None:
         return None
-    return clusters_needed(*_by_prompt(rows, pl.col("kl_estimate.sum"), denominator("kl_estimate")), relative)
+    return clusters_needed(*by_prompt(rows, pl.col("kl_estimate.sum"), denominator("kl_estimate")), relative)
 
 
 def _unknown(totals: pl.DataFrame, metric: str) -> Estimate | None:
@@ -94,7 +94,8 @@ def _unknown(totals: pl.DataFrame, metric: str) -> Estimate | None:
     return None
 
 
-def _by_prompt(rows: pl.DataFrame, above: pl.Expr, below: pl.Expr) -> tuple[pl.Series, pl.Series]:
+def by_prompt(rows: pl.DataFrame, above: pl.Expr, below: pl.Expr) -> tuple[pl.Series, pl.Series]:
+    """Two sums over the responses of each prompt, shape (prompts,), in the order in which the prompts appear."""
     keyed = rows.select("prompt_id", above=above, below=below)
     sums = keyed.group_by("prompt_id", maintain_order=True).agg(pl.col("above", "below").sum())
     return sums["above"], sums["below"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import polars as pl
 
@@ -80,9 +81,8 @@ def paired_difference(tokens_a: pl.LazyFrame, tokens_b: pl.LazyFrame) -> PairedD
     run_a: list[pl.DataFrame] = []
     run_b: list[pl.DataFrame] = []
     n_only_a = n_only_b = 0
-    for batch in _joined_batches(tokens_a, tokens_b):
-        _check_same_p(batch)
-        joint = _joint(batch)
+    for rows_a, rows_b in shared_batches((tokens_a, tokens_b), ("the first run", "the second")):
+        joint = _joint(_beside(rows_a, rows_b))
         n_only_a += int((joint["measured_a"] & ~joint["measured_b"]).sum())
         n_only_b += int((joint["measured_b"] & ~joint["measured_a"]).sum())
         difference.append(_totals_of(joint, pl.col("kl_estimate") - pl.col("kl_estimate_b")))
@@ -102,17 +102,45 @@ def paired_difference(tokens_a: pl.LazyFrame, tokens_b: pl.LazyFrame) -> PairedD
     )
 
 
-def _joined_batches(tokens_a: pl.LazyFrame, tokens_b: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-    sizes = tokens_a.group_by("source_file").len().collect().sort("source_file")
+def shared_batches(tables: Sequence[pl.LazyFrame], names: Sequence[str]) -> Iterator[list[pl.DataFrame]]:
+    """The responses that all runs have, some files at a time: a frame of each run, over the same positions row by row.
+
+    Parameters
+    ----------
+    tables : sequence of pl.LazyFrame
+        Token tables (`kl.tables.schemas.TOKENS`) of two or more runs.
+    names : sequence of str
+        What the runs are called in errors.
+
+    Raises
+    ------
+    IncomparableRunsError
+        If a response that all have differs in P's tokens, their log-probabilities, its length or its prompt, or two
+        runs sampled positions and not the same ones.
+    TokenTableError
+        If a table contradicts itself.
+    """
+    sizes = tables[0].group_by("source_file").len().collect().sort("source_file")
     for first, last in _file_ranges(sizes):
         inside = pl.col("source_file").is_between(pl.lit(first), pl.lit(last))
-        rows_a, rows_b = (tokens.select(_COLUMNS).filter(inside).collect() for tokens in (tokens_a, tokens_b))
-        for rows in (rows_a, rows_b):
+        all_rows = [tokens.select(_COLUMNS).filter(inside).collect() for tokens in tables]
+        for rows in all_rows:
             check_rows(rows)
-        _check_same_lengths(rows_a, rows_b)
-        joined = rows_a.join(rows_b, on=POSITION_KEYS, how="inner", suffix="_b", maintain_order="left")
-        if joined.height:
-            yield joined
+        for number, rows in enumerate(all_rows[1:], start=1):
+            _check_same_lengths(all_rows[0], rows, names[0], names[number])
+        places = all_rows[0].select(POSITION_KEYS)
+        for rows in all_rows[1:]:
+            places = places.join(rows, on=POSITION_KEYS, how="semi", maintain_order="left")
+        shared = [places.join(rows, on=POSITION_KEYS, how="left", maintain_order="left") for rows in all_rows]
+        for (i, rows_i), (j, rows_j) in combinations(enumerate(shared), 2):
+            _check_comparable(_beside(rows_i, rows_j), names[i], names[j])
+        if places.height:
+            yield shared
+
+
+def _beside(rows_a: pl.DataFrame, rows_b: pl.DataFrame) -> pl.DataFrame:
+    """Two runs over the same positions in one frame; the columns of the second end with ``_b``."""
+    return pl.concat([rows_a, rows_b.select(pl.exclude(POSITION_KEYS).name.suffix("_b"))], how="horizontal")
 
 
 def _file_ranges(sizes: pl.DataFrame) -> Iterator[tuple[str, str]]:
@@ -123,41 +151,38 @@ def _file_ranges(sizes: pl.DataFrame) -> Iterator[tuple[str, str]]:
     yield from zip(ranges["first"], ranges["last"], strict=True)
 
 
-def _check_same_lengths(rows_a: pl.DataFrame, rows_b: pl.DataFrame) -> None:
+def _check_same_lengths(rows_a: pl.DataFrame, rows_b: pl.DataFrame, name_a: str, name_b: str) -> None:
     lengths_a, lengths_b = (rows.group_by(RESPONSE_KEYS, maintain_order=True).len() for rows in (rows_a, rows_b))
     both = lengths_a.join(lengths_b, on=RESPONSE_KEYS, suffix="_b", maintain_order="left")
     for file, index, n_a, n_b in both.filter(pl.col("len") != pl.col("len_b")).head(1).iter_rows():
         raise IncomparableRunsError(
-            f"{file}#{index} has {n_a} positions in the first run and {n_b} in the second; "
+            f"{file}#{index} has {n_a} positions in {name_a} and {n_b} in {name_b}; "
             "the two runs must be over the same responses of P."
         )
 
 
-def _check_same_p(joined: pl.DataFrame) -> None:
-    for column in ("prompt_id", "token", "token_id"):
-        _refuse(joined, pl.col(column) != pl.col(f"{column}_b"), column)
-    _refuse(joined, (pl.col("logprob_p") - pl.col("logprob_p_b")).abs() > LOGPROB_TOLERANCE, "logprob_p")
-
-
-def _refuse(joined: pl.DataFrame, differs: pl.Expr, column: str) -> None:
-    for row in joined.filter(differs).head(1).iter_rows(named=True):
-        where = f"{row['source_file']}#{row['response_idx']} position {row['position']}"
+def _check_comparable(joined: pl.DataFrame, name_a: str, name_b: str) -> None:
+    differences = {column: pl.col(column) != pl.col(f"{column}_b") for column in ("prompt_id", "token", "token_id")}
+    differences["logprob_p"] = (pl.col("logprob_p") - pl.col("logprob_p_b")).abs() > LOGPROB_TOLERANCE
+    for column, differs in differences.items():
+        for row in joined.filter(differs).head(1).iter_rows(named=True):
+            where = f"{row['source_file']}#{row['response_idx']} position {row['position']}"
+            raise IncomparableRunsError(
+                f"{where}: {column} is {row[column]!r} in {name_a} and {row[f'{column}_b']!r} in {name_b}; "
+                "the two runs must be over the same responses of P."
+            )
+    both_sampled = (pl.col("pi") < 1) & (pl.col("pi_b") < 1)
+    apart = both_sampled & ((pl.col("pi") != pl.col("pi_b")) | (pl.col("selected") != pl.col("selected_b")))
+    for row in joined.filter(apart).head(1).iter_rows(named=True):
         raise IncomparableRunsError(
-            f"{where}: {column} is {row[column]!r} in the first run and {row[f'{column}_b']!r} in the second; "
-            "the two runs must be over the same responses of P."
+            f"{row['source_file']}#{row['response_idx']}: {name_a} and {name_b} sampled different positions "
+            f"(π = {row['pi']:.6g} and {row['pi_b']:.6g}), so that it is not known how likely a position is in both. "
+            "Use the same sampling settings and seed for both runs, or measure one of them in full."
         )
 
 
 def _joint(joined: pl.DataFrame) -> pl.DataFrame:
     """Columns ``selected``, ``pi``, ``error`` of the positions that both runs have, and who measured what."""
-    both_sampled = (pl.col("pi") < 1) & (pl.col("pi_b") < 1)
-    apart = both_sampled & ((pl.col("pi") != pl.col("pi_b")) | (pl.col("selected") != pl.col("selected_b")))
-    for row in joined.filter(apart).head(1).iter_rows(named=True):
-        raise IncomparableRunsError(
-            f"{row['source_file']}#{row['response_idx']}: the two runs sampled different positions "
-            f"(π = {row['pi']:.6g} and {row['pi_b']:.6g}), so that it is not known how likely a position is in both. "
-            "Use the same sampling settings and seed for both runs, or measure one of them in full."
-        )
     measured_a, measured_b = pl.col("kl_estimate").is_not_null(), pl.col("kl_estimate_b").is_not_null()
     infinite = IS_INFINITE | (pl.col("selected_b") & (pl.col("reason_b") == INFINITE).fill_null(False))
     return joined.with_columns(

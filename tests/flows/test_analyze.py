@@ -117,6 +117,44 @@ class TestOneRun:
         assert found["summary"] == json.loads((steady / "summary.json").read_text("utf-8"))
         assert found["headline"][0] == ["P", "p-model"]
 
+    def test_csv_files_hold_what_is_shown_unrounded(self, steady, tmp_path, capsys):
+        def odd(tokens):
+            return tokens.with_columns(token=pl.when(pl.col("position") > 0).then(pl.lit('"a,\n')).otherwise("token"))
+
+        run = write_run(tmp_path / "odd", STEADY, change=odd)
+        code = analyze(capsys, run, "--top", 2, "--csv", tmp_path / "csv")[0]
+        assert code == 0
+        names = ["headline", "summary", "worst_positions", "worst_responses", "worst_tokens"]
+        assert sorted(path.stem for path in (tmp_path / "csv").iterdir()) == names
+        summary = load_run(run).summary
+        positions = pl.read_csv(tmp_path / "csv" / "worst_positions.csv")
+        assert positions["kl_estimate"].to_list() == [0.1 * 6] * 2
+        assert positions["token"].to_list() == ["t0", '"a,\n']
+        figures = dict(pl.read_csv(tmp_path / "csv" / "summary.csv").iter_rows())
+        assert float(figures["kl_per_token.estimate.value"]) == summary.kl_per_token.estimate.value
+        assert figures["model_q"] == "q-model"
+        tokens = pl.read_csv(tmp_path / "csv" / "worst_tokens.csv")
+        assert tokens["kl_sum"].to_list() == [row["kl_sum"] for row in summary.by_token[:2]]
+
+    def test_json_on_standard_output_stands_there_alone(self, steady, capsys, tmp_path):
+        code, out, err = analyze(capsys, steady, "--json", "-", "--csv", tmp_path / "csv")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["summary"] == json.loads((steady / "summary.json").read_text("utf-8"))
+
+    def test_nothing_is_padded_in_a_pipe_and_nothing_is_wider_than_a_terminal(self, steady, capsys, monkeypatch):
+        out = analyze(capsys, steady)[1]
+        assert [line for line in out.splitlines() if line != line.rstrip()] == []
+        for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "LINES": "24"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        shown = analyze(capsys, steady)[1]
+        assert "\x1b[1m" in shown
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        tables = plain[plain.index("Tokens with") :]
+        assert max(map(len, tables.splitlines())) <= 80
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b[3" not in analyze(capsys, steady)[1]
+
     def test_a_position_stands_with_the_text_before_it(self, tmp_path):
         run = write_run(tmp_path / "a", [Answer("a.json", "p", 0, [0.1] * 11 + [5.0]), Answer("b.json", "p", 0, [4.0])])
         worst = worst_positions(load_run(run), 2)
@@ -145,8 +183,10 @@ class TestOneRun:
 
     def test_a_run_without_any_measured_position_says_so(self, tmp_path, capsys):
         run = write_run(tmp_path / "a", [Answer("a.json", "p", 0, [None, None])])
-        code, out, _ = analyze(capsys, run)
+        code, out, _ = analyze(capsys, run, "--csv", tmp_path / "csv")
         assert code == 0
+        positions = pl.read_csv(tmp_path / "csv" / "worst_positions.csv")
+        assert (positions.height, positions.columns[:3]) == (0, ["source_file", "response_idx", "position"])
         assert out.count("none: nothing has an estimate") == 3
         assert "not known: nothing was measured" in out
 
@@ -226,7 +266,12 @@ class TestRefusedCall:
         [
             ([], "give either RUN_DIR or --compare A B"),
             (["a", "--compare", "a", "b"], "give either RUN_DIR or --compare A B"),
-            (["--compare", "a"], "expected 2 arguments"),
+            (["--compare", "a"], "--compare takes two or more folders"),
+            (
+                ["--compare", "a", "b", "--label", "c=1 GB"],
+                "--label c=1 GB: give RUN_DIR=TEXT with a folder of --compare",
+            ),
+            (["a", "--csv", "a.csv"], "--csv a.csv: a run is shown as several tables; give a folder"),
             (["a", "--top", "0"], "--top is 0"),
             (["a", "--top", "51"], "--top is 51"),
             (["a", "--top", "x"], "invalid int value"),
@@ -355,6 +400,58 @@ class TestCompare:
         assert f"{tmp_path / 'b'} holds no finished run" in refusal(capsys, "--compare", a, tmp_path / "b")
 
 
+class TestCompareMany:
+    """Five runs over the same responses, KL × 1, 1.01, 2, 3 and one that lacks a prompt."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folders(cls, tmp_path_factory):
+        place = tmp_path_factory.mktemp("many")
+        scales = {"a": 2.0, "b": 1.0, "c": 1.01, "d": 3.0}
+        runs = [
+            write_run(place / name, shifted(STEADY, lambda i, kl, by=scale: kl * by), model=f"model-{name}")
+            for name, scale in scales.items()
+        ]
+        part = shifted(STEADY, lambda i, kl: None if i == 5 else kl * 1.5)
+        return [*runs, write_run(place / "e=1", part, model="model-e")]
+
+    def test_ranks_them_with_differences_from_the_nearest(self, folders, tmp_path, capsys):
+        label = f"{folders[-1]}=1.2 GB"
+        code, out, err = analyze(capsys, "--compare", *folders, "--label", label, "--json", tmp_path / "out.json")
+        assert (code, err) == (0, "")
+        found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+        assert [row["model_q"] for row in found["runs"]] == [f"model-{name}" for name in "bcead"]
+        # Five prompts that all measured, KL .1 to .5.
+        assert [row["kl_per_token"] for row in found["runs"]] == pytest.approx([0.3, 0.303, 0.45, 0.6, 0.9])
+        assert (found["n_positions"], found["n_left_out"], found["n_comparisons"]) == (20, 4, 10)
+        assert found["level_of_differences"] == pytest.approx(0.995)
+        last = found["runs"][-1]
+        # Differences 2 × (.1 … .5): mean .6, SE = sqrt(5/4 × Σ(d - .6)²)/5 = .1414; t(.9975, 4) = 5.598
+        assert last["above_nearest"] == pytest.approx(0.6)
+        assert last["above_nearest_high"] == pytest.approx(0.6 + 5.5976 * 0.141421, abs=1e-4)
+        assert last["told_apart"] is False
+        assert [row["label"] for row in found["runs"]] == [None, None, "1.2 GB", None, None]
+        assert re.search(r"^model-e +1\.2 GB +0\.45 ", out, re.MULTILINE)
+        assert re.search(r"^model-b +0\.300? .* the nearest", out, re.MULTILINE)
+        assert "4 positions that some of the runs measured and not all take no part" in out
+        assert "These intervals hold together for all 10 differences between two of 5 runs (each is of 99.5 %)" in out
+
+    def test_is_a_table_of_programs_too(self, folders, tmp_path, capsys):
+        code, out, _ = analyze(capsys, "--compare", *folders, "--csv", tmp_path / "candidates.csv")
+        frame = pl.read_csv(tmp_path / "candidates.csv")
+        assert code == 0
+        assert str(tmp_path / "candidates.csv") in out
+        assert frame["rank"].to_list() == [1, 2, 3, 4, 5]
+        assert frame["kl_per_token"].to_list() == pytest.approx([0.3, 0.303, 0.45, 0.6, 0.9])
+        assert frame["told_apart"].to_list()[0] is None
+
+    def test_refuses_another_p_and_a_folder_named_twice(self, folders, tmp_path, capsys):
+        other = write_run(tmp_path / "o", STEADY, change=lambda tokens: tokens.with_columns(token=pl.lit("other")))
+        line = refusal(capsys, "--compare", *folders[:2], other)
+        assert f"f0.json#0 position 0: token is 't0' in {folders[0]} and 'other' in {other}" in line
+        assert f"{other} is named 2 times" in refusal(capsys, "--compare", folders[0], other, other)
+
+
 class TestVerdict:
     def test_of_an_unknown_difference_says_why(self):
         unknown = Estimate(None, None, None, None, 0, 0, 0, None, "infinite at 2 of 9 measured positions")
@@ -399,8 +496,8 @@ class TestProgram:
         shown = subprocess.run(
             [sys.executable, "-m", "flows.analyze", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
         )
-        for word in ("RUN_DIR", "--compare A B", "--top N", "--json FILE", "exit codes"):
-            assert word in shown.stdout
+        for word in ("RUN_DIR", "--compare A [B ...]", "--top N", "--json FILE", "exit codes"):
+            assert word in " ".join(shown.stdout.split())
 
 
 def test_runs_by_one_estimator_are_compared_by_what_they_report(tmp_path):

@@ -93,7 +93,7 @@ def test_runs_that_sampled_differently_are_refused(token_table: Build, changed: 
         run.with_columns(pi=pl.lit(pi), selected=pl.col("kl_estimate").is_not_null(), error=pl.lit(None, pl.String))
         for run, pi in ((a, 0.5), (b, 0.5 if changed == "which positions" else 0.25))
     ]
-    with pytest.raises(IncomparableRunsError, match="f0#0: the two runs sampled different positions"):
+    with pytest.raises(IncomparableRunsError, match="f0#0: the first run and the second sampled different positions"):
         paired_difference(*sampled)
 
 
