@@ -29,7 +29,8 @@ kl.tables               context_counts schemas / totals / responses / pairs / re
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
-kl.output.report        scales spread svg / axes / charts
+kl.output.report.drawing scales svg / axes
+kl.output.report        markup movers selection spread verdict visible / charts lists payload sections / page
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__

@@ -8,10 +8,10 @@ from typing import Any, cast
 import polars as pl
 
 from kl.output.digits import rounded
-from kl.output.report.axes import LEFT, RIGHT, anchor, bottom_axis, key, left_axis, rows_of, spaced
-from kl.output.report.scales import Counting, Linear, Log, label
+from kl.output.report.drawing.axes import LEFT, RIGHT, anchor, bottom_axis, key, left_axis, rows_of, spaced
+from kl.output.report.drawing.scales import Counting, Linear, Log, label
+from kl.output.report.drawing.svg import WIDTH, Chart, circle, line, polygon, polyline, rect, text
 from kl.output.report.spread import ENTROPY_STEP, SMALLEST, Spread, edge, spread_of
-from kl.output.report.svg import WIDTH, Chart, circle, line, polygon, polyline, rect, text
 from kl.statistics.summary import Summary
 
 PROMPTS_SHOWN = 12

@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from kl.output.report.charts import report_charts
-from kl.output.report.scales import Counting, Linear, Log, label
+from kl.output.report.drawing.scales import Counting, Linear, Log, label
+from kl.output.report.drawing.svg import Chart
 from kl.output.report.spread import edge, spread_of
-from kl.output.report.svg import Chart
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts
 from kl.tables.responses import ResponseInfo, summarise_responses

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kl.output.report.scales import Counting, Linear, Log, label
-from kl.output.report.svg import WIDTH, line, polyline, rect, text
+from kl.output.report.drawing.scales import Counting, Linear, Log, label
+from kl.output.report.drawing.svg import WIDTH, line, polyline, rect, text
 
 LEFT, RIGHT = 52, WIDTH - 14  # of the area in which a chart with two axes is drawn
 _LETTER = 6.2  # width of one, about

@@ -1,0 +1,1 @@
+"""The parts of a chart: scales, axes, SVG elements."""

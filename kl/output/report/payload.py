@@ -1,0 +1,157 @@
+"""What the page's script reads: the table of responses, the shown texts with their measures, both lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import polars as pl
+
+from kl.output.report.selection import Selection
+from kl.output.report.visible import visible
+from kl.tables.totals import IS_INFINITE, MEASURED, RESPONSE_KEYS
+
+ENTRIES_SHOWN = 40  # of both lists of a position
+_PROMPT_LETTERS = 2_000
+_DIGITS = 4
+# In the script's words; docs of the columns: kl.tables.schemas.
+_MEASURES = {
+    "kl": "kl_estimate",
+    "lower": "kl_lower",
+    "upper": "kl_upper_plausible",
+    "exact": "kl_exact",
+    "hp": "entropy_p",
+    "hq": "entropy_q",
+    "lp": "logprob_p",
+    "lq": "logprob_q",
+    "dp": "delta_p",
+    "rp": "rest_mass_p",
+    "rq": "rest_mass_q",
+}
+
+
+def table_of(selection: Selection) -> dict[str, Any]:
+    """Columns of the table of responses; ``shown`` is the number of a response's text on the page, or null."""
+    windows = selection.windows.select(*RESPONSE_KEYS).with_row_index("shown")
+    rows = selection.table.join(windows, on=RESPONSE_KEYS, how="left", maintain_order="left")
+    whole = (pl.col("n_measured") == pl.col("n_selected")) & (pl.col("n_positions") > 0)
+    columns = rows.select(
+        file="source_file",
+        index="response_idx",
+        shown=pl.col("shown").cast(pl.Int64),
+        n="n_positions",
+        measured="n_measured",
+        missing="n_missing",
+        infinite="n_infinite",
+        kl="kl_mean_per_token",
+        lower=pl.when(whole).then(pl.col("kl_lower_sum") / pl.col("n_positions")),
+        same="same_top_rate",
+        max="max_kl",
+        at="max_kl_position",
+        finish="finish_reason",
+        reason="reason",
+    )
+    return {"rows": selection.table.height} | {column.name: _plain(column) for column in columns}
+
+
+def texts_of(selection: Selection, prompts: Mapping[str, str]) -> dict[str, Any]:
+    """The shown responses, in the order of their numbers, each with columns over its shown positions.
+
+    ``state`` has a letter for each: ``m`` measured, ``b`` bounds only, ``i`` infinite, ``x`` missing, ``s`` left out by
+    position sampling; ``why`` the number of what is to be said of it in ``reasons``, or null. ``lq`` is the limit of
+    log q where ``atMost`` says so.
+    """
+    tokens = selection.tokens.with_columns(_state(), at_most=pl.col("k1_censored").fill_null(value=False)).with_columns(
+        # Where Q does not list the token, log p/q is at least logratio_k1.
+        logprob_q=pl.when("at_most").then(pl.col("logprob_p") - pl.col("logratio_k1")).otherwise("logprob_q")
+    )
+    why = pl.concat_str([pl.col("reason"), pl.col("error")], separator=": ", ignore_nulls=True)
+    rounded = pl.col(*_MEASURES.values()).round_sig_figs(_DIGITS)  # once: a response is too small a frame to work on
+    tokens = tokens.with_columns(rounded, why=pl.when(why != "").then(why))
+    reasons = cast(list[str], tokens["why"].drop_nulls().unique(maintain_order=True).to_list())
+    number = {reason: at for at, reason in enumerate(reasons)}
+    groups = tokens.partition_by(RESPONSE_KEYS, as_dict=True, maintain_order=True)
+    shown = [
+        _response(row, groups.get((row["source_file"], row["response_idx"])), number)
+        for row in selection.windows.join(
+            selection.table, on=RESPONSE_KEYS, how="left", maintain_order="left"
+        ).to_dicts()
+    ]
+    wanted = {row["file"] for row in shown}
+    told = {name: visible(text, longest=_PROMPT_LETTERS) for name, text in prompts.items() if name in wanted}
+    return {"shown": shown, "reasons": [visible(reason, longest=1_000) for reason in reasons], "prompts": told}
+
+
+def _state() -> pl.Expr:
+    return (
+        pl.when(~pl.col("selected")).then(pl.lit("s"))
+        .when(IS_INFINITE).then(pl.lit("i"))
+        .when(~MEASURED).then(pl.lit("x"))
+        .when(pl.col("kl_estimate").is_null()).then(pl.lit("b"))
+        .otherwise(pl.lit("m"))
+        .alias("state")
+    )  # fmt: skip
+
+
+def _response(row: Mapping[str, Any], tokens: pl.DataFrame | None, number: Mapping[str, int]) -> dict[str, Any]:
+    head = {
+        "file": row["source_file"],
+        "index": row["response_idx"],
+        "n": row["n_positions"],
+        "first": row["first"],
+        "why": row["why"],
+    }
+    if tokens is None:  # the response table speaks of positions that the token table lacks
+        raise ValueError(f"{row['source_file']}#{row['response_idx']} has no row in the token table.")
+    columns = tokens.to_dict(as_series=False)
+    measures = {name: columns[column] for name, column in _MEASURES.items()}
+    return head | {
+        "text": [visible(token or "") for token in columns["token"]],
+        "ids": columns["token_id"],
+        "state": "".join(columns["state"]),
+        "atMost": "".join("1" if at_most else "0" for at_most in columns["at_most"]),
+        "stop": [at for at, is_stop in enumerate(columns["is_stop"]) if is_stop],
+        "reasons": [None if reason is None else number[reason] for reason in columns["why"]],
+        "flags": columns["flags"],
+        **{name: values for name, values in measures.items() if any(value is not None for value in values)},
+    }
+
+
+def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
+    """Both lists by ``number of the response/position``: vocabulary number, −1000 log p and −1000 log q, repeated.
+
+    Null is not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most `ENTRIES_SHOWN` of a
+    position, the most probable ones; ``more`` says how many others there are.
+    """
+    numbers = selection.windows.select(*RESPONSE_KEYS).with_row_index("response")
+    places = selection.tokens.select("row", *RESPONSE_KEYS, "position").join(numbers, on=RESPONSE_KEYS)
+    best = pl.max_horizontal("logprob_p", "logprob_q")
+    ranked = lists.with_columns(rank=best.rank("ordinal", descending=True).over("row"), n=pl.len().over("row"))
+    kept = ranked.filter(pl.col("rank") <= ENTRIES_SHOWN)
+    words = kept.select("shown", "id_p", "id_q").unique(maintain_order=True).with_row_index("word")
+    coded = kept.join(words, on=["shown", "id_p", "id_q"], how="left", nulls_equal=True, maintain_order="left")
+    nats = (
+        (-1000 * pl.col(f"logprob_{side}").clip(-9999, 0)).round().cast(pl.Int64).alias(f"nats_{side}") for side in "pq"
+    )
+    flat = coded.with_columns(nats).group_by("row", maintain_order=True).agg(
+        pl.col("word", "nats_p", "nats_q"), pl.col("n").first()
+    )  # fmt: skip
+    found: dict[str, list[int | None]] = {}
+    more: dict[str, int] = {}
+    for row in flat.join(places, on="row", how="inner", maintain_order="left").iter_rows(named=True):
+        place = f"{row['response']}/{row['position']}"
+        entries = zip(row["word"], row["nats_p"], row["nats_q"], strict=True)
+        found[place] = [value for entry in entries for value in entry]
+        if row["n"] > ENTRIES_SHOWN:
+            more[place] = row["n"] - ENTRIES_SHOWN
+    vocabulary = [
+        [text, id_p if id_p is not None else id_q, *([id_q] if None not in (id_p, id_q) and id_p != id_q else [])]
+        for _, text, id_p, id_q in words.iter_rows()
+    ]
+    return {"vocabulary": vocabulary, "places": found, "more": more}
+
+
+def _plain(column: pl.Series) -> Sequence[Any]:
+    if column.dtype != pl.Float64:
+        return column.to_list()
+    return column.round_sig_figs(_DIGITS).to_list()
