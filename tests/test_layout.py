@@ -25,7 +25,8 @@ kl.estimators           rows token_bytes / token_keys / list_checks
 kl.estimators.matching  aligned codes rows / places / evidence trust
 kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
-kl.tables               context_counts schemas / totals / responses / pairs / repeats tokens / spreads
+kl.tables               context_counts schemas / totals / responses / pairs / candidates outliers / repeats tokens
+kl.tables               spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline

@@ -165,6 +165,11 @@ class RunConfig(CommonConfig):
     force: bool = Field(
         default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
     )
+    candidates: bool = Field(
+        default=True,
+        description="Keep both models' lists of every position, as they were compared, in candidates.parquet (about "
+        "500 bytes a position with 20 candidates).",
+    )
     max_cost_usd: float | None = Field(
         default=None, ge=0, description="Refuse to start if the estimated cost in USD is above this, at least 0."
     )

@@ -59,6 +59,11 @@ class OutputFolder:
         return self.path / "tokens.parquet"
 
     @property
+    def candidates(self) -> Path:
+        """Both lists of every position, unless a run was told to keep none."""
+        return self.path / "candidates.parquet"
+
+    @property
     def responses(self) -> Path:
         """The response table."""
         return self.path / "responses.parquet"

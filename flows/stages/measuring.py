@@ -26,12 +26,14 @@ from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose, response_masses
 from kl.input.responses import ResponseFile
-from kl.output.files import write_part
+from kl.output.files import write_candidate_part, write_part
 from kl.output.kl_json import ResponseText
 from kl.records import Prompt, Response, Sampling
 from kl.scores import Scores
 from kl.statistics.noise_floor import AskedTwice
+from kl.tables.candidates import candidate_table
 from kl.tables.context_counts import CountEvidence
+from kl.tables.outliers import without_outliers
 from kl.tables.responses import ResponseInfo
 from kl.tables.spreads import BothWays, Spreads
 from kl.tables.tokens import Asked, identity, measure_paired
@@ -58,10 +60,18 @@ class NoExact(NamedTuple):
 
 
 class MeasuredPart(NamedTuple):
-    """Some files in a row: their token table, None if none has a position, and what they say (`FileTexts`, pickled)."""
+    """Some files in a row: what they say (`FileTexts`, pickled), their token table and their candidate table.
 
-    tokens: Path | None
+    The tables are None if no file has a position, that of the candidates also if none is wanted.
+    """
+
     texts: Path
+    tokens: Path | None
+    candidates: Path | None
+
+    def without_tables(self) -> MeasuredPart:
+        """The same of files without a position."""
+        return self._replace(tokens=None, candidates=None)
 
 
 class FileTexts(NamedTuple):
@@ -197,9 +207,9 @@ class Ways(NamedTuple):
     checked: frozenset[str]
 
     @classmethod
-    def of(cls, checked: Sequence[Asked], came: Sequence[Asked]) -> Ways:
+    def of(cls, checked: Sequence[Asked], came: Sequence[Asked], keep_lists: bool) -> Ways:
         """Of the same responses with the answers as they are if counts are used, and as they came."""
-        both = BothWays.of([item.answered for item in checked], [item.answered for item in came])
+        both = BothWays.of([item.answered for item in checked], [item.answered for item in came], keep_lists=keep_lists)
         versions = _versions(came)
         return cls(identity(checked), both, versions, versions if both.checked is None else _versions(checked))
 
@@ -259,29 +269,30 @@ def survey_part(
             twice.append((again, first))
         n_odd += found.n_odd
     _note_inputs(parsed_files, noted)
-    of_q, of_twice = _both_ways(q), _both_ways(twice)
+    of_q, of_twice = _both_ways(q, comparison.config.candidates), _both_ways(twice, keep_lists=False)
     survey = Survey.of(of_q.both, of_twice.both, CountEvidence.total(prompt_counts))
     whole = parsed_files if comparison.config.full_vocabulary else []
     return Surveyed(survey, of_q, of_twice, n_odd, noted, list(map(FileTexts.of, parsed_files)), whole)
 
 
-def _both_ways(pairs: Sequence[tuple[Asked, Asked]]) -> Ways:
-    return Ways.of([checked for checked, _ in pairs], [came for _, came in pairs])
+def _both_ways(pairs: Sequence[tuple[Asked, Asked]], keep_lists: bool) -> Ways:
+    return Ways.of([checked for checked, _ in pairs], [came for _, came in pairs], keep_lists)
 
 
 def measure_part(
     surveyed: Surveyed, part: MeasuredPart, priors: Priors, comparison: Comparison, stores: Stores
 ) -> Measured:
-    """The second pass over some files: their table of tokens and their texts go to ``part``, on this machine's disk.
+    """The second pass over some files: their tables and their texts go to ``part``, on this machine's disk.
 
     Unreadable responses are noted with their reason.
     """
     measured, use = replace(surveyed.noted, priors=priors), priors.counts.usable
     estimator, ways = comparison.config.estimator, surveyed.q
     exact = _exact(surveyed, comparison, stores, measured)
+    paired = without_outliers(ways.both.chosen(use), priors.q)
     table = measure_paired(
         ways.identified,
-        ways.both.chosen(use),
+        paired,
         estimator=estimator,
         prior=priors.q,
         exact_kl=exact.kl,
@@ -289,12 +300,14 @@ def measure_part(
     )
     if table.height and part.tokens is not None:
         write_part(table, part.tokens)
+    if table.height and part.candidates is not None:
+        write_candidate_part(candidate_table(ways.identified, paired), part.candidates)
     part.texts.write_bytes(pickle.dumps(surveyed.texts))
-    measured.parts.append(part if table.height else part._replace(tokens=None))
+    measured.parts.append(part if table.height else part.without_tables())
     again = surveyed.twice
     if again.identified.height:
-        paired = again.both.chosen(use)
-        measured.twice.take([measure_paired(again.identified, paired, estimator=estimator, prior=priors.twice)])
+        twice = without_outliers(again.both.chosen(use), priors.twice)
+        measured.twice.take([measure_paired(again.identified, twice, estimator=estimator, prior=priors.twice)])
     measured.twice.versions |= again.checked if use else again.versions
     measured.versions_q |= ways.checked if use else ways.versions
     measured.n_odd_counts += surveyed.n_odd if use else 0

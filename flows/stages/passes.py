@@ -116,7 +116,7 @@ class _InProcess:
             yield surveyed.survey
 
     def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
-        places = [part_files(self._folder, part) for part in self._parts]
+        places = [part_files(self._folder, part, self._comparison) for part in self._parts]
         found = _side_by_side(
             lambda given: measure_part(given[0], given[1], priors, self._comparison, self._stores),
             zip(self._kept.taken(), places, strict=True),
@@ -192,14 +192,16 @@ class _OnCluster:
             for name, table in found.tables.items():
                 (self._folder / name).write_bytes(table)
             (place,) = found.measured.parts
-            tokens = None if place.tokens is None else self._folder / place.tokens.name
-            found.measured.parts = [MeasuredPart(tokens, self._folder / place.texts.name)]
+            here = part_files(self._folder, part, self._comparison)
+            found.measured.parts = [here.without_tables() if place.tokens is None else here]
             yield found.measured
 
 
-def part_files(folder: Path, part: Part) -> MeasuredPart:
+def part_files(folder: Path, part: Part, comparison: Comparison) -> MeasuredPart:
     """Where what is measured of a part goes."""
-    return MeasuredPart(folder / f"{part.start:08d}.parquet", folder / f"{part.start:08d}.texts")
+    name = f"{part.start:08d}"
+    lists = folder / f"{name}.candidates.arrow" if comparison.config.candidates else None
+    return MeasuredPart(folder / f"{name}.texts", folder / f"{name}.parquet", lists)
 
 
 class Tables(NamedTuple):
@@ -221,7 +223,7 @@ def measure_on_worker(part: Part, priors: Priors, comparison: Comparison) -> Tab
     with scratch_folder() as scratch:
         stores = comparison.folder.stores()
         surveyed = survey_part(part.files, comparison, stores, _nothing)
-        measured = measure_part(surveyed, part_files(scratch, part), priors, comparison, stores)
+        measured = measure_part(surveyed, part_files(scratch, part, comparison), priors, comparison, stores)
         (place,) = measured.parts
         paths = [path for path in place if path is not None]
         return Tables(measured, {path.name: path.read_bytes() for path in paths})

@@ -17,6 +17,7 @@ from typing import Any
 
 import polars as pl
 
+from backends.storage import remove
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.folder.layout import OutputFolder
@@ -27,7 +28,7 @@ from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
 from kl.output.atomic import write_many_atomic
-from kl.output.files import result_paths, write_responses, write_summary, write_tokens
+from kl.output.files import result_paths, write_candidates, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
 from kl.statistics.dataset import summarise_dataset
@@ -49,6 +50,9 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
     with made_locally(place.path) as folder:
         made = OutputFolder(folder)
         write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens)
+        if config.candidates:
+            lists = [part.candidates for part in measured.parts if part.candidates is not None]
+            write_candidates(lists, made.candidates)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
         rows = summarise_responses(tokens, measured.responses)
@@ -57,8 +61,11 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_summary(summary, made.summary)
         scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
         # What is published is here no more, and the token table is read until the last of the files is written.
-        tables = (path.name for path in (made.tokens, made.responses, made.summary))
+        optional = (made.candidates,) if config.candidates else ()
+        tables = (path.name for path in (made.tokens, *optional, made.responses, made.summary))
         publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
+    if not config.candidates:
+        remove(place.candidates)  # those of an earlier run are of other rows, perhaps
     report = _report(summary, measured, comparison, record)
     run = {"warnings": report.warnings} | _run_info(measured, config, record)
     return Results(report, summary.to_json(), run)
@@ -176,7 +183,8 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
                 f"noise floor: P was asked again as {', '.join(sorted(others))}, and its responses were written by "
                 f"{', '.join(sorted(measured.versions_p))}: the floor has the change of P in it"
             )
-    paths = (place.summary, place.responses, place.tokens, place.run)
+    optional = (place.candidates,) if comparison.config.candidates else ()
+    paths = (place.summary, place.responses, place.tokens, *optional, place.run)
     return RunReport(
         n_positions=summary.counts.positions,
         n_measured=summary.counts.measured,

@@ -1,4 +1,4 @@
-"""Writes the results of a data set: `tokens.parquet`, `responses.parquet` and `summary.json`.
+"""Writes the results of a data set: `tokens.parquet`, `candidates.parquet`, `responses.parquet` and `summary.json`.
 
 Every file appears whole or not at all. JSON is strict (no NaN, no infinity) and UTF-8.
 """
@@ -14,12 +14,15 @@ import polars as pl
 from kl.output.atomic import json_bytes, write_atomic, write_json_atomic
 from kl.statistics.summary import Summary
 from kl.tables.responses import RESPONSE_COLUMNS, RESPONSES
-from kl.tables.schemas import TOKEN_COLUMNS, TOKENS, Column
+from kl.tables.schemas import CANDIDATE_COLUMNS, TOKEN_COLUMNS, TOKENS, Column, schema_of
 from kl.tables.totals import BATCH_ROWS, check_rows
 
 # Fixed, because the default depends on how the rows arrive; the bytes of a file must depend on its rows alone. As many
 # rows as are read at once, so that a group is decoded once.
 ROW_GROUP_ROWS = BATCH_ROWS
+# Of the candidate table, which is read for a few positions of many.
+CANDIDATE_GROUP_ROWS = 16_384
+_LARGEST_PAGE = 1 << 30  # bytes
 METADATA_KEY = "tokenkl.columns"
 
 
@@ -60,19 +63,42 @@ def write_tokens(parts: Sequence[Path], target: Path) -> None:
     polars.exceptions.SchemaError
         If a part does not have exactly the columns of `kl.tables.schemas.TOKENS`.
     """
-    if parts:
-        # A bracket or "=" in a directory's name is neither a pattern nor a partition.
-        tokens = pl.scan_parquet(list(parts), schema=TOKENS, glob=False, hive_partitioning=False)
-    else:
-        tokens = pl.LazyFrame(schema=TOKENS)
+    # A bracket or "=" in a directory's name is neither a pattern nor a partition.
+    rows = pl.scan_parquet(list(parts), schema=TOKENS, glob=False, hive_partitioning=False) if parts else None
+    _write_joined(rows, target, TOKEN_COLUMNS, ROW_GROUP_ROWS)
+
+
+def write_candidates(parts: Sequence[Path], target: Path) -> None:
+    """Join what `write_candidate_part` wrote into one candidate table, as `write_tokens` does."""
+    rows = pl.scan_ipc(list(parts), glob=False, hive_partitioning=False) if parts else None
+    # Most of it are the digits of log-probabilities, which no level makes smaller. One page for each column of a group:
+    # where a group is divided into several depends on how its lists arrived.
+    _write_joined(
+        rows, target, CANDIDATE_COLUMNS, CANDIDATE_GROUP_ROWS, compression_level=1, data_page_size=_LARGEST_PAGE
+    )
+
+
+def _write_joined(
+    rows: pl.LazyFrame | None,
+    target: Path,
+    columns: Mapping[str, Column],
+    group_rows: int,
+    *,
+    compression_level: int | None = None,
+    data_page_size: int | None = None,
+) -> None:
+    schema = schema_of(columns)
+    joined = pl.LazyFrame(schema=schema) if rows is None else rows.select(schema.names())
     write_atomic(
         target,
-        lambda path: tokens.select(TOKENS.names()).sink_parquet(
+        lambda path: joined.sink_parquet(
             path,
             compression="zstd",
-            row_group_size=ROW_GROUP_ROWS,
+            compression_level=compression_level,
+            row_group_size=group_rows,
+            data_page_size=data_page_size,
             maintain_order=True,
-            metadata=_metadata(TOKEN_COLUMNS),
+            metadata=_metadata(columns),
         ),
     )
 
@@ -93,6 +119,14 @@ def write_part(tokens: pl.DataFrame, target: Path) -> None:
         target,
         lambda path: fitted.write_parquet(path, compression="lz4", statistics=False, row_group_size=ROW_GROUP_ROWS),
     )
+
+
+def write_candidate_part(candidates: pl.DataFrame, target: Path) -> None:
+    """Write the candidate table of some input files (schema `kl.tables.schemas.CANDIDATES`), to be joined.
+
+    Uncompressed Arrow, two kilobytes a position with 2 × 20 candidates: Parquet costs four times as much time.
+    """
+    write_atomic(target, lambda path: candidates.write_ipc(path, compression="uncompressed"))
 
 
 def write_responses(responses: pl.DataFrame, target: Path) -> None:

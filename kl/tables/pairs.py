@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,12 +11,8 @@ from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, FloatArray, IntArray, Positions, TopLists
 from kl.estimators.align import Aligned, align, with_hidden
-from kl.estimators.censored import SpreadPrior
-from kl.estimators.divergence import MIN_LISTED, measure
 from kl.estimators.list_checks import masses
 from kl.estimators.matching.trust import TrustedLists, trusted_wanted
-from kl.estimators.outliers import Outlier, find_outliers
-from kl.estimators.token_keys import logprob_of
 from kl.records import LARGEST_MASS, Response, Score, ScoreFailure
 from kl.scores import Scores
 
@@ -106,12 +101,39 @@ class Pairs:
         return with_hidden(matched, self.p.largest_hidden, self.q.largest_hidden)
 
 
+class Unpaired(NamedTuple):
+    """The lists of one side at positions that are not among the pairs, M of them, by place; shape (M,).
+
+    ``wanted`` is what Q was asked for by name beside them; None if nothing was.
+    """
+
+    place: IntArray
+    lists: TopLists
+    wanted: TopLists | None = None
+
+    @classmethod
+    def of(cls, place: IntArray, lists: TopLists, wanted: TopLists | None, paired: IntArray) -> Unpaired:
+        """Those of the places that are not paired."""
+        rows = np.flatnonzero(~np.isin(place, paired))
+        return cls(place[rows], lists.take(rows), None if wanted is None else wanted.take(rows))
+
+    def with_others(self, place: IntArray, lists: TopLists, wanted: TopLists | None) -> Unpaired:
+        """The same and those of further places."""
+        both = None if self.wanted is None or wanted is None else TopLists.joined([self.wanted, wanted])
+        return Unpaired(np.concatenate([self.place, place]), TopLists.joined([self.lists, lists]), both)
+
+
 class Paired(NamedTuple):
-    """The positions that can be measured, their matched lists (``None`` of none), and the other ones by place."""
+    """The positions that can be measured, their matched lists (``None`` of none), and the other ones by place.
+
+    ``unpaired_p`` and ``unpaired_q`` have the lists of the others, where they are kept.
+    """
 
     pairs: Pairs
     aligned: Aligned | None
     missing: dict[int, Missing]
+    unpaired_p: Unpaired | None = None
+    unpaired_q: Unpaired | None = None
 
 
 def flag(name: str, rows: BoolArray) -> Flags:
@@ -125,8 +147,8 @@ def names_of(flags: Flags) -> list[tuple[str, ...]]:
     return [known[value] for value in flags.tolist()]
 
 
-def pair_up(answered: Sequence[Answered]) -> Paired:
-    """Match the lists of P and Q at the positions that were drawn.
+def pair_up(answered: Sequence[Answered], *, keep_lists: bool = False) -> Paired:
+    """Match the lists of P and Q at the positions that were drawn; of the other positions, keep the lists if told to.
 
     Raises
     ------
@@ -164,7 +186,7 @@ def pair_up(answered: Sequence[Answered]) -> Paired:
         response=response[place],
         p=used_p.unlimited(may_lack),
         q=used_q,
-        sampled_p=_above(Entries.joined([item.sampled for item in positions]).take(place), used_p.floor),
+        sampled_p=above(Entries.joined([item.sampled for item in positions]).take(place), used_p.floor),
         sampled_q=scores.table.sampled.or_none(scores.rows[place]),
         n_dropped=used_q.n_dropped + used_q.n_clipped + wanted.n_dropped[place_q[place]],
         is_stop=is_stop[place],
@@ -175,7 +197,11 @@ def pair_up(answered: Sequence[Answered]) -> Paired:
         wanted_q=None if wanted.lists is None else wanted.lists.take(place_q[place]),
     )
     missing = dict(sorted(missing.items()))
-    return Paired(pairs, pairs.aligned() if len(pairs) else None, missing)
+    aligned = pairs.aligned() if len(pairs) else None
+    if not keep_lists:
+        return Paired(pairs, aligned, missing)
+    unpaired_p = Unpaired.of(np.flatnonzero(has_p), p.lists, None, place)
+    return Paired(pairs, aligned, missing, unpaired_p, Unpaired.of(np.flatnonzero(has_q), q.lists, wanted.lists, place))
 
 
 _NONE = np.zeros(0, dtype=np.bool_)
@@ -278,107 +304,6 @@ def _problem(side: str, lists: TrustedLists, row: int, again: str, check: str) -
     return Missing(f"degenerate-{code}", f"{what}; it is not a distribution. {check}")
 
 
-def _above(sampled: Entries, floor: FloatArray) -> Entries:
+def above(sampled: Entries, floor: FloatArray) -> Entries:
     """The sampled tokens, without values that are no probabilities."""
     return sampled.with_logprobs(np.where(sampled.logprobs <= floor, np.nan, sampled.logprobs))
-
-
-def without_outliers(paired: Paired, prior: SpreadPrior | None) -> Paired:
-    """The same without the positions whose own lists contradict a value; doubtful ones stay, with a flag.
-
-    A value in the others that leaves more over than any vocabulary has is taken out: it is no cap.
-    """
-    if paired.aligned is None:
-        return paired
-    found = {item.row: item for item in find_outliers(paired.aligned, prior)}
-    lone = np.zeros(len(paired.pairs), dtype=np.bool_)
-    lone[[*found]] = True
-    wrong = np.zeros(len(lone), dtype=np.bool_)
-    wrong[[row for row, item in found.items() if item.certain]] = True
-    pairs = paired.pairs.flagged(LONE_VALUE, lone)
-    clipped, changed = _without_contradicted(pairs, ~wrong)
-    aligned = _aligned_again(paired.aligned, clipped, changed)
-    if not wrong.any():
-        return Paired(clipped, aligned, paired.missing)
-    at = np.flatnonzero(wrong)
-    counted = measure(paired.aligned.only(at), prior)
-    kl = np.where(np.isnan(counted.censored.kl), counted.lower.kl, counted.censored.kl).tolist()
-    missing = {
-        int(pairs.place[row]): Missing("outlier", _contradiction(paired.pairs, int(row), found[int(row)], value), value)
-        for row, value in zip(at, kl, strict=True)
-    }
-    kept = np.flatnonzero(~wrong)
-    return Paired(clipped.take(kept), aligned.only(kept) if len(kept) else None, paired.missing | missing)
-
-
-def _without_contradicted(pairs: Pairs, judged: BoolArray) -> tuple[Pairs, BoolArray]:
-    """The pairs without values that their lists contradict, and which of them have changed."""
-    p, changed_p = pairs.p.without_contradicted(judged)
-    q, changed_q = pairs.q.without_contradicted(judged)
-    changed = changed_p | changed_q
-    if not changed.any():
-        return pairs, changed
-    fewer = replace(
-        pairs,
-        p=p,
-        q=q,
-        n_dropped=pairs.n_dropped + q.n_clipped - pairs.q.n_clipped,
-        sampled_p=_above(pairs.sampled_p, p.floor),
-    )
-    return fewer.flagged("clipped-p", changed_p).flagged("clipped-q", changed_q), changed
-
-
-def _aligned_again(aligned: Aligned, pairs: Pairs, changed: BoolArray) -> Aligned:
-    """The matched lists, those of responses with a changed one matched again."""
-    if not changed.any():
-        return aligned
-    touched = np.isin(pairs.response, pairs.response[changed])
-    rows = np.flatnonzero(touched)
-    return aligned.replaced(rows, pairs.take(rows).aligned())
-
-
-def _contradiction(pairs: Pairs, row: int, outlier: Outlier, kl: float) -> str:
-    logp, logq = outlier.logp, outlier.logq
-    lists, value = (pairs.q.lists, logq) if math.isnan(logp) else (pairs.p.lists, logp)
-    known = lists[row] if pairs.wanted_q is None else (*lists[row], *pairs.wanted_q[row])
-    token = min(known, key=lambda candidate: abs(logprob_of(candidate) - value)).token
-    values = f"P {_shown(logp)}, Q {_shown(logq)}"
-    if outlier.side is None:
-        what = (
-            f"a log-probability of {token!r} is wrong ({values}): the other tokens agree within {outlier.spread:.2g} "
-            "nats and have not taken or given what it would have lost or gained"
-        )
-    else:
-        what = (
-            f"{outlier.side}'s log-probability of {token!r} is wrong ({values}): the k best tokens have none so far "
-            "below the others while that much probability is left to smaller ones"
-        )
-    return f"{what}. The position is set aside; it would have counted {kl:.3g} nats. Ask for the list again."
-
-
-def _shown(logprob: float) -> str:
-    return "does not list it" if math.isnan(logprob) else f"{logprob:.4g}"
-
-
-def not_determined(
-    place: IntArray, estimates: FloatArray, exact: FloatArray, aligned: Aligned
-) -> Mapping[int, Missing]:
-    """Reasons for measured positions without an estimate, by place; their bounds hold."""
-    found: dict[int, Missing] = {}
-    for row in map(int, np.flatnonzero(np.isnan(estimates))):
-        k_p, k_q = aligned.n_listed_p[row], aligned.n_listed_q[row]
-        if math.isinf(exact[row]):
-            gap = Missing("infinite", "P allows a token that Q excludes: KL is infinite. Its lower bound is given.")
-        elif min(k_p, k_q) < MIN_LISTED:
-            gap = Missing(
-                "short-list",
-                f"P lists {k_p} and Q {k_q} tokens; the estimate needs {MIN_LISTED} of each, only bounds are given. "
-                f"Ask for top_logprobs of {MIN_LISTED} or more, or use the estimator 'lower'.",
-            )
-        else:
-            gap = Missing(
-                "not-determined",
-                f"P and Q share {aligned.overlap[row]} listed tokens, too few for an estimate; only bounds are given.",
-            )
-        found[int(place[row])] = gap
-    return found

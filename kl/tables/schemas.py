@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import polars as pl
-from polars.datatypes import DataTypeClass
+from polars.datatypes import DataType, DataTypeClass
 
 # Columns that tables of earlier versions lack; read as null.
 ADDED = ("is_stop", "flags", "kl_set_aside")
@@ -18,7 +18,7 @@ ADDED = ("is_stop", "flags", "kl_set_aside")
 class Column(NamedTuple):
     """What a column holds; ``unit`` is None where it has none."""
 
-    kind: DataTypeClass
+    kind: DataTypeClass | DataType
     about: str
     unit: str | None = None
 
@@ -88,3 +88,41 @@ TOKEN_COLUMNS = {
     "error": Column(pl.String, "the same in words; null where measured"),
 }  # fmt: skip
 TOKENS = schema_of(TOKEN_COLUMNS)
+
+_LISTED = (
+    "what {side} lists, most probable first, as it was compared: known log-probabilities only (an entry without one "
+    "ends the list), without marks in place of probabilities (-1000 or less, a floor that many lists share) and "
+    "without smallest values that the others contradict{more}. "
+)
+_WANTED = (
+    "; behind the k best stand the `n_wanted_q` tokens of P's list that Q was asked for by name and does not list, by "
+    "falling log-probability"
+)
+_NULL_P = "Null where the source has no list or a defective one, empty where nothing of it can be used"
+_NULL_Q = "Null where Q was not asked or gave no answer, empty where nothing of it can be used"
+
+
+def _side(side: str, more: str, null: str) -> dict[str, Column]:
+    """The columns of one side's lists; those of a position are equally long."""
+    name = side.lower()
+    return {
+        f"{name}_tokens": Column(pl.List(pl.String), _LISTED.format(side=side, more=more) + null),
+        f"{name}_token_ids": Column(pl.List(pl.Int64), f"{side}'s token ids; null inside where not stated"),
+        f"{name}_logprobs": Column(pl.List(pl.Float64), f"{side}'s log-probabilities, as stated", "nats"),
+        f"{name}_bytes": Column(
+            pl.List(pl.Binary),
+            f"the bytes that {side} states of its tokens; null inside where they are the text's own in UTF-8 or none "
+            "are stated",
+        ),
+    }
+
+
+CANDIDATE_COLUMNS = {
+    **{name: TOKEN_COLUMNS[name] for name in ("source_file", "response_idx", "position")},
+    **_side("P", "", _NULL_P),
+    **_side("Q", _WANTED, _NULL_Q),
+    "n_wanted_q": Column(
+        pl.Int32, "how many of the last entries of Q's list are not of its k best but were asked for by name", "tokens"
+    ),
+}
+CANDIDATES = schema_of(CANDIDATE_COLUMNS)

@@ -46,13 +46,15 @@ class BothWays(NamedTuple):
     others: BoolArray
 
     @classmethod
-    def of(cls, checked: Sequence[Answered], came: Sequence[Answered]) -> BothWays:
-        """Answers that are the same objects do not differ."""
+    def of(cls, checked: Sequence[Answered], came: Sequence[Answered], *, keep_lists: bool = False) -> BothWays:
+        """Answers that are the same objects do not differ; the lists that are not compared are kept if told to."""
         same = [
             one.scores is two.scores and one.response.positions is two.response.positions
             for one, two in zip(checked, came, strict=True)
         ]
-        return cls(pair_up(came), None if all(same) else pair_up(checked), ~np.array(same, dtype=np.bool_))
+        both = pair_up(came, keep_lists=keep_lists)
+        others = ~np.array(same, dtype=np.bool_)
+        return cls(both, None if all(same) else pair_up(checked, keep_lists=keep_lists), others)
 
     def spreads(self) -> Spreads:
         """What they say of the spread."""

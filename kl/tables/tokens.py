@@ -17,6 +17,7 @@ from kl.estimators.divergence import ESTIMATORS, ListMeasures, measure, sampled_
 from kl.estimators.entropy import entropies
 from kl.estimators.outliers import spread_evidence
 from kl.records import UNKNOWN_LOGPROB, Response
+from kl.tables.outliers import not_determined, without_outliers
 from kl.tables.pairs import (
     Answered,
     Paired,
@@ -24,9 +25,7 @@ from kl.tables.pairs import (
     Results,
     check_lengths,
     names_of,
-    not_determined,
     pair_up,
-    without_outliers,
 )
 from kl.tables.schemas import TOKENS
 
@@ -123,8 +122,9 @@ def measure_responses(
     lengths = [len(item.response.positions) for item in asked]
     vocabulary = np.repeat([np.nan if item.vocabulary is None else float(item.vocabulary) for item in asked], lengths)
     exact = np.concatenate([np.zeros(0), *(_exact(item) for item in asked)])
+    trusted = without_outliers(paired, prior)
     table = measure_paired(
-        identity(asked), paired, estimator=estimator, prior=prior, exact_kl=exact, vocabulary=vocabulary
+        identity(asked), trusted, estimator=estimator, prior=prior, exact_kl=exact, vocabulary=vocabulary
     )
     return _with_flags(table, asked)
 
@@ -144,12 +144,14 @@ def measure_paired(
     ----------
     identified : pl.DataFrame
         From `identity` of the same responses.
+    paired : Paired
+        From `kl.tables.outliers.without_outliers` with the same prior.
     exact_kl, vocabulary : float64, shape (N,), optional
         As in `Asked`, NaN where unknown.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}. Known: {', '.join(ESTIMATORS)}.")
-    pairs, aligned, missing = without_outliers(paired, prior)
+    pairs, aligned, missing = paired.pairs, paired.aligned, paired.missing
     n, at = identified.height, pairs.place
     exact = np.full(n, np.nan) if exact_kl is None else exact_kl
     columns: dict[str, Any] = {name: identified[name] for name in identified.columns}

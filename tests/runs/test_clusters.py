@@ -86,7 +86,7 @@ def make_dask(tmp_path: Path) -> Iterator[Callable[[], DaskProcesses]]:
 
 def results(folder: Path) -> dict[str, bytes]:
     """Every result file but the record of the run, which has its times."""
-    paths = [folder / name for name in ("tokens.parquet", "responses.parquet", "summary.json")]
+    paths = [folder / name for name in ("tokens.parquet", "candidates.parquet", "responses.parquet", "summary.json")]
     return {path.name: path.read_bytes() for path in [*paths, *sorted(folder.glob("*_kl.json"))]}
 
 
