@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from backends.scores.store import ScoreStore
+from kl.finished import names
 
 HISTORY_FILE = "history.parquet"  # of many runs: beside their folders, or in one that all of them use
-_UNFINISHED = ".parts"  # made when a run begins, removed when everything is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class OutputFolder:
     @property
     def unfinished(self) -> Path:
         """What a run needs until its results are whole; while it is there, they are not."""
-        return self.path / _UNFINISHED
+        return self.path / names.UNFINISHED
 
     @property
     def token_parts(self) -> Path:
@@ -56,31 +55,27 @@ class OutputFolder:
     @property
     def tokens(self) -> Path:
         """The token table."""
-        return self.path / "tokens.parquet"
+        return self.path / names.TOKENS
 
     @property
     def candidates(self) -> Path:
         """Both lists of every position, unless a run was told to keep none."""
-        return self.path / "candidates.parquet"
+        return self.path / names.CANDIDATES
 
     @property
     def responses(self) -> Path:
         """The response table."""
-        return self.path / "responses.parquet"
+        return self.path / names.RESPONSES
 
     @property
     def summary(self) -> Path:
         """The figures of the data set."""
-        return self.path / "summary.json"
+        return self.path / names.SUMMARY
 
     @property
     def run(self) -> Path:
         """The record of the run, which is written last."""
-        return self.path / "run.json"
-
-    def results(self) -> Iterator[Path]:
-        """The files of a finished run, beside one for each input file."""
-        yield from (self.tokens, self.responses, self.summary, self.run)
+        return self.path / names.RECORD
 
     def stores(self) -> Stores:
         """Where answers go."""
