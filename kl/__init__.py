@@ -1,6 +1,7 @@
 """What is computed: arrays and frames in, arrays and frames out; ``from kl import compare`` and so on.
 
-No network, no plugins, no Prefect; files only in the readers (`kl.input`) and the writers (`kl.output`). The module of
+No network, no plugins, no Prefect; files only in the readers (`kl.input`, `kl.finished`) and the writers
+(`kl.output`). The module of
 a name is loaded when the name is first used, so that `kl.records` alone costs neither SciPy nor Polars.
 `docs/library.md` has examples.
 """
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kl.estimators.list_checks import CandidateListError
     from kl.estimators.matching.aligned import Aligned
     from kl.estimators.token_keys import listed
+    from kl.finished.reading import FinishedRunError, load_run
+    from kl.finished.run import Run
     from kl.input.responses import ResponseFile, read_responses
     from kl.output.files import write_part, write_responses, write_summary, write_tokens
     from kl.output.headline import headline
@@ -29,16 +32,18 @@ if TYPE_CHECKING:
     from kl.statistics.paired import PairedDifference, paired_difference
     from kl.statistics.summary import RunFacts, Summary
     from kl.tables.responses import RESPONSES, ResponseInfo, summarise_responses
-    from kl.tables.schemas import TOKENS
+    from kl.tables.schemas import CANDIDATES, TOKENS
     from kl.tables.tokens import measure_response, response_spread
 
 __all__ = [
+    "CANDIDATES",
     "RESPONSES",
     "TOKENS",
     "Aligned",
     "Candidate",
     "CandidateListError",
     "Estimate",
+    "FinishedRunError",
     "PairedDifference",
     "Position",
     "PositionDivergences",
@@ -46,6 +51,7 @@ __all__ = [
     "Response",
     "ResponseFile",
     "ResponseInfo",
+    "Run",
     "RunFacts",
     "Sampling",
     "Score",
@@ -61,6 +67,7 @@ __all__ = [
     "exact_kl",
     "headline",
     "listed",
+    "load_run",
     "lower_bounds",
     "measure_response",
     "paired_difference",
@@ -88,6 +95,8 @@ _HOMES = {
     "estimators.list_checks": ("CandidateListError",),
     "estimators.matching.aligned": ("Aligned",),
     "estimators.token_keys": ("listed",),
+    "finished.reading": ("FinishedRunError", "load_run"),
+    "finished.run": ("Run",),
     "input.responses": ("ResponseFile", "read_responses"),
     "output.files": ("write_part", "write_responses", "write_summary", "write_tokens"),
     "output.headline": ("headline",),
@@ -97,7 +106,7 @@ _HOMES = {
     "statistics.paired": ("PairedDifference", "paired_difference"),
     "statistics.summary": ("RunFacts", "Summary"),
     "tables.responses": ("RESPONSES", "ResponseInfo", "summarise_responses"),
-    "tables.schemas": ("TOKENS",),
+    "tables.schemas": ("CANDIDATES", "TOKENS"),
     "tables.tokens": ("measure_response", "response_spread"),
 }
 _HOME = {name: f"kl.{module}" for module, names in _HOMES.items() for name in names}

@@ -29,6 +29,7 @@ kl.tables               context_counts schemas / totals / responses / pairs / ca
 kl.tables               spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
+kl.finished             names run / reading
 kl.output               atomic digits / kl_json / files headline
 kl.output.report.drawing scales svg / axes
 kl.output.report        markup movers selection spread verdict visible / charts lists payload sections / page

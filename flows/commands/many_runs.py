@@ -13,8 +13,9 @@ from backends.errors import ConfigError
 from flows.commands.tables import print_table
 from flows.commands.texts import number_text, range_text, signed, warnings_of
 from flows.commands.two_runs import comparable_column, measure_name, notes, with_estimate
-from flows.folder.finished import FinishedRun, Rows, load_run, read_documents
+from flows.folder.finished import Rows, load_run, read_documents
 from flows.runtime.terminal import print_lines
+from kl.finished.run import Run
 from kl.output.digits import rounded
 from kl.statistics.intervals import Estimate
 from kl.statistics.ranking import RankedRun, Ranking, rank_runs
@@ -35,7 +36,7 @@ class Candidates:
     ``column`` of the token table is what they are ranked by, ``warnings`` what to know of the table.
     """
 
-    runs: list[FinishedRun]
+    runs: list[Run]
     ranking: Ranking
     column: str
     rows: Rows
@@ -75,7 +76,7 @@ def load_candidates(folders: Sequence[Path], labels: Mapping[str, str]) -> Candi
     return Candidates(runs, ranking, column, rows, warnings)
 
 
-def _row(rank: int, found: RankedRun, run: FinishedRun, label: str) -> dict[str, Any]:
+def _row(rank: int, found: RankedRun, run: Run, label: str) -> dict[str, Any]:
     """One line of the table, unrounded."""
     summary, kl = run.summary, found.per_token
     ratio = summary.perplexity.ratio if summary.perplexity is not None else None

@@ -12,10 +12,11 @@ from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.config.templates import RunValues, escaped
-from flows.folder.finished import FinishedRun, Rows, read_documents
+from flows.folder.finished import Rows, read_documents
 from flows.stages.dry_run import discovered
 from flows.stages.inputs import find_inputs, read_inputs
 from kl.columns import NO_ID, Positions
+from kl.finished.run import Run
 from kl.input.writer import candidate_entry, prompt_fields
 from kl.records import Candidate, Response, Score
 from kl.tables.totals import IS_INFINITE, MEASURED
@@ -29,12 +30,12 @@ _FIGURES = (
 )
 
 
-def high_positions(run: FinishedRun, threshold: float, score: ScoreName) -> Rows:
+def high_positions(run: Run, threshold: float, score: ScoreName) -> Rows:
     """The measured positions whose score is at least the threshold, the highest first.
 
     Parameters
     ----------
-    run : FinishedRun
+    run : Run
     threshold : float
         In nats; of ``normalized`` without unit.
     score : {"kl", "lower", "normalized"}
@@ -59,7 +60,7 @@ def high_positions(run: FinishedRun, threshold: float, score: ScoreName) -> Rows
     return chosen.sort(order, descending=[True, False, False, False]).collect().to_dicts()
 
 
-def continuations(run: FinishedRun, rows: Rows) -> Rows:
+def continuations(run: Run, rows: Rows) -> Rows:
     """Records of such positions, for ``flows.sample`` to go on from: prompt, prefix, token, scores, both lists.
 
     Raises
@@ -87,7 +88,7 @@ def continuations(run: FinishedRun, rows: Rows) -> Rows:
     return [found[number] for number in range(len(rows))]
 
 
-def _comparison_of(run: FinishedRun) -> Comparison:
+def _comparison_of(run: Run) -> Comparison:
     """What the run was about, with its folder where it is now."""
     config = dict(read_documents(run.folder).run["config"])
     here = {"output_dir": escaped(str(run.folder)), "input_dir": escaped(str(config["input_dir"])), "history": None}

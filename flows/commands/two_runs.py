@@ -11,8 +11,9 @@ import polars as pl
 from rich.console import Console
 
 from flows.commands.texts import INTERVAL, number_text, signed, warnings_of
-from flows.folder.finished import FinishedRun, load_run
+from flows.folder.finished import load_run
 from flows.runtime.terminal import print_lines
+from kl.finished.run import Run
 from kl.output.digits import rounded
 from kl.statistics.intervals import Estimate
 from kl.statistics.paired import PairedDifference, paired_difference
@@ -46,7 +47,7 @@ def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mappin
     }
 
 
-def _named(run: FinishedRun, labels: Mapping[str, str]) -> str:
+def _named(run: Run, labels: Mapping[str, str]) -> str:
     label = labels.get(str(run.folder))
     return f"{run.summary.model_q} ({run.folder}{f'; {label}' if label else ''})"
 
@@ -67,7 +68,7 @@ def _exact_throughout(summary: Summary) -> bool:
     return 0 < summary.counts.measured == summary.kl_per_token.exact.n + infinite
 
 
-def with_estimate(run: FinishedRun, column: str) -> pl.LazyFrame:
+def with_estimate(run: Run, column: str) -> pl.LazyFrame:
     """The token table with another column as its estimate."""
     if column == "kl_estimate":
         return run.tokens

@@ -28,7 +28,6 @@ _CONTEXT_TOKENS = 8  # shown before a position
 _INFINITY = pl.lit(float("inf"))
 
 
-
 class ResponseTableFile(NamedTuple):
     """A response table as it was read, with the hash of its file."""
 

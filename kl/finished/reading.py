@@ -75,7 +75,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """
     text = os.fspath(folder)
     if "://" in text:
-        raise FinishedRunError(f"{text} is in a bucket; copy the folder to a disk, or use flows.folder.finished.load_run.")
+        raise FinishedRunError(f"{text} is not on a disk; copy the folder to one (of a bucket: gcloud storage cp -r).")
     return read_run(Path(text).expanduser(), DISK)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from flows.analyze import main
 from flows.commands.two_runs import comparable_column, verdict
-from flows.folder.finished import load_run, summary_from_json, worst_positions
+from flows.folder.finished import load_run, worst_positions
+from kl.finished.reading import summary_from_json
 from kl.output.atomic import write_json_atomic
 from kl.output.files import write_part, write_responses, write_summary, write_tokens
 from kl.output.headline import headline

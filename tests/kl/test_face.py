@@ -18,11 +18,11 @@ LIBRARY = ROOT / "docs" / "library.md"
 
 # A name that goes from here breaks the programs of others; one that comes must be kept.
 NAMES = set(
-    "Aligned Candidate CandidateListError Estimate PairedDifference Position PositionDivergences Prompt RESPONSES "
-    "Response ResponseFile ResponseInfo RunFacts Sampling Score ScoreFailure SpreadEvidence SpreadPrior Summary TOKENS "
-    "Turn align cells compare diagnose exact_kl headline listed lower_bounds measure_response paired_difference "
-    "pooled_prior ratio_estimate read_responses response_spread sampled_token summarise_dataset summarise_responses "
-    "write_part write_responses write_summary write_tokens".split()
+    "Aligned CANDIDATES Candidate CandidateListError Estimate FinishedRunError PairedDifference Position "
+    "PositionDivergences Prompt RESPONSES Response ResponseFile ResponseInfo Run RunFacts Sampling Score ScoreFailure "
+    "SpreadEvidence SpreadPrior Summary TOKENS Turn align cells compare diagnose exact_kl headline listed load_run "
+    "lower_bounds measure_response paired_difference pooled_prior ratio_estimate read_responses response_spread "
+    "sampled_token summarise_dataset summarise_responses write_part write_responses write_summary write_tokens".split()
 )
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from flows.folder.finished import summary_from_json
 from kl.estimators.align import align
 from kl.estimators.censored import SpreadEvidence, pooled_prior
 from kl.estimators.divergence import measure
+from kl.finished.reading import summary_from_json
 from kl.output.headline import headline
 from kl.records import Sampling
 from kl.statistics.dataset import summarise_dataset
