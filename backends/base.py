@@ -322,7 +322,11 @@ class Backend(ABC):
         return {}
 
     def report(self) -> dict[str, Any]:
-        """What the run's record should say of the backend's work (job names, calls), as JSON types."""
+        """What the run's record should say of the backend's work (job names, calls), as JSON types.
+
+        Of a backend with the capability ``deferred`` it is also called while work is under way, from other threads, for
+        the ``state`` of each of its ``jobs``.
+        """
         return {}
 
     @classmethod

@@ -27,7 +27,7 @@ from flows.config.models import CommonConfig, RunConfig
 from flows.config.sampling import SampleConfig
 from flows.folder.layout import OutputFolder
 from flows.runtime.environment import prepare_environment
-from flows.runtime.terminal import ProgressReporter
+from flows.runtime.progress import ProgressReporter
 from flows.sampling.state import SamplingState
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError, did_you_mean
-from flows.commands.arguments import Parser, exit_code_of
+from flows.commands.arguments import Parser, add_levels, exit_code_of
 from flows.config.backend import resolve_backend
 from flows.config.models import RunConfig
 from flows.config.reading import build_config, read_yaml
@@ -29,17 +29,19 @@ _GOES_ON = (EXIT_COMPLETE, EXIT_INCOMPLETE, EXIT_DRIFT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all stages from the command line; returns the exit code of the worst of them."""
-    return exit_code_of(lambda: _pipeline(_parse(sys.argv[1:] if arguments is None else arguments).config))
+    return exit_code_of(lambda: _pipeline(_parse(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m flows.pipeline", description=__doc__, epilog=EXIT_CODES, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the sections.")
+    add_levels(parser)
     return parser.parse_args(arguments)
 
 
-def _pipeline(file: Path) -> int:
+def _pipeline(options: argparse.Namespace) -> int:
     prepare_environment()
+    file: Path = options.config
     sections = read_yaml(file)
     for name in sections:
         if name not in _STAGES:
@@ -54,7 +56,7 @@ def _pipeline(file: Path) -> int:
     code = EXIT_COMPLETE
     for stage in ("sample", "run"):
         if stage in sections:
-            ended = _run_flow(stage, _section(file, stage))
+            ended = _run_flow(stage, _section(file, stage), options.level)
             if ended not in _GOES_ON:
                 return ended
             code = max(code, ended)
@@ -67,9 +69,10 @@ def _section(file: Path, stage: str) -> Path:
     return file.with_name(f"{file.name}#{stage}")
 
 
-def _run_flow(stage: str, config: Path) -> int:
+def _run_flow(stage: str, config: Path, level: str | None) -> int:
+    arguments = ["--config", str(config), *([level] if level is not None else [])]
     command, flow = import_module(f"flows.commands.{stage}"), {"sample": "sample_responses", "run": "kl_divergence"}
-    return int(command.main(lambda: getattr(import_module(f"flows.{stage}"), flow[stage]), ["--config", str(config)]))
+    return int(command.main(lambda: getattr(import_module(f"flows.{stage}"), flow[stage]), arguments))
 
 
 def _analyses(sections: Mapping[str, Any], file: Path) -> Iterator[list[str]]:

@@ -49,11 +49,11 @@ backends.vertex         status / wire / answers prices / samples options
 backends.vertex.service access_token / retry model_calls / calls client
 backends.vertex.jobs    bucket / remote / ledger
 backends.vertex         gemini
-backends.vertex.jobs    rows / work / rounds
+backends.vertex.jobs    rows waves / work / rounds
 backends.vertex         online / batch
 backends.vertex.cleaning inventory / lifecycle / cleaner
 
-flows.runtime           environment logs server terminal
+flows.runtime           environment logs server terminal / progress
 flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
@@ -62,7 +62,7 @@ flows.folder            layout / finished lock refusals
 flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
-flows.watch             markdown / report / artifacts / history / events reference / verdict / ending
+flows.watch             markdown spending / report / artifacts / history / events reference / verdict / ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking

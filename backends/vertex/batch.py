@@ -73,6 +73,8 @@ class VertexBatchBackend(GeminiBackend):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        if self._rounds is not None:
+            self._rounds.log.say()
         self._bucket.close()
         await self._client.aclose()
         await super().__aexit__(*exc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
 import typing
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from backends.errors import ConfigError, TokenKLError
 from flows.config.models import CommonConfig
 from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model, read_yaml
+from flows.runtime.environment import show_lines, shows
 from flows.watch.report import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 
@@ -57,6 +59,7 @@ def make_parser(
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
     )
+    add_levels(parser)
     for name, field in model.model_fields.items():
         if name in skip:
             continue
@@ -76,6 +79,21 @@ def make_parser(
         f"{_settings_without_flags(model, skip)}A backend's own options are shown by --backend NAME --help.",
     )
     return parser
+
+
+def add_levels(parser: Parser) -> None:
+    """Give a parser ``-v`` and ``-q``, whose choice is ``level``; None is neither."""
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("-v", "--verbose", dest="level", action="store_const", const="-v",
+                        help="Show everything that is logged, such as the name of each batch job.")  # fmt: skip
+    levels.add_argument("-q", "--quiet", dest="level", action="store_const", const="-q",
+                        help="Show warnings and the result alone.")  # fmt: skip
+
+
+def take_level(level: str | None) -> None:
+    """Show log lines as ``-v`` or ``-q`` asks."""
+    if level is not None:
+        show_lines({"-v": logging.DEBUG, "-q": logging.WARNING}[level])
 
 
 def _settings_without_flags(model: type[CommonConfig], names: Sequence[str]) -> str:
@@ -143,6 +161,7 @@ def parse_config(parser: Parser, model: type[ModelT], arguments: Sequence[str]) 
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser.appendix = _options_of_chosen(arguments)
     values = vars(parser.parse_args(arguments))
+    take_level(values.pop("level"))
     config_file = values.pop("config")
     sets = values.pop("sets")
     for setting, name in SHORT_FORMS.items():
@@ -153,7 +172,7 @@ def parse_config(parser: Parser, model: type[ModelT], arguments: Sequence[str]) 
 
 def show_life() -> None:
     """On a terminal, say that the program has begun; the next line, which may be all there is, takes its place."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and shows(logging.INFO):
         print("starting …", end="\r", file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -15,7 +15,8 @@ from backends.errors import ConfigError
 from backends.storage import as_location, exists, is_remote, is_within, read_bytes, write_bytes_atomic
 from flows.commands.arguments import Parser, exit_code_of
 from flows.folder.output import prepare_output
-from flows.runtime.terminal import ProgressReporter, console, print_pairs
+from flows.runtime.progress import ProgressReporter
+from flows.runtime.terminal import console, print_pairs
 from flows.stages.inputs import InputFile, list_inputs, opened, read_ahead
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE
 from kl.input.conversion import Converted, UnclearRequestsError, converted, read_requests, with_requests

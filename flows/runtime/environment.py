@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from typing import TextIO
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -23,7 +24,20 @@ _PREFECT_DEFAULTS = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 _OUR_LOGGERS = ("flows", "backends")
-_terminal = logging.StreamHandler()  # one a process, however often it is prepared
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is when a line comes: a live panel takes its place, and lets the line pass."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
+
+
+_terminal = _StandardError()  # one a process, however often it is prepared
 _terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
 
 
@@ -36,12 +50,23 @@ def prepare_environment() -> None:
     load_dotenv(find_dotenv(usecwd=True), override=False)
     for name, value in _PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    _terminal.stream = sys.stderr
+    show_lines(logging.INFO)
     for name in _OUR_LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
         logger.addHandler(_terminal)
         logger.propagate = False
+
+
+def show_lines(level: int) -> None:
+    """Show our log lines on standard error from a level on; the log of a Prefect run keeps those from INFO on."""
+    _terminal.setLevel(level)
+    for name in _OUR_LOGGERS:
+        logging.getLogger(name).setLevel(min(level, logging.INFO))
+
+
+def shows(level: int) -> bool:
+    """Whether the user of this program wants to see lines of a level."""
+    return level >= _terminal.level
 
 
 def start_own_server() -> None:

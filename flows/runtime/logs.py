@@ -34,6 +34,7 @@ class _RunLogHandler(APILogHandler):
 
 
 _handler = _RunLogHandler()
+_handler.setLevel(logging.INFO)
 _at_work: dict[object, tuple[str, contextvars.Context]] = {}  # flow run, and the context to send in
 _lock = threading.Lock()
 

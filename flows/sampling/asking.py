@@ -14,11 +14,12 @@ from backends.base import Backend, Sample, SampleRequest
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
-from flows.runtime.terminal import ProgressReporter
+from flows.runtime.progress import ProgressReporter
 from flows.sampling.files import Target
 from flows.sampling.identity import check_identities
 from flows.sampling.plan import SamplePlan
 from flows.stages.prompts import prompt_hashes
+from flows.watch.spending import Spending, details_of
 from kl.input.responses import RENDERED
 from kl.input.writer import response_entry
 from kl.records import ScoreFailure
@@ -104,7 +105,8 @@ class Sampler:
         if config.preflight:
             await _preflight(backend, config, left)
         await self._note_prompts(backend)
-        with ProgressReporter("responses sampled", len(left)) as progress:
+        spending = Spending(type(backend), backend.options, self.plan.estimate(left).cost_usd)
+        with ProgressReporter("responses sampled", len(left), details_of(backend, spending)) as progress:
             # A backend with jobs follows them up itself.
             retries = 0 if backend.capabilities.deferred else config.sampling.max_retries
             spent = self.plan.estimate(left).cost_usd or 0.0  # at most; where a limit is set, the price is known
@@ -114,6 +116,7 @@ class Sampler:
                         "%d responses are asked again (%d of %d)", len(left), number, config.sampling.max_retries
                     )
                 async for result in backend.sample(left):
+                    spending.note(self.plan.places[result.key][0].model, result)
                     target = await asyncio.to_thread(self._take, result)
                     if target is not None and not target.missing:
                         await asyncio.to_thread(self._write, target)

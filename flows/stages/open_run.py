@@ -32,7 +32,7 @@ from flows.folder.output import prepare_output
 from flows.folder.refusals import Refusal, note_refusals
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
-from flows.runtime.terminal import ProgressReporter
+from flows.runtime.progress import ProgressReporter
 from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import parsed_files_kept
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
@@ -40,9 +40,11 @@ from flows.stages.plan import Group, Plan, bought_again, make_plan
 from flows.stages.prompts import rendered_before, rendered_prompts
 from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
 from flows.stages.scoring import GroupOutcome
-from flows.watch.artifacts import progress_artifact, show_plan, show_report
+from flows.watch.artifacts import progress_artifacts, show_plan, show_report
 from flows.watch.ending import DriftContext, RunOutcome, drift_context
 from flows.watch.report import RunReport
+from flows.watch.spending import Spending, details_of
+from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger("flows.run")
 
@@ -249,17 +251,23 @@ class OpenRun:
 
     @contextmanager
     def _scoring(self, plan: Plan, session: BackendSession) -> Generator[None]:
-        config = self.comparison.config
+        config, comparison = self.comparison.config, self.comparison
+        spending = Spending(comparison.backend, comparison.options, plan.estimate.cost_usd)
+
+        def on_result(model: str, result: Score | ScoreFailure) -> None:
+            spending.note(model, result)
+            progress.advance(1)
+
         with (
-            ProgressReporter(_COUNTED[config.stage], plan.n_to_ask) as progress,
-            progress_artifact(config, progress),
+            ProgressReporter(_COUNTED[config.stage], plan.n_to_ask, details_of(self.backend, spending)) as progress,
+            progress_artifacts(config, progress),
         ):
             if self.cluster is not None and not self.comparison.backend.capabilities.remote:
-                self.scorer = TravellingScorer(self.comparison.made_absolute(), self.stores, progress.advance)
+                self.scorer = TravellingScorer(self.comparison.made_absolute(), self.stores, on_result)
                 with self.cluster.get().tasks():
                     yield
                 return
-            self.scorer = StoringScorer(self.comparison, self.stores, session, progress.advance)
+            self.scorer = StoringScorer(self.comparison, self.stores, session, on_result)
             workers = max(1, min(len(plan.groups), self.backend.parallel_groups()))
             with ThreadPoolTaskRunner(workers) as runner, tasks_run_by(runner):
                 yield

@@ -27,7 +27,7 @@ from backends.storage import scratch_folder
 from flows.cluster.runners import LazyCluster
 from flows.config.comparison import Comparison, absolute
 from flows.folder.layout import Stores
-from flows.runtime.terminal import ProgressReporter
+from flows.runtime.progress import ProgressReporter
 from flows.stages.inputs import InputFile
 from flows.stages.measuring import Measured, MeasuredPart, Priors, Survey, Surveyed, measure_part, survey_part
 

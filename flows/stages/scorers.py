@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from prefect.states import Failed, State
@@ -18,7 +18,7 @@ from backends.session import BackendSession
 from flows.config.comparison import Comparison
 from flows.folder.layout import Stores
 from flows.stages.plan import Group, requests_of
-from flows.stages.scoring import GroupOutcome, store_answers
+from flows.stages.scoring import GroupOutcome, OnResult, store_answers
 from kl.records import Score, ScoreFailure
 
 
@@ -40,15 +40,13 @@ class StoringScorer:
     comparison : Comparison
     stores : Stores
     session : BackendSession
-    on_results : callable
-        Told how many further contexts are settled.
+    on_result : callable
+        Told each context that is settled, as of `flows.stages.scoring.store_answers`.
     """
 
-    def __init__(
-        self, comparison: Comparison, stores: Stores, session: BackendSession, on_results: Callable[[int], None]
-    ) -> None:
+    def __init__(self, comparison: Comparison, stores: Stores, session: BackendSession, on_result: OnResult) -> None:
         self._comparison, self._stores, self._session = comparison, stores, session
-        self._on_results = on_results
+        self._on_result = on_result
 
     def score(self, group: Group) -> GroupOutcome | State[GroupOutcome]:
         """Have a group answered; every answer is on disk before this returns."""
@@ -56,7 +54,7 @@ class StoringScorer:
         backend, stage = self._session.backend, self._comparison.config.stage
         ask = {"run": backend.score, "submit": backend.submit, "collect": backend.collect}[stage]
         results = ask([request for _, request in asked])
-        work = store_answers(results, asked, self._stores, self._on_results, only_looks=stage == "collect")
+        work = store_answers(results, asked, self._stores, self._on_result, only_looks=stage == "collect")
         try:
             return self._session.run(work)
         except (ConfigError, OSError) as error:
@@ -79,13 +77,13 @@ class TravellingScorer:
     comparison : Comparison
         With absolute folders: it is sent to the workers.
     stores : Stores
-    on_results : callable
-        Told how many further contexts are settled.
+    on_result : callable
+        Told each context that is settled, as of `flows.stages.scoring.store_answers`.
     """
 
-    def __init__(self, comparison: Comparison, stores: Stores, on_results: Callable[[int], None]) -> None:
+    def __init__(self, comparison: Comparison, stores: Stores, on_result: OnResult) -> None:
         self._comparison = comparison
-        self._at_home = (stores, on_results)
+        self._at_home = (stores, on_result)
 
     def __getstate__(self) -> dict[str, object]:
         return {"_comparison": self._comparison}
@@ -117,9 +115,9 @@ class TravellingScorer:
             if answers.error is not None:
                 raise answers.error
 
-        stores, on_results = self._at_home
+        stores, on_result = self._at_home
         asked = list(requests_of(group, self._comparison))
-        return asyncio.run(store_answers(again(), asked, stores, on_results))
+        return asyncio.run(store_answers(again(), asked, stores, on_result))
 
 
 Scorer = StoringScorer | TravellingScorer

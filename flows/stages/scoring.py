@@ -19,6 +19,8 @@ from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
 
+OnResult = Callable[[str, Score | ScoreFailure], None]
+
 # Each group of responses waits for its own.
 _writers = ThreadPoolExecutor(16, thread_name_prefix="score-writer")
 
@@ -72,6 +74,10 @@ class _Incoming:
         sums = self.tokens.get(model, (0, 0))
         self.tokens[model] = (sums[0] + (result.input_tokens or 0), sums[1] + (result.output_tokens or 0))
 
+    def model_of(self, result: Score | ScoreFailure) -> str:
+        """The model that was asked."""
+        return self.where[result.key][1]
+
     @property
     def outcome(self) -> GroupOutcome:
         return GroupOutcome(self.n_scored, self.failures, tuple(sorted(self.versions)), self.tokens)
@@ -97,7 +103,7 @@ async def store_answers(
     results: AsyncIterator[Score | ScoreFailure],
     asked: Sequence[tuple[str, ScoreRequest]],
     stores: Stores,
-    on_results: Callable[[int], None],
+    on_result: OnResult,
     *,
     only_looks: bool = False,
 ) -> GroupOutcome:
@@ -109,8 +115,8 @@ async def store_answers(
         What the backend says, in any order.
     asked : sequence of (prompt id, ScoreRequest)
         What it was asked.
-    on_results : callable
-        Told how many further contexts are settled.
+    on_result : callable
+        Told each context that is settled: the model that was asked, and what came of it.
     only_looks : bool
         That nothing was to be waited for: where the look fails, the jobs may still have the answers.
     """
@@ -120,7 +126,7 @@ async def store_answers(
         async with _closing(results):
             async for result in results:
                 incoming.add(result)
-                on_results(1)
+                on_result(incoming.model_of(result), result)
                 if incoming.full:
                     await _write(incoming)
         await _write(incoming)
@@ -128,13 +134,13 @@ async def store_answers(
         logger.warning("%s", error)
         # A collect must not publish the rows of jobs that it could not look at as missing.
         waits = only_looks and not isinstance(error, ModelNotUsableError)
-        _fail_rest(incoming, WAITING if waits else _reason(error), str(error), on_results)
+        _fail_rest(incoming, WAITING if waits else _reason(error), str(error), on_result)
     finally:
         incoming.write()
     if incoming.open_keys:
         message = f"the backend gave no result for {len(incoming.open_keys)} of {len(where)} contexts."
         logger.error("%s", message)
-        _fail_rest(incoming, "no-result", message, on_results)
+        _fail_rest(incoming, "no-result", message, on_result)
         incoming.write()
     return incoming.outcome
 
@@ -168,7 +174,8 @@ def _reason(error: BackendError) -> str:
     return "-".join(words).lower()
 
 
-def _fail_rest(incoming: _Incoming, reason: str, message: str, on_results: Callable[[int], None]) -> None:
+def _fail_rest(incoming: _Incoming, reason: str, message: str, on_result: OnResult) -> None:
     for key in sorted(incoming.open_keys):
-        incoming.add(ScoreFailure(key, reason, message))
-        on_results(1)
+        failure = ScoreFailure(key, reason, message)
+        incoming.add(failure)
+        on_result(incoming.model_of(failure), failure)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
+from uuid import UUID
 
 from httpx import HTTPError
 from prefect.artifacts import (
@@ -24,18 +25,20 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.settings import get_current_settings
 
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
+from flows.runtime.progress import ProgressReporter
 from flows.runtime.server import is_temporary
-from flows.runtime.terminal import ProgressReporter
 from flows.watch.markdown import escaped, one_line
 from flows.watch.report import RunReport
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_UPDATES = 5.0
+_SECONDS_BETWEEN_UPDATES = 10.0
 _LONGEST_WAIT_S = 20.0  # for the last update, when the run goes on
 _LONGEST_KEY = 200
 _LONGEST_LINE = 300
@@ -52,16 +55,15 @@ def artifact_key(config: RunConfig, kind: str) -> str:
 
 
 @contextmanager
-def progress_artifact(config: RunConfig, progress: ProgressReporter) -> Generator[None]:
-    """While work is under way, its share that is done, at most every few seconds."""
+def progress_artifacts(config: RunConfig, progress: ProgressReporter) -> Generator[None]:
+    """While work is under way, its share that is done and a table of what else is known, anew every few seconds."""
     if not progress.total or not _has_server():
         yield
         return
     stop = threading.Event()
-    key = artifact_key(config, "progress")
     # An artifact belongs to the run that it is made in, which a new thread does not know.
     follow = contextvars.copy_context().run
-    thread = threading.Thread(target=follow, args=(_follow, key, progress, stop), name="progress", daemon=True)
+    thread = threading.Thread(target=follow, args=(_follow, config, progress, stop), name="progress", daemon=True)
     thread.start()
     try:
         yield
@@ -70,16 +72,31 @@ def progress_artifact(config: RunConfig, progress: ProgressReporter) -> Generato
         thread.join(_LONGEST_WAIT_S)
 
 
-def _follow(key: str, progress: ProgressReporter, stop: threading.Event) -> None:
-    shown = progress.percent
-    made = _tried("progress", lambda: create_progress_artifact(shown, key, f"{progress.what} of {progress.total:,}"))
-    while made is not None:
+def _follow(config: RunConfig, progress: ProgressReporter, stop: threading.Event) -> None:
+    """Make two artifacts, and update them until the work is over; none more if the first cannot be made."""
+    about = f"{progress.what} of {progress.total:,}"
+    shown, rows = progress.percent, progress.rows()
+    bar = _tried("progress", lambda: create_progress_artifact(shown, artifact_key(config, "progress"), about))
+    table = bar and _tried("work", lambda: _work_table(config, about, rows).create())
+    while bar is not None:
         stopped = stop.wait(_SECONDS_BETWEEN_UPDATES)
-        now = progress.percent
-        if now != shown and _tried("progress", lambda now=now: update_progress_artifact(made, now)) is not None:
+        now, known = progress.percent, progress.rows()
+        if now != shown and _tried("progress", lambda now=now: update_progress_artifact(bar, now)) is not None:
             shown = now
+        if table is not None and known != rows:
+            rows = known
+            _tried("work", lambda known=known: _update(table.id, _work_table(config, about, known)))
         if stopped:
             return
+
+
+def _work_table(config: RunConfig, about: str, rows: Sequence[tuple[str, str]]) -> TableArtifact:
+    return TableArtifact(key=artifact_key(config, "work"), description=about, table=_table(rows))
+
+
+def _update(artifact: UUID, table: TableArtifact) -> bool:
+    get_client(sync_client=True).update_artifact(artifact, ArtifactUpdate(data=table.format()))
+    return True
 
 
 def show_report(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -> None:
@@ -122,7 +139,7 @@ def _tried(what: str, make: Callable[[], Any]) -> Any:
 
 
 def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -> Iterable[Artifact]:
-    about = f"{_share(report)}, model Q = {config.model2}"
+    about = f"{_share(report)}, model Q = {_plain(config.model2)}"
     first = [("Before any number", alarm) for alarm in report.alarms]
     table = _table([*first, *report.headline, *_spent_rows(spent)])
     yield TableArtifact(key=artifact_key(config, "summary"), description=about, table=table)
@@ -134,7 +151,8 @@ def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"figure": label, "value": one_line(text, _LONGEST_LINE)} for label, text in rows]
+    # Cells are Markdown to the user interface, as descriptions are.
+    return [{"figure": _plain(label), "value": _plain(text)} for label, text in rows]
 
 
 def console_link(address: str) -> str | None:

@@ -246,7 +246,7 @@ def test_the_quickstart_fires_by_itself_and_shows_what_it_found(world: World) ->
     keys = {"quickstart-local-summary", "quickstart-local-report"}
     for run in (first, second):
         artifacts = world.artifacts(run["id"])
-        assert keys <= artifacts.keys() <= keys | {"quickstart-local-progress"}
+        assert keys <= artifacts.keys() <= keys | {"quickstart-local-progress", "quickstart-local-work"}
         rows = {row["figure"]: row["value"] for row in json.loads(artifacts["quickstart-local-summary"]["data"])}
         assert re.match(r"0\.\d+ nats", rows["KL(P‖Q) per token"])
         assert len(artifacts["quickstart-local-summary"]["data"]) < 8000
@@ -255,6 +255,9 @@ def test_the_quickstart_fires_by_itself_and_shows_what_it_found(world: World) ->
         assert "results/quickstart/summary.json" in page
         assert len(page) < 8000
     assert world.artifacts(first["id"])["quickstart-local-progress"]["data"] == 100
+    work = json.loads(world.artifacts(first["id"])["quickstart-local-work"]["data"])
+    assert work[0]["figure"] == "contexts scored"
+    assert re.fullmatch(r"(\d+) of \1", work[0]["value"])
     wait_for(lambda: ", 0 of them on disk" in world.log(first["id"]), "the first run found nothing")
     wait_for(lambda: ", 0 to ask" in world.log(second["id"]), "the second run asked nothing")
     assert (world.tree / "results" / "quickstart" / "summary.json").is_file()

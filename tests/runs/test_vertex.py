@@ -99,6 +99,10 @@ def test_eight_responses_are_eight_jobs_and_every_number_is_right(run_batch, ver
     assert vertex_world.rejected == []
     assert len(vertex_world.jobs) == 8
     tokens = tokens_of(tmp_path)
+    assert re.search(rf"INFO wave 1: 8 jobs, {tokens.height:,} rows: 8 succeeded$", done.err, re.MULTILINE), done.err
+    line = next(line for line in done.err.splitlines() if "contexts scored: 237 of 237" in line)
+    assert re.search(r"; 8 jobs: 8 succeeded; 0\.\d{4} of about 0\.\d{4} USD spent$", line)
+    assert "batchPredictionJobs" not in done.err, "no line a job"
     assert sum(vertex_world.rows_bought.values()) == len(vertex_world.rows_bought)
     assert tokens["kl_lower"].null_count() == 0
     exact = exact_values(vertex_world, tmp_path, tokens)
@@ -135,8 +139,9 @@ def test_several_samples_conversations_and_system_texts(run_batch, vertex_world,
         {"role": "model", "content": "Hi! \u2028 What now?"},
         {"role": "user", "content": 'Quote "this" \\ and {that}\n\t🙂'},
     ]
-    done = run_batch(prompts=["One", "Two", conversation], n=3, max_tokens=12, system="Be «brief» 🙂")
-    assert done.code == 0, done.err
+    done = run_batch("--quiet", prompts=["One", "Two", conversation], n=3, max_tokens=12, system="Be «brief» 🙂")
+    assert (done.code, done.err) == (0, "")
+    assert "KL(P‖Q) per token" in done.out
     assert vertex_world.rejected == []
     assert set(vertex_world.rows_bought.values()) == {1}
     tokens = tokens_of(tmp_path)
@@ -166,8 +171,13 @@ def test_the_same_responses_under_other_file_names_buy_nothing(run_batch, vertex
 
 def test_failed_jobs_end_the_wait_with_the_services_words(run_batch, vertex_world, tmp_path) -> None:
     vertex_world.faults.job_outcomes = ["FAILED"] * 4
-    done = run_batch("--set", "backend.max_attempts=2", prompts=PROMPTS[:2])
+    done = run_batch("--set", "backend.max_attempts=2", "-v", prompts=PROMPTS[:2])
     assert done.code == 3
+    for wave in (1, 2):
+        assert re.search(rf"INFO wave {wave}: 2 jobs, \d+ rows: 2 failed$", done.err, re.MULTILINE), done.err
+    failed = re.findall(r"WARNING batch job (\S+) ended FAILED with \d+ rows unanswered: .+", done.err)
+    assert len(failed) == 4
+    assert f"DEBUG batch job {failed[0]}: " in done.err
     assert "not measured" in done.out
     tokens = tokens_of(tmp_path)
     assert tokens["reason"].unique().to_list() == ["job-failed"]

@@ -21,6 +21,7 @@ from backends.vertex.jobs.bucket import BatchBucket, OtherContentError, lacks_sh
 from backends.vertex.jobs.ledger import JobEntry, JobLedger, job_paths
 from backends.vertex.jobs.remote import DELETED, BatchJobs, RemoteJob
 from backends.vertex.jobs.rows import A, OutputReader, RowSet, split_rows
+from backends.vertex.jobs.waves import WaveLog
 from backends.vertex.jobs.work import BatchWork, Stage, ended_first
 from backends.vertex.options import VertexBatchOptions
 from backends.vertex.service.retry import DailyQuotaError
@@ -67,6 +68,7 @@ class JobRounds:
         self.options = options
         self.place = place
         self.reported: dict[str, dict[str, Any]] = {}
+        self.log = WaveLog()
         # Job key → that the making has ended; what may have been made without this process learning it stays here.
         self.making: dict[str, asyncio.Event] = {}
         self._ledger = ledger
@@ -175,8 +177,6 @@ class JobRounds:
         return await asyncio.to_thread(self._ledger.record, job_key, self.place, *paths, work.rows.keys)
 
     async def _attached(self, entry: JobEntry, found: list[RemoteJob], stage: Stage) -> JobEntry:
-        names = ", ".join(f"{job.name} ({job.state})" for job in found)
-        logger.info("attaching to batch job %s of an earlier run", names)
         changes: dict[str, Any] = {}
         if entry.job_name is None:
             changes |= {"job_name": found[-1].name, "state": found[-1].state}
@@ -218,7 +218,7 @@ class JobRounds:
             entry = await self._update(entry)
             found = await self._find(entry) if is_new else []
             if not found:
-                found = [await self._make(entry, rows)]
+                found = [await self._make(entry, rows, work.attempts + 1)]
                 work.attempts += 1
             entry = await self._update(entry, job_name=found[-1].name, state=found[-1].state)
         finally:
@@ -257,12 +257,11 @@ class JobRounds:
         job = await self._jobs.get(entry.job_name)
         return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
 
-    async def _make(self, entry: JobEntry, rows: RowSet[A]) -> RemoteJob:
+    async def _make(self, entry: JobEntry, rows: RowSet[A], wave: int) -> RemoteJob:
         uri = await self._upload(entry, rows)
         destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
         job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
-        self._note(job, len(rows.keys))
-        logger.info("batch job %s: %d rows, %s", job.name, len(rows.keys), job.state)
+        self._note(job, len(rows.keys), wave)
         return job
 
     async def _upload(self, entry: JobEntry, rows: RowSet[A]) -> str:
@@ -275,9 +274,10 @@ class JobRounds:
                 return await self._bucket.upload_once(path, rows)
         raise OtherContentError(f"{_UPLOAD_NAMES} objects like {entry.input_path} exist with other content.")
 
-    def _note(self, job: RemoteJob, rows: int) -> None:
+    def _note(self, job: RemoteJob, rows: int, wave: int | None = None) -> None:
         known = {"name": job.name, "display_name": job.display_name, "state": job.state, "rows": rows}
         self.reported[job.name] = known
+        self.log.note(job.name, rows, job.state, wave)
 
     async def _watch(self, job: RemoteJob, entry: JobEntry, stage: Stage) -> RemoteJob:
         """The job when it has ended; as it is now, where it is not waited for."""

@@ -31,7 +31,7 @@ def test_answers_that_the_disk_refused_as_a_part_stay_in_the_journal(tmp_path: P
         tuple(range(N_POSITIONS)), keys, 1,
     )  # fmt: skip
     with pytest.raises(OSError, match="prompt"):
-        asyncio.run(store_answers(answers(request), [("prompt", request)], stores, lambda n: None))
+        asyncio.run(store_answers(answers(request), [("prompt", request)], stores, lambda *_: None))
     (tmp_path / "scores" / "prompt").unlink()
     assert stores.scores.recover() == 2000
     assert stores.scores.known_keys("prompt") == set(keys[:2000])

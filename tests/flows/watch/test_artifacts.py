@@ -9,8 +9,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from flows.config.models import RunConfig
 from flows.config.reading import validate
-from flows.runtime.terminal import ProgressReporter
-from flows.watch.artifacts import artifact_key, console_link, markdown_of, progress_artifact, show_report
+from flows.runtime.progress import ProgressReporter
+from flows.watch.artifacts import artifact_key, console_link, markdown_of, progress_artifacts, show_report
 from flows.watch.report import RunReport
 from tests.programs import free_port
 
@@ -79,7 +79,7 @@ def test_a_server_that_is_away_costs_an_error_in_the_log_and_not_the_run(caplog:
         temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}),
         caplog.at_level(logging.ERROR, "flows.watch.artifacts"),
     ):
-        with ProgressReporter("contexts scored", 5) as progress, progress_artifact(config_of(), progress):
+        with ProgressReporter("contexts scored", 5) as progress, progress_artifacts(config_of(), progress):
             progress.advance(5)
         show_report(report_of(), config_of(), {})
     shown = [record.getMessage() for record in caplog.records if record.name == "flows.watch.artifacts"]
@@ -91,7 +91,7 @@ def test_a_server_that_is_away_costs_an_error_in_the_log_and_not_the_run(caplog:
 
 def test_without_a_server_nothing_is_made(caplog: pytest.LogCaptureFixture) -> None:
     with temporary_settings(restore_defaults={PREFECT_API_URL}), caplog.at_level(logging.DEBUG):
-        with ProgressReporter("contexts scored", 5) as progress, progress_artifact(config_of(), progress):
+        with ProgressReporter("contexts scored", 5) as progress, progress_artifacts(config_of(), progress):
             progress.advance(5)
         show_report(report_of(), config_of(), {})
     assert [record.getMessage() for record in caplog.records] == ["contexts scored: 5 of 5"]
