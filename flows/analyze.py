@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from backends.errors import ConfigError
 from backends.storage import as_location
 from flows.commands.arguments import Parser, exit_code_of
 from flows.commands.csv_files import ENDING, CsvTable, write_csv
+from flows.commands.figures import write_figures
 from flows.commands.many_runs import COLUMNS as CANDIDATE_COLUMNS
 from flows.commands.many_runs import load_candidates, show_candidates
 from flows.commands.tables import history_cells, position_cells, print_table, response_cells, token_cells
@@ -31,6 +32,9 @@ from flows.watch.history import load_history
 from flows.watch.report import EXIT_COMPLETE
 from kl.output.atomic import json_bytes
 from kl.output.headline import headline
+from kl.output.report.charts import report_charts
+from kl.output.report.comparisons import Bar, candidates_chart, history_chart
+from kl.output.report.drawing.svg import Chart
 from kl.statistics.breakdowns import TOP_ROWS
 from kl.statistics.paired import IncomparableRunsError
 from kl.tables.totals import TokenTableError
@@ -78,6 +82,8 @@ def _analyze(arguments: Sequence[str]) -> int:
         raise ConfigError(f"the results cannot be read: {' '.join(str(error).split())}") from error
     if options.csv is not None:
         print_lines(out, ["", *write_csv(options.csv, shown.tables)])
+    if options.figures is not None:
+        print_lines(out, ["", *_write_figures(options.figures, shown.charts)])
     if options.json == _STANDARD_OUTPUT:
         sys.stdout.write(json_bytes(shown.payload, indent=2).decode("utf-8") + "\n")
     elif options.json is not None:
@@ -86,10 +92,16 @@ def _analyze(arguments: Sequence[str]) -> int:
 
 
 class _Shown(NamedTuple):
-    """What was shown, unrounded: for ``--json``, and as the tables of ``--csv``."""
+    """What was shown, unrounded: for ``--json``, as the tables of ``--csv``, and the ``charts`` that show it."""
 
     payload: dict[str, Any]
     tables: list[CsvTable]
+    charts: Callable[[], Sequence[Chart | None]]
+
+
+def _write_figures(place: str, charts: Callable[[], Sequence[Chart | None]]) -> list[str]:
+    drawn = [chart for chart in charts() if chart is not None]
+    return write_figures(place, drawn) if drawn else ["no figure: nothing has an estimate"]
 
 
 def _shown(out: Console, options: argparse.Namespace) -> _Shown:
@@ -140,6 +152,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--csv", metavar="DIR",
                         help="Also write what is shown, unrounded, as CSV files to this folder; where that is one "
                         "table (--compare, --history, --threshold), to this file if it ends with .csv.")  # fmt: skip
+    parser.add_argument("--figures", metavar="DIR",
+                        help="Also write the charts of what is shown to this folder, as SVG and, with the extra "
+                        "figures, as PNG.")  # fmt: skip
     options = parser.parse_args(arguments)
     if None not in (options.run_dir, options.result_dir):
         parser.error("RUN_DIR and --result-dir are one thing; give one of them")
@@ -151,6 +166,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.label = _labels(parser, options)
     if options.run_dir is None and options.top is not None:
         parser.error(f"--top belongs to RUN_DIR, not to {'--compare' if options.compare else '--history'}")
+    if options.threshold is not None and options.figures is not None:
+        parser.error("--figures belongs to a run, --compare or --history, not to --threshold")
     if options.threshold is None and (options.score or options.out):
         parser.error("--score and --out belong to --threshold")
     if options.threshold is not None and options.run_dir is None:
@@ -208,7 +225,7 @@ def _show_run(out: Console, folder: Path, top: int) -> _Shown:
         CsvTable("worst_positions", _POSITION_COLUMNS, positions),
         CsvTable("worst_responses", _RESPONSE_COLUMNS, responses),
     ]
-    return _Shown(payload, tables)
+    return _Shown(payload, tables, lambda: report_charts(summary, run.tokens, run.responses))
 
 
 def _leaves(path: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -236,18 +253,24 @@ def _show_high(out: Console, folder: Path, options: argparse.Namespace) -> _Show
         _write_json(as_location(options.out), continuations(run, rows))
         print_lines(out, [f"{len(rows):,} positions are in {options.out}"])
     payload = {"run": str(folder), "score": score, "threshold": options.threshold, "n_positions": len(rows)}
-    return _Shown(payload, [CsvTable("high_positions", ("score", *_POSITION_COLUMNS[:-1]), rows)])
+    return _Shown(payload, [CsvTable("high_positions", ("score", *_POSITION_COLUMNS[:-1]), rows)], list)
 
 
 def _show_comparison(out: Console, options: argparse.Namespace) -> _Shown:
     folders = [as_location(folder) for folder in options.compare]
     if len(folders) == 2:
         payload = show_comparison(out, folders[0], folders[1], options.label)
-        found = load_candidates(folders, options.label) if options.csv is not None else None
+        if options.csv is None and options.figures is None:
+            return _Shown(payload, [], list)
+        found = load_candidates(folders, options.label)
     else:
         found = load_candidates(folders, options.label)
         payload = show_candidates(out, found)
-    return _Shown(payload, [] if found is None else [CsvTable("candidates", CANDIDATE_COLUMNS, found.rows)])
+    bars = [
+        Bar(" ".join(filter(None, (row["model_q"], row["label"]))), row["kl_per_token"], row["kl_low"], row["kl_high"])
+        for row in found.rows
+    ]
+    return _Shown(payload, [CsvTable("candidates", CANDIDATE_COLUMNS, found.rows)], lambda: [candidates_chart(bars)])
 
 
 def _show_history(out: Console, place: str) -> _Shown:
@@ -255,7 +278,11 @@ def _show_history(out: Console, place: str) -> _Shown:
     print_table(out, f"{frame.height:,} runs, the newest last; KL in nats", history_cells(frame))
     runs = frame.to_dicts()
     payload = {"history": place, "runs": json.loads(json.dumps(runs, default=str))}
-    return _Shown(payload, [CsvTable("history", frame.columns, runs)])
+    bars = [
+        Bar(f"{run['started_at']:%Y-%m-%d}", run["kl_per_token"], run["kl_per_token_low"], run["kl_per_token_high"])
+        for run in runs
+    ]
+    return _Shown(payload, [CsvTable("history", frame.columns, runs)], lambda: [history_chart(bars)])
 
 
 if __name__ == "__main__":

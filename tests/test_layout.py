@@ -32,7 +32,8 @@ kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.finished             names run / reading
 kl.output               atomic digits / kl_json / files headline
 kl.output.report.drawing scales svg / axes
-kl.output.report        markup movers selection spread verdict visible / charts lists payload sections / page
+kl.output.report        comparisons markup movers selection spread verdict visible / charts lists payload sections
+kl.output.report        page
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
@@ -67,7 +68,7 @@ flows.stages            inputs / scoring / measuring plan reuse / dry_run passes
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / csv_files tables two_runs
-flows.commands          many_runs run
+flows.commands          many_runs figures run
 flows                   list_backends checkout notify / convert sample / analyze clean / run / pipeline
 """
 

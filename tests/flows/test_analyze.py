@@ -446,6 +446,16 @@ class TestCompareMany:
         assert frame["kl_per_token"].to_list() == pytest.approx([0.3, 0.303, 0.45, 0.6, 0.9])
         assert frame["told_apart"].to_list()[0] is None
 
+    def test_is_a_picture_too(self, folders, tmp_path, capsys, monkeypatch):
+        out = analyze(capsys, "--compare", *folders, "--figures", tmp_path / "figures")[1]
+        assert out.endswith(f"{tmp_path / 'figures' / 'candidates.svg'}\n{tmp_path / 'figures' / 'candidates.png'}\n")
+        assert (tmp_path / "figures" / "candidates.png").read_bytes().startswith(b"\x89PNG")
+        monkeypatch.setitem(sys.modules, "resvg_py", None)  # as if it were not installed
+        out = analyze(capsys, folders[0], "--figures", tmp_path / "without")[1]
+        assert "warning: no PNG was made: they need resvg-py" in out
+        names = sorted(path.name for path in (tmp_path / "without").iterdir())
+        assert names == ["by-position.svg", "by-prompt.svg", "certainty.svg", "distribution.svg"]
+
     def test_refuses_another_p_and_a_folder_named_twice(self, folders, tmp_path, capsys):
         other = write_run(tmp_path / "o", STEADY, change=lambda tokens: tokens.with_columns(token=pl.lit("other")))
         line = refusal(capsys, "--compare", *folders[:2], other)
