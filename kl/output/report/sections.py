@@ -103,11 +103,12 @@ def _link(place: Place) -> Markup:
 
 
 def _says(place: Place) -> Markup | None:
+    """What each side finds most probable there."""
     if not place.says:
         return None
     parts: list[Markup | str] = []
     for side, (token, mass) in place.says.items():
-        parts += [f"{'; ' if parts else ''}{side.upper()} says ", tag("code", in_a_line(token)), f" {_percent(mass)}"]
+        parts += [f"{'; ' if parts else ''}{side.upper()} first: ", tag("code", in_a_line(token)), f" {_percent(mass)}"]
     return tag("span", *parts, class_="says")
 
 
