@@ -67,7 +67,7 @@ flows.watch             markdown spending / report / artifacts / history / event
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
-flows.commands          texts / arguments / backends convert positions sample / csv_files tables two_runs
+flows.commands          texts / arguments / backends convert positions sample / csv_files report_file tables two_runs
 flows.commands          many_runs figures run
 flows                   list_backends checkout notify / convert sample / analyze clean / run / pipeline
 """

@@ -73,6 +73,11 @@ class OutputFolder:
         return self.path / names.SUMMARY
 
     @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / names.REPORT
+
+    @property
     def run(self) -> Path:
         """The record of the run, which is written last."""
         return self.path / names.RECORD

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import pickle
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -27,15 +28,19 @@ from flows.stages.prompts import difference
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
+from kl.finished.run import Run
 from kl.output.atomic import write_many_atomic
 from kl.output.files import result_paths, write_candidates, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
 from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
+from kl.output.report.page import prompt_text, write_report
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
 from kl.tables.totals import token_batches
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
 
@@ -59,16 +64,39 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_responses(rows, made.responses)
         summary = summarise_dataset(tokens, measured.responses, _facts(measured, config), measured.twice)
         write_summary(summary, made.summary)
+        report = _report(summary, measured, comparison, record)
+        run = {"warnings": report.warnings} | _run_info(measured, config, record)
+        lists = pl.scan_parquet(made.candidates, glob=False) if config.candidates else None
+        has_page = _write_page(Run(folder, summary, tokens, rows.lazy(), lists, run), made.report, measured)
         scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
         # What is published is here no more, and the token table is read until the last of the files is written.
-        optional = (made.candidates,) if config.candidates else ()
+        optional = [made.candidates] * config.candidates + [made.report] * has_page
         tables = (path.name for path in (made.tokens, *optional, made.responses, made.summary))
         publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
+    # Those of an earlier run are of other rows, perhaps.
     if not config.candidates:
-        remove(place.candidates)  # those of an earlier run are of other rows, perhaps
-    report = _report(summary, measured, comparison, record)
-    run = {"warnings": report.warnings} | _run_info(measured, config, record)
+        remove(place.candidates)
+    if has_page:
+        report.paths.insert(0, str(place.report))
+    else:
+        remove(place.report)
+        report.warnings.append("report.html could not be written (the log says why); the other results are whole")
     return Results(report, summary.to_json(), run)
+
+
+def _write_page(run: Run, target: Path, measured: Measured) -> bool:
+    """Whether the page is written. What people look at is never worth a run: all figures are in the other files."""
+
+    def prompts(wanted: Collection[str]) -> dict[str, str]:
+        files = (file for file in _texts(measured) if file.source_file in wanted)
+        return {file.source_file: prompt_text(file.prompt) for file in files if file.prompt is not None}
+
+    try:
+        write_report(run, target, prompts=prompts)
+    except Exception:
+        logger.exception("report.html is not written; the other results are whole")
+        return False
+    return True
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:

@@ -6,6 +6,7 @@ TOKENS = "tokens.parquet"
 CANDIDATES = "candidates.parquet"  # not there where a run was told to keep none, nor of earlier versions
 RESPONSES = "responses.parquet"
 SUMMARY = "summary.json"
+REPORT = "report.html"  # for people; not there of earlier versions
 RECORD = "run.json"  # written last
 UNFINISHED = ".parts"  # made when a run begins, removed when everything is written
 REQUIRED = (TOKENS, RESPONSES, SUMMARY, RECORD)

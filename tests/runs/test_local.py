@@ -56,7 +56,7 @@ def test_the_quickstart_measures_everything_and_a_second_run_asks_nothing(
     assert sorted(output.glob("scores/*/*.parquet")) == parts
     second = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
     assert first.keys() == second.keys()
-    assert {name for name in first if first[name] != second[name]} <= {"run.json", "history.parquet"}
+    assert {name for name in first if first[name] != second[name]} <= {"run.json", "history.parquet", "report.html"}
 
 
 @pytest.mark.usefixtures("example")

@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-import polars as pl
-
+from kl.finished.run import Run
 from kl.output.atomic import json_bytes, write_atomic
 from kl.output.report import sections
 from kl.output.report.charts import report_charts
@@ -20,7 +19,7 @@ from kl.output.report.markup import joined, tag
 from kl.output.report.movers import Movers
 from kl.output.report.payload import lists_of, table_of, texts_of
 from kl.output.report.selection import select
-from kl.statistics.summary import Summary
+from kl.records import Prompt
 
 DEFAULT_TOP = 20
 _SCRIPTS = ("report.js", "reader.js")
@@ -29,17 +28,7 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 Prompts = Callable[[Collection[str]], Mapping[str, str]]
 
 
-def write_report(
-    target: Path,
-    *,
-    summary: Summary,
-    tokens: pl.LazyFrame,
-    responses: pl.LazyFrame,
-    candidates: pl.LazyFrame | None = None,
-    record: Mapping[str, Any] | None = None,
-    prompts: Prompts | None = None,
-    top: int = DEFAULT_TOP,
-) -> None:
+def write_report(run: Run, target: Path, *, prompts: Prompts | None = None, top: int = DEFAULT_TOP) -> None:
     """Write the page of a run, whole or not at all.
 
     Cost grows linearly with the positions; memory and the size of the file do not (`kl.output.report.selection`), but
@@ -47,14 +36,10 @@ def write_report(
 
     Parameters
     ----------
-    summary : Summary
-    tokens, responses : pl.LazyFrame
-        `kl.tables.schemas.TOKENS` and `kl.tables.responses.RESPONSES`.
-    candidates : pl.LazyFrame, optional
-        Both lists of every row of ``tokens``, in its order (`kl.tables.schemas.CANDIDATES`). Without them the page says
-        that there are none.
-    record : mapping, optional
-        ``run.json``.
+    run : Run
+        Without candidates the page says that there are none; of its record it needs nothing.
+    target : Path
+        On a local disk.
     prompts : callable, optional
         Gives the prompts of some source files, by file.
     top : int
@@ -65,24 +50,28 @@ def write_report(
     TokenTableError, ValueError
         If the tables contradict themselves or each other.
     """
-    page = _page(summary, tokens, responses, candidates, record or {}, prompts, top)
+    page = _page(run, prompts, top)
     write_atomic(target, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
 
 
-def _page(
-    summary: Summary,
-    tokens: pl.LazyFrame,
-    responses: pl.LazyFrame,
-    candidates: pl.LazyFrame | None,
-    record: Mapping[str, Any],
-    prompts: Prompts | None,
-    top: int,
-) -> str:
-    charts = {chart.name: chart for chart in report_charts(summary, tokens, responses)}
-    chosen = select(tokens, responses, top)
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as it is shown: of one turn of a user its text, otherwise each turn after its role."""
+    turns = [(turn.role, turn.content) for turn in prompt.turns]
+    if prompt.system is not None:
+        turns.insert(0, ("system", prompt.system))
+    if [role for role, _ in turns] == ["user"]:
+        return turns[0][1]
+    return "\n\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def _page(run: Run, prompts: Prompts | None, top: int) -> str:
+    summary, tokens = run.summary, run.tokens
+    charts = {chart.name: chart for chart in report_charts(summary, tokens, run.responses)}
+    chosen = select(tokens, run.responses, top)
     movers, lists = Movers(), None
-    if candidates is not None:
-        lists = read_lists(tokens, candidates, cast(list[int], chosen.tokens.filter("listed")["row"].to_list()), movers)
+    if run.candidates is not None:
+        wanted = cast(list[int], chosen.tokens.filter("listed")["row"].to_list())
+        lists = read_lists(tokens, run.candidates, wanted, movers)
     names = set(cast(list[str], chosen.windows["source_file"].to_list()))
     told: Mapping[str, str] = {} if prompts is None else prompts(names)
     worst = sections.worst_places(chosen, lists)
@@ -97,7 +86,7 @@ def _page(
         "script": script,
         "models": joined(models),
         "verdict": sections.verdict_part(summary, charts.pop("certainty", None), worst),
-        "about": sections.about(summary, record),
+        "about": sections.about(summary, run.record),
         "charts": joined(map(sections.figure, charts.values())),
         "movers": sections.movers_part(movers, chosen, tokens),
         "contributors": sections.contributors(summary, worst),

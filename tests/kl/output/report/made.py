@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from kl.finished.run import Run
 from kl.output.report.page import write_report
 from kl.statistics.dataset import summarise_dataset
-from kl.statistics.noise_floor import NoiseFloor
 from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
 from kl.tables.schemas import TOKENS
@@ -28,30 +28,18 @@ class MadeRun:
     candidates: pl.DataFrame | None
     info: tuple[ResponseInfo, ...] = ()
     facts: RunFacts = field(default_factory=lambda: RunFacts("model-p", "model-q", "censored", K, 1.0, (), None))
-    noise: NoiseFloor | None = None
 
     @property
     def summary(self) -> Summary:
-        summary = summarise_dataset(self.tokens.lazy(), self.info, self.facts)
-        return summary if self.noise is None else _with_noise(summary, self.noise)
+        return summarise_dataset(self.tokens.lazy(), self.info, self.facts)
 
-    def write(self, target: Path, **others: Any) -> Path:
+    def write(self, target: Path, record: dict[str, Any] | None = None, **others: Any) -> Path:
         """The page, in which everything that is not given is as the tables say."""
-        write_report(
-            target,
-            summary=self.summary,
-            tokens=self.tokens.lazy(),
-            responses=summarise_responses(self.tokens.lazy(), self.info).lazy(),
-            candidates=None if self.candidates is None else self.candidates.lazy(),
-            **others,
-        )
+        responses = summarise_responses(self.tokens.lazy(), self.info).lazy()
+        candidates = None if self.candidates is None else self.candidates.lazy()
+        run = Run(target.parent, self.summary, self.tokens.lazy(), responses, candidates, record or {})
+        write_report(run, target, **others)
         return target
-
-
-def _with_noise(summary: Summary, noise: NoiseFloor) -> Summary:
-    from dataclasses import replace
-
-    return replace(summary, noise_floor=noise)
 
 
 def made_run(n_responses: int, n_tokens: int, *, seed: int = 0, spread: float = 1.0, lists: bool = True) -> MadeRun:

@@ -1,0 +1,54 @@
+"""``flows.analyze --report``: the page of a finished run, from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from backends.errors import ConfigError
+from backends.storage import local_copies
+from flows.folder.finished import load_run
+from flows.folder.output import made_locally, publish_from
+from kl.finished.run import Run
+from kl.input.problems import Notes
+from kl.input.prompts import read_prompt
+from kl.output.files import result_paths
+from kl.output.report.page import prompt_text, write_report
+
+
+def write_report_of(run_dir: Path, target: Path, top: int) -> None:
+    """Write the page of a run to a file, on a disk or in a bucket.
+
+    Raises
+    ------
+    ConfigError
+        If there is no finished run, or the file cannot be written.
+    OSError
+        If a result of the run cannot be read.
+    """
+    run = load_run(run_dir, with_lists=True)
+
+    def prompts(wanted: Collection[str]) -> dict[str, str]:
+        return _prompts(run, wanted)
+
+    with made_locally(target.parent) as folder:
+        made = folder / target.name
+        try:
+            write_report(run, made, prompts=prompts, top=top)
+        except ValueError as error:
+            raise ConfigError(f"the files in {run_dir} do not belong together: {error}") from error
+        publish_from(folder, target.parent, [target.name])
+
+
+def _prompts(run: Run, wanted: Collection[str]) -> dict[str, str]:
+    """The prompts of some input files, as the results of these files state them."""
+    sources = run.responses.select("source_file").unique().collect().to_series().to_list()
+    results = result_paths(sources)
+    names = sorted(wanted)
+    found: dict[str, str] = {}
+    for name, (_, copy) in zip(names, local_copies(run.folder / results[name] for name in names), strict=True):
+        prompt = read_prompt(json.loads(copy.read_bytes()), Notes(name))
+        if prompt is not None:
+            found[name] = prompt_text(prompt)
+    return found
