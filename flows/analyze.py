@@ -160,8 +160,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="Also write the charts of what is shown to this folder, as SVG and, with the extra "
                         "figures, as PNG.")  # fmt: skip
     parser.add_argument("--report", metavar="FILE",
-                        help="Also write the page of RUN_DIR, one HTML file that needs nothing else, to this file; --top "
-                        "is how many of the worst responses and positions it shows.")  # fmt: skip
+                        help="Also write the page of RUN_DIR, one HTML file that needs nothing else, to this file; "
+                        "--top is how many of the worst responses and positions it shows.")  # fmt: skip
     options = parser.parse_args(arguments)
     if None not in (options.run_dir, options.result_dir):
         parser.error("RUN_DIR and --result-dir are one thing; give one of them")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from backends.errors import ConfigError
-from backends.storage import local_copies
+from backends.storage import exists, local_copies
 from flows.folder.finished import load_run
 from flows.folder.output import made_locally, publish_from
 from kl.finished.run import Run
@@ -42,12 +42,12 @@ def write_report_of(run_dir: Path, target: Path, top: int) -> None:
 
 
 def _prompts(run: Run, wanted: Collection[str]) -> dict[str, str]:
-    """The prompts of some input files, as the results of these files state them."""
+    """The prompts of some input files, as the results of these files state them, where they are still there."""
     sources = run.responses.select("source_file").unique().collect().to_series().to_list()
-    results = result_paths(sources)
-    names = sorted(wanted)
+    results = {name: run.folder / path for name, path in result_paths(sources).items() if name in wanted}
+    names = [name for name, path in results.items() if exists(path)]
     found: dict[str, str] = {}
-    for name, (_, copy) in zip(names, local_copies(run.folder / results[name] for name in names), strict=True):
+    for name, (_, copy) in zip(names, local_copies(results[name] for name in names), strict=True):
         prompt = read_prompt(json.loads(copy.read_bytes()), Notes(name))
         if prompt is not None:
             found[name] = prompt_text(prompt)

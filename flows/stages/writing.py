@@ -73,14 +73,15 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         optional = [made.candidates] * config.candidates + [made.report] * has_page
         tables = (path.name for path in (made.tokens, *optional, made.responses, made.summary))
         publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
-    # Those of an earlier run are of other rows, perhaps.
     if not config.candidates:
-        remove(place.candidates)
+        remove(place.candidates)  # those of an earlier run are of other rows, perhaps
     if has_page:
         report.paths.insert(0, str(place.report))
     else:
-        remove(place.report)
-        report.warnings.append("report.html could not be written (the log says why); the other results are whole")
+        report.warnings.append(
+            "report.html could not be written (the log says why); one that is there is of an earlier run. The other "
+            "results are whole."
+        )
     return Results(report, summary.to_json(), run)
 
 

@@ -16,6 +16,7 @@ from kl.finished.reading import summary_from_json
 from kl.output.atomic import write_json_atomic
 from kl.output.files import write_part, write_responses, write_summary, write_tokens
 from kl.output.headline import headline
+from kl.output.report.verdict import verdict as verdict_of
 from kl.records import Sampling
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.intervals import Estimate
@@ -94,6 +95,21 @@ class TestOneRun:
         analyze(capsys, steady)
         assert files_of(steady) == before
         assert [path.name for path in tmp_path.iterdir()] == ["steady"]
+
+    def test_writes_the_page_of_the_run(self, steady, capsys, tmp_path):
+        turns = [
+            {"role": role, "content": text} for role, text in (("user", "Why?"), ("model", "So."), ("user", "And?"))
+        ]
+        write_json_atomic(steady / "f3_kl.json", {"prompt": turns, "system": "Be."})
+        code, out, _ = analyze(capsys, steady, "--report", tmp_path / "a b" / "r.html", "--top", 2)
+        assert (code, out.splitlines()[-1]) == (0, str(tmp_path / "a b" / "r.html"))
+        page = (tmp_path / "a b" / "r.html").read_text(encoding="utf-8")
+        assert verdict_of(load_run(steady).summary).sentence in page
+        assert "system: Be.\\n\\nuser: Why?\\n\\nmodel: So.\\n\\nuser: And?" in page
+        assert page.count('class="before"') == 2 + 2  # under the verdict, and in the table
+        assert refusal(capsys, "--compare", steady, steady, "--report", "x.html").endswith(
+            "--report belongs to RUN_DIR\n"
+        )
 
     def test_repeats_the_warnings(self, tmp_path, capsys):
         run = write_run(tmp_path / "a", [*STEADY, Answer("g.json", "prompt7", 0, [0.1, None])])

@@ -10,6 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from kl import load_run
+from kl.output.report.verdict import verdict
 from tests import ROOT
 from tests.programs import Run
 
@@ -57,6 +59,23 @@ def test_the_quickstart_measures_everything_and_a_second_run_asks_nothing(
     second = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
     assert first.keys() == second.keys()
     assert {name for name in first if first[name] != second[name]} <= {"run.json", "history.parquet", "report.html"}
+
+
+def test_the_report_of_a_run_is_a_page(example: Path) -> None:
+    page = (example / "report.html").read_text(encoding="utf-8")
+    assert verdict(load_run(example).summary).sentence in page
+    assert "Why is the sky blue?" in page
+    assert "Q promotes" in page
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    example: Path, three_files: Path, run_program: Run, tmp_path: Path
+) -> None:
+    output = shutil.copytree(example, tmp_path / "out")
+    (output / "report.html").unlink()
+    (output / "report.html" / "in the way").mkdir(parents=True)
+    run_example(run_program, output, "--input-dir", str(three_files))
+    assert "report.html could not be written" in json.loads((output / "run.json").read_text())["warnings"][-1]
 
 
 @pytest.mark.usefixtures("example")
