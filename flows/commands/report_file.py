@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+import polars as pl
+
 from backends.errors import ConfigError
 from backends.storage import exists, local_copies
 from flows.folder.finished import load_run
@@ -23,22 +25,19 @@ def write_report_of(run_dir: Path, target: Path, top: int) -> None:
     Raises
     ------
     ConfigError
-        If there is no finished run, or the file cannot be written.
-    OSError
-        If a result of the run cannot be read.
+        If there is no finished run, its files cannot be read or do not belong together, or the file cannot be written.
     """
     run = load_run(run_dir, with_lists=True)
 
     def prompts(wanted: Collection[str]) -> dict[str, str]:
         return _prompts(run, wanted)
 
-    with made_locally(target.parent) as folder:
-        made = folder / target.name
-        try:
-            write_report(run, made, prompts=prompts, top=top)
-        except ValueError as error:
-            raise ConfigError(f"the files in {run_dir} do not belong together: {error}") from error
-        publish_from(folder, target.parent, [target.name])
+    try:
+        with made_locally(target.parent) as folder:
+            write_report(run, folder / target.name, prompts=prompts, top=top)
+            publish_from(folder, target.parent, [target.name])
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        raise ConfigError(f"{target} cannot be made from {run_dir}: {' '.join(str(error).split())}") from error
 
 
 def _prompts(run: Run, wanted: Collection[str]) -> dict[str, str]:

@@ -107,9 +107,7 @@ class TestOneRun:
         assert verdict_of(load_run(steady).summary).sentence in page
         assert "system: Be.\\n\\nuser: Why?\\n\\nmodel: So.\\n\\nuser: And?" in page
         assert page.count('class="before"') == 2 + 2  # under the verdict, and in the table
-        assert refusal(capsys, "--compare", steady, steady, "--report", "x.html").endswith(
-            "--report belongs to RUN_DIR\n"
-        )
+        assert "--report belongs to RUN_DIR" in refusal(capsys, "--compare", steady, steady, "--report", "x.html")
 
     def test_repeats_the_warnings(self, tmp_path, capsys):
         run = write_run(tmp_path / "a", [*STEADY, Answer("g.json", "prompt7", 0, [0.1, None])])
