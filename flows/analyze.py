@@ -247,7 +247,7 @@ def _leaves(path: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _show_high(out: Console, folder: Path, options: argparse.Namespace) -> _Shown:
     from flows.commands.positions import continuations, high_positions  # late: only this needs the run's backend
 
-    run, score = load_run(folder), options.score or "kl"
+    run, score = load_run(folder, with_lists=options.out is not None), options.score or "kl"
     rows = high_positions(run, options.threshold, score)
     shown = with_texts_before(run.tokens, rows[: options.top])
     count = f"{len(rows):,} of {run.summary.counts.measured:,} measured positions"

@@ -97,11 +97,32 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     assert json.loads(world.objects.read("gs://data/shown.json"))["run"] == OUT
     compared = run_program("flows.analyze", "--compare", OUT, tmp_path / "out", env=env)
     assert compared.code == 0, compared.err
+    flags = ("--threshold", "0.02", "--top-k", "3", "--out", "gs://data/high.json", "--csv", "gs://data/high.csv")
+    high = run_program("flows.analyze", "--result-dir", OUT, *flags, env=env)
+    assert high.code == 0, high.err
+    positions = json.loads(world.objects.read("gs://data/high.json"))
+    assert pl.read_csv(world.objects.read("gs://data/high.csv"))["score"].to_list() == [p["score"] for p in positions]
+    assert len(positions) > 3
+    assert len(positions[0]["lists"]["q"]) == 20
     elsewhere = ("--output-dir", "gs://data/reread", "--reuse-raw", OUT)
     reread = run_program("flows.run", *REMOTE[:2], *REMOTE[4:], *elsewhere, *FAST, env=env)
     assert reread.code == 3, reread.err
     assert len(world.jobs) == n_jobs
     assert world.objects.read("gs://data/reread/tokens.parquet") == world.objects.read(f"{OUT}/tokens.parquet")
+    many = (
+        "--compare",
+        OUT,
+        tmp_path / "out",
+        "gs://data/reread",
+        "--csv",
+        "gs://data/many",
+        "--figures",
+        "gs://data/many",
+    )
+    table = run_program("flows.analyze", *many, env=env)
+    assert table.code == 0, table.err
+    assert pl.read_csv(world.objects.read("gs://data/many/candidates.csv"))["run"][0] == OUT
+    assert world.objects.read("gs://data/many/candidates.png").startswith(b"\x89PNG")
 
 
 def kill(process: Process) -> None:

@@ -106,6 +106,11 @@ def go_on(backend: str, sample: Callable[..., Done], run_program: Run, world: Ve
     done = run_program("flows.analyze", folder / "out", *flags, env=world.environment())
     assert done.code == 0, done.err
     positions = json.loads(high.read_text())
+    # A run of an earlier version has no candidate table: the same lists are in its scores.
+    (folder / "out" / "candidates.parquet").unlink()
+    stored = folder / "stored.json"
+    assert run_program("flows.analyze", folder / "out", *flags[:-1], stored, env=world.environment()).code == 0
+    assert json.loads(stored.read_text()) == positions
     assert f"{len(positions)} of " in done.out
     assert len(positions) > 1
     assert [item["score"] for item in positions] == sorted((item["score"] for item in positions), reverse=True)
