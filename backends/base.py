@@ -33,6 +33,10 @@ _BYTES_PER_TOKEN = 4
 WAITING = "waiting"
 NOT_SUBMITTED = "not-submitted"
 
+# Below `Backend.state_dir`, for responses that were paid for and not handed out; removed when every response is in
+# its file.
+UNREAD = "unread"
+
 
 class BackendOptions(BaseModel):
     """Settings every backend has; each backend's own `Options` adds to them."""

@@ -43,9 +43,9 @@ backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
-backends.service        limit merging retry
-backends.openai_compatible client presets / server answers found vocabulary / asking options / proofs wanted / scoring
-backends.openai_compatible sampling / backend
+backends.service        bought limit merging retry
+backends.openai_compatible client presets / answers found server vocabulary / asking options
+backends.openai_compatible proofs wanted / scoring / sampling / backend
 backends.vertex         status / wire / answers prices / samples options
 backends.vertex.service access_token / retry model_calls / calls client
 backends.vertex.jobs    bucket / remote / ledger

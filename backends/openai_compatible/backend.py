@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,6 +30,7 @@ from backends.openai_compatible.options import OpenAICompatibleOptions
 from backends.openai_compatible.proofs import LONGEST, probe_again, prove
 from backends.openai_compatible.sampling import write
 from backends.openai_compatible.scoring import Scorer
+from backends.service.bought import BoughtAnswers
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.settings import SampleSettings
@@ -57,6 +58,7 @@ class OpenAICompatibleBackend(Backend):
         self._scorers: dict[str, Scorer] = {}
         self._looking = asyncio.Lock()
         self._calls: Counter[str] = Counter()
+        self._bought = BoughtAnswers(state_dir)
 
     async def __aenter__(self) -> Self:
         options = self.options
@@ -115,6 +117,10 @@ class OpenAICompatibleBackend(Backend):
     def parallel_groups(self) -> int:
         """As many as may be in flight, some at least."""
         return max(4, min(self.options.max_concurrent, 50))
+
+    def in_flight(self) -> Mapping[str, str]:
+        """The responses whose answers an earlier run has on disk."""
+        return dict.fromkeys(self._bought.recall(), "an answer on disk")
 
     def report(self) -> dict[str, Any]:
         """What each model was found to be, how it was asked, the noise, and the calls."""
@@ -197,7 +203,8 @@ class OpenAICompatibleBackend(Backend):
             if model not in self._scorers:
                 found = self._found[model]
                 limit = CallLimit(in_flight(found, self.options))
-                made = Scorer(self._client, self.options, found, limit, self._calls, version_of(found))
+                version = version_of(found)
+                made = Scorer(self._client, self.options, found, limit, self._calls, version, self._bought)
                 self._scorers[model] = await made.prepare()
             return self._scorers[model]
 
@@ -231,8 +238,9 @@ class OpenAICompatibleBackend(Backend):
                 yield result
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
-        """Write responses, a request each."""
+        """Write responses, a request each; answers of an earlier process that nobody read are read now."""
         waiting = iter(requests)
+        self._bought.recall()
 
         async def work() -> AsyncGenerator[Sample | ScoreFailure]:
             for request in waiting:
@@ -243,6 +251,8 @@ class OpenAICompatibleBackend(Backend):
         async with aclosing(merged([work() for _ in range(workers)])) as results:
             async for result in results:
                 yield result
+                if isinstance(result, Sample) or result.final:
+                    await self._bought.drop(result.key)
 
 
 def _identity(options: OpenAICompatibleOptions, model: str, top_logprobs: int) -> dict[str, Any]:

@@ -53,12 +53,11 @@ class _Written(NamedTuple):
 async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
     """One response; what was paid for and cannot be used is not asked for again."""
     result = await _sample(scorer, request)
-    if isinstance(result, ScoreFailure) and request.key in scorer.bought:
-        if result.reason in _ASKED_ANEW:
-            return replace(result, message=f"the answer came, and then: {result.message}")
-        result = replace(result, final=True)
-    scorer.bought.pop(request.key, None)
-    return result
+    if isinstance(result, Sample) or scorer.bought.get(request.key) is None:
+        return result
+    if result.reason in _ASKED_ANEW:
+        return replace(result, message=f"the answer came, and then: {result.message}")
+    return replace(result, final=True)
 
 
 async def _sample(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
@@ -260,9 +259,11 @@ def _seed(request: SampleRequest) -> int:
 
 
 async def _called(scorer: Scorer, request: SampleRequest, path: str, body: Json) -> Json:
-    if request.key not in scorer.bought:
-        scorer.bought[request.key] = await scorer.call(lambda: scorer.client.post(path, body), f"sample {request.name}")
-    return scorer.bought[request.key]
+    answer = scorer.bought.get(request.key)
+    if answer is None:
+        answer = await scorer.call(lambda: scorer.client.post(path, body), f"sample {request.name}")
+        await scorer.bought.add(request.key, answer)
+    return answer
 
 
 class _Piece(NamedTuple):

@@ -17,12 +17,13 @@ from backends.local.contexts import Asked, contexts_of
 from backends.local.tokenizer import PromptRefusedError
 from backends.openai_compatible.answers import Entry, ListError, usable
 from backends.openai_compatible.asking import Answered, Asker, Told
-from backends.openai_compatible.client import Client, Json
+from backends.openai_compatible.client import Client
 from backends.openai_compatible.found import Found
 from backends.openai_compatible.options import OpenAICompatibleOptions
 from backends.openai_compatible.proofs import asker_of, vocabulary_of
 from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of, raw_text
 from backends.openai_compatible.wanted import check_can, entries_of, lacking, values_of, wanted_ids
+from backends.service.bought import BoughtAnswers
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.service.retry import StatusError, with_retries
@@ -63,11 +64,11 @@ class Scorer:
         Counts calls by outcome.
     version : str
         What scores call the model.
+    bought : BoughtAnswers
+        Of responses that the model writes.
     vocabulary : ServerVocabulary, optional
         Where the server lends its tokenizer.
     asker : Asker
-    bought : dict
-        By key, the answers of responses that are not read yet.
     """
 
     client: Client
@@ -76,9 +77,9 @@ class Scorer:
     limit: CallLimit
     calls: Counter[str]
     version: str
+    bought: BoughtAnswers
     vocabulary: ServerVocabulary | None = field(default=None, init=False)
     asker: Asker = field(init=False)
-    bought: dict[str, Json] = field(default_factory=dict[str, Json], init=False)
 
     async def prepare(self) -> Self:
         """Fetch what each request needs of the server's tokenizer."""

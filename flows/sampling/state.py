@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from backends.base import UNREAD
 from backends.errors import ConfigError
 from backends.scores.lines import SUFFIX, lines_in
 from backends.storage import files_in, is_remote, local_copies, read_bytes, remove, remove_folder, write_bytes_atomic
@@ -91,7 +92,7 @@ class SamplingState:
     def clear(self) -> None:
         """Everything is in the files: only rows that the backend was told to keep stay."""
         self._lines.clear()
-        for folder in (self._journal, self.jobs):
+        for folder in (self._journal, self.jobs, self.folder / UNREAD):
             remove_folder(folder)
         remove(self._identity)
         remove(self._identities)

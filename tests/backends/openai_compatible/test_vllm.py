@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from backends.base import Sample, SampleRequest, ScoreRequest
+from backends.base import UNREAD, Sample, SampleRequest, ScoreRequest
 from backends.errors import ConfigError, ModelNotUsableError
 from backends.openai_compatible.answers import Entry, may_lack
 from backends.openai_compatible.backend import OpenAICompatibleBackend
@@ -411,20 +411,28 @@ def test_credentials_are_in_no_address_and_in_no_header(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("fault", ["thinks", "loses_tokenizer"])
-def test_a_response_that_was_paid_for_is_not_bought_again(server: VllmShaped, fault: str) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_response_that_was_paid_for_is_not_bought_again(
+    server: VllmShaped, fault: str, restarted: bool, tmp_path: Path
+) -> None:
     server.faults = Faults(thinks=fault == "thinks", loses_tokenizer=fault == "loses_tokenizer")
     given = OpenAICompatibleOptions(**options(server, mode="write" if fault == "thinks" else "auto"))
     request = SampleRequest("k", "one", "smol", PROMPT, SampleSettings(max_tokens=3, top_logprobs=4))
 
     async def work() -> tuple[Any, Any]:
-        async with OpenAICompatibleBackend(given) as backend:
+        async with OpenAICompatibleBackend(given, tmp_path) as backend:
             (first,) = [item async for item in backend.sample([request])]
             server.faults = Faults()
-            (second,) = [item async for item in backend.sample([request])] if not first.final else [None]
-            return first, second
+            if not restarted:
+                return first, [item async for item in backend.sample([request])] if not first.final else []
+        asked = list(OpenAICompatibleBackend(given, tmp_path).in_flight())
+        assert asked == ([] if first.final else ["k"])
+        async with OpenAICompatibleBackend(given, tmp_path) as backend:
+            return first, [item async for item in backend.sample([request])] if not first.final else []
 
-    first, second = asyncio.run(work())
+    first, then = asyncio.run(work())
     assert isinstance(first, ScoreFailure)
     assert first.final == (fault == "thinks")
-    assert first.final or isinstance(second, Sample)
+    assert [type(item) for item in then] == ([] if first.final else [Sample])
     assert sum(body.get("max_tokens", 0) == 3 for _, body in server.requests) == 1
+    assert list((tmp_path / UNREAD).iterdir()) == []
