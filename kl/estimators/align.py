@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kl.columns import BoolArray, Entries, FloatArray, IntArray, TopLists
+from kl.columns import NO_ID, BoolArray, Entries, FloatArray, IntArray, TopLists
 from kl.estimators.list_checks import check_lengths, check_lists, check_wanted, masses, rounding_steps
 from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
@@ -152,7 +152,7 @@ class _Matching:
         n_best = self._best_q.lengths
         p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q, n_best)
         repeated = repeats(p.all_keys) | repeats(q.all_keys)
-        ambiguous = self._ambiguous(repeated)
+        ambiguous = self._ambiguous(repeated, self._namesakes(p))
         special = repeated | self._special(p, q, ambiguous)
         index_q = places_in(p.keys, np.where(q.keys < 0, _PADDING, q.keys))
         rows = self._by_all_rules(np.flatnonzero(special), ambiguous)
@@ -204,14 +204,30 @@ class _Matching:
         own_q = np.where(same, _known(self._sides.sampled_q), np.nan)
         return logp, q.value_of(self._wanted, own_q), self._wanted >= 0
 
-    def _ambiguous(self, repeated: BoolArray) -> dict[int, frozenset[Key | None]]:
-        """By response, the keys that stand for several tokens of one list."""
+    def _namesakes(self, p: _Padded) -> BoolArray:
+        """Where the sampled token and a listed one have one key by text and two ids; shape (T, L)."""
+        lists, sampled = self._sides.lists_p, self._sides.sampled_p
+        found = np.zeros(p.all_keys.shape, dtype=np.bool_)
+        rows = np.flatnonzero(~self._by_id & (self._wanted >= 0) & (sampled.ids != NO_ID))
+        if rows.size:
+            ids = lists.take(rows)
+            listed = ids.padded(ids.entries.ids, NO_ID)
+            other = (listed != NO_ID) & (listed != sampled.ids[rows, None])
+            width = listed.shape[1]
+            found[rows, :width] = other & (p.all_keys[rows, :width] == self._wanted[rows, None])
+        return found
+
+    def _ambiguous(self, repeated: BoolArray, namesakes: BoolArray) -> dict[int, frozenset[Key | None]]:
+        """By response, the keys that stand for several tokens of one list, or for a listed and the sampled one."""
         found: dict[int, set[Key | None]] = {}
         for row in map(int, np.flatnonzero(repeated)):
             key_p, key_q = self._key_functions(row)
             several = keys_of_several(keyed(self._sides.lists_p[row], key_p))
             several |= keys_of_several(keyed(self._sides.lists_q[row], key_q))
             found.setdefault(int(self._sides.response[row]), set()).update(several)
+        for row, place in zip(*map(np.ndarray.tolist, np.nonzero(namesakes)), strict=True):
+            key_p, _ = self._key_functions(row)
+            found.setdefault(int(self._sides.response[row]), set()).add(key_p(self._sides.lists_p[row][place]))
         return {response: frozenset(keys) for response, keys in found.items() if keys}
 
     def _special(self, p: _Padded, q: _Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:
