@@ -382,6 +382,13 @@ class Backend(ABC):
         """
         return None
 
+    async def rendered_prompt_sha256(self, prompt: Prompt, model: str) -> str | None:
+        """The hash of that text; None where nobody says. Overridden where the hash is known and the text is not."""
+        from kl.input.responses import prompt_sha256  # late: it loads Polars, which a command's help does not need
+
+        text = await self.rendered_prompt(prompt, model)
+        return None if text is None else prompt_sha256(text)
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.

@@ -20,7 +20,7 @@ from backends.files.index import Index, changed, index_of, last_turn, question_i
 from backends.storage import Location, is_remote
 from kl.columns import Positions
 from kl.input.responses import ResponseFile
-from kl.records import Position, Response, Score, ScoreFailure
+from kl.records import Position, Prompt, Response, Score, ScoreFailure
 from kl.tables.context_counts import RETOKENISED
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,16 @@ class FilesBackend(Backend):
             model=model,
         )
 
+    async def rendered_prompt_sha256(self, prompt: Prompt, model: str) -> str | None:
+        """What the model's responses to a prompt state of it."""
+        return await asyncio.to_thread(self._stated_prompt, prompt, model)
+
+    def _stated_prompt(self, prompt: Prompt, model: str) -> str | None:
+        with self._lock:
+            contexts = self._contexts_of(prompt)
+        logged = () if contexts is None else (item.response for item in contexts.logged if item.is_of(model))
+        return next((item.rendered_prompt_sha256 for item in logged if item.rendered_prompt_sha256), None)
+
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Yield one result for each key asked, response by response.
 
@@ -154,7 +164,7 @@ class FilesBackend(Backend):
     def _answers(self, request: ScoreRequest) -> list[Score | ScoreFailure]:
         results: list[Score | ScoreFailure]
         with self._lock:
-            contexts = self._contexts_of(request)
+            contexts = self._contexts_of(request.prompt)
             if contexts is None:
                 message = self._note_absent(request)
                 results = [ScoreFailure(key, NOT_IN_FILES, message, final=True) for key in request.keys]
@@ -164,8 +174,8 @@ class FilesBackend(Backend):
                 self._counts["answered" if isinstance(result, Score) else result.reason] += 1
         return results
 
-    def _contexts_of(self, request: ScoreRequest) -> Contexts | None:
-        prompt_id = question_id(request.prompt)
+    def _contexts_of(self, prompt: Prompt) -> Contexts | None:
+        prompt_id = question_id(prompt)
         return self._contexts(prompt_id) if prompt_id in self._opened().places else None
 
     def _opened(self) -> Index:

@@ -17,7 +17,6 @@ from backends.session import BackendSession
 from backends.storage import read_bytes
 from flows.config.comparison import Comparison
 from flows.stages.inputs import InputFile, read_ahead, read_input
-from kl.input.responses import prompt_sha256
 from kl.records import Prompt
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ async def prompt_hashes(backend: Backend, asked: Sequence[tuple[str, Prompt]]) -
             if model in away:
                 return None
             try:
-                text = await backend.rendered_prompt(prompt, model)
+                return await backend.rendered_prompt_sha256(prompt, model)
             except BackendError as error:
                 if isinstance(error, RetryableBackendError):
                     away.add(model)  # each further prompt would be waited for as long
@@ -108,6 +107,5 @@ async def prompt_hashes(backend: Backend, asked: Sequence[tuple[str, Prompt]]) -
                     logger.info("%s: how prompts are written is not known: %s", model, error)
                 told.add(model)
                 return None
-            return None if text is None else prompt_sha256(text)
 
     return await asyncio.gather(*(one(model, prompt) for model, prompt in asked))

@@ -225,7 +225,8 @@ class _Matching:
             several = keys_of_several(keyed(self._sides.lists_p[row], key_p))
             several |= keys_of_several(keyed(self._sides.lists_q[row], key_q))
             found.setdefault(int(self._sides.response[row]), set()).update(several)
-        for row, place in zip(*map(np.ndarray.tolist, np.nonzero(namesakes)), strict=True):
+        rows, places = np.nonzero(namesakes)
+        for row, place in zip(map(int, rows), map(int, places), strict=True):
             key_p, _ = self._key_functions(row)
             found.setdefault(int(self._sides.response[row]), set()).add(key_p(self._sides.lists_p[row][place]))
         return {response: frozenset(keys) for response, keys in found.items() if keys}

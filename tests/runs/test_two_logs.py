@@ -76,10 +76,13 @@ def test_two_logs_are_compared_as_far_as_both_go(run_program: Run, logs: Path) -
 
     again = run_program("flows.run", *arguments)
     assert "0 to ask" in again.err
-    document = json.loads(EXAMPLES[2].read_text())
-    (logs / "q/more.json").write_text(json.dumps(flattened(document)))
+    document = flattened(json.loads(EXAMPLES[2].read_text())) | {"rendered_prompt_sha256": "0" * 64}
+    (logs / "q/more.json").write_text(json.dumps(document))
+    rows = [row | {"rendered_prompt_sha256": "1" * 64} for row in raw_rows()]
+    (logs / "p/log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     more = run_program("flows.run", *arguments)
     assert more.code == 3
+    assert "P and Q were given different texts for the same prompt in 1 of 1 files (log.jsonl#2)" in more.out + more.err
     tokens = pl.read_parquet(logs / "out/tokens.parquet")
     assert tokens.filter(pl.col("source_file") == "log.jsonl#2")["error"].null_count() == n["log.jsonl#2"]
 
