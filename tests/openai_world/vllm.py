@@ -309,8 +309,8 @@ class VllmShaped:
 
     def _best(self, values: np.ndarray, k: int, own: int) -> list[tuple[int, float | None, int]]:
         """(id, value, rank) of the k best, the own token first, beside them if it is not among them."""
-        order = np.argsort(-values, kind="stable")
-        chosen = [int(index) for index in order[:k]]
+        best = np.argpartition(-values, k)[:k]
+        chosen = [int(index) for index in best[np.lexsort((best, -values[best]))]]
         ranks = {token: rank for rank, token in enumerate(chosen, 1)}
         if own not in ranks:
             ranks[own] = int((values > values[own]).sum()) + 1
