@@ -197,7 +197,7 @@ def run_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def _as_a_new_process(environment: Mapping[str, str], argv: list[str]) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """While this is entered, this process is as a program finds it that is started; yields its two streams."""
     with ExitStack() as stack:
-        stack.enter_context(_only_environment(environment))
+        stack.enter_context(only_environment(environment))
         stack.enter_context(chdir(ROOT))
         out = stack.enter_context(redirect_stdout(io.StringIO()))
         err = stack.enter_context(redirect_stderr(io.StringIO()))
@@ -220,7 +220,8 @@ def _prefect_as_imported_now() -> Iterator[None]:
 
 
 @contextmanager
-def _only_environment(environment: Mapping[str, str]) -> Iterator[None]:
+def only_environment(environment: Mapping[str, str]) -> Iterator[None]:
+    """While this is entered, the environment is as it is given; what is added to it is taken away again."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(environment)

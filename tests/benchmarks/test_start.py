@@ -8,7 +8,7 @@ from tests.benchmarks.scripts import printed
 
 
 def waits(*what: str) -> list[tuple[str, str]]:
-    head, _, *lines = printed("start", "--repeats", "1", "--what", *what, timeout=280)
+    head, _, *lines = printed("start", "--repeats", "1", "--what", *what)
     assert head == "| what | until | wall, s | processor, s |"
     assert all(re.search(r"\| \d+\.\d\d \| (-|\d+\.\d\d) \|$", line) for line in lines)
     return [(line.split("|")[1].strip(), line.split("|")[2].strip()) for line in lines]
