@@ -22,7 +22,7 @@ from flows.commands.csv_files import ENDING, CsvTable, write_csv
 from flows.commands.figures import write_figures
 from flows.commands.many_runs import COLUMNS as CANDIDATE_COLUMNS
 from flows.commands.many_runs import load_candidates, show_candidates
-from flows.commands.report_file import write_report_of
+from flows.commands.report_file import open_page, write_report_of
 from flows.commands.tables import history_cells, position_cells, print_table, response_cells, token_cells
 from flows.commands.texts import warnings_of
 from flows.commands.two_runs import show_comparison
@@ -84,6 +84,9 @@ def _analyze(arguments: Sequence[str]) -> int:
     if options.report is not None:
         write_report_of(as_location(options.run_dir), as_location(options.report), options.top)
         print_lines(out, ["", options.report])
+    if options.open:
+        page = None if options.report is None else as_location(options.report)
+        print_lines(out, ["", open_page(as_location(options.run_dir), page, options.top)])
     if options.csv is not None:
         print_lines(out, ["", *write_csv(options.csv, shown.tables)])
     if options.figures is not None:
@@ -159,6 +162,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--figures", metavar="DIR",
                         help="Also write the charts of what is shown to this folder, as SVG and, with the extra "
                         "figures, as PNG.")  # fmt: skip
+    parser.add_argument("--open", action="store_true",
+                        help="Open the page of the run (report.html) in the browser.")  # fmt: skip
     parser.add_argument("--report", metavar="FILE",
                         help="Also write the page of RUN_DIR, one HTML file that needs nothing else, to this file; "
                         "--top is how many of the worst responses and positions it shows.")  # fmt: skip
@@ -177,8 +182,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--figures belongs to a run, --compare or --history, not to --threshold")
     if options.threshold is None and (options.score or options.out):
         parser.error("--score and --out belong to --threshold")
-    if options.run_dir is None and (options.threshold is not None or options.report is not None):
-        parser.error(f"--{'report' if options.threshold is None else 'threshold'} belongs to RUN_DIR")
+    given = {"threshold": options.threshold is not None, "report": options.report is not None, "open": options.open}
+    if options.run_dir is None and any(given.values()):
+        parser.error(f"--{next(name for name, is_given in given.items() if is_given)} belongs to RUN_DIR")
     if options.run_dir and options.threshold is None and (options.csv or "").endswith(ENDING):
         parser.error(f"--csv {options.csv}: a run is shown as several tables; give a folder")
     options.top = _DEFAULT_TOP if options.top is None else options.top

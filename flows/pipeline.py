@@ -88,8 +88,9 @@ def _analyses(sections: Mapping[str, Any], file: Path) -> Iterator[list[str]]:
         of_other_runs = not {"compare", "history", "result_dir"}.isdisjoint(given)
         arguments = [str(folder)] if folder is not None and not of_other_runs else []
         for name, value in given.items():
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+            if value is not False:
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
         check_arguments(arguments)
         yield arguments
 

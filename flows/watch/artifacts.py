@@ -147,7 +147,10 @@ def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -
     link = console_link(str(config.output_dir))
     if link is not None:
         text = str(config.output_dir)
-        yield LinkArtifact(key=artifact_key(config, "results"), description=about, link=link, link_text=text)
+        yield LinkArtifact(key=artifact_key(config, "results"), description=about, link=link, link_text=_plain(text))
+    page = next(filter(None, map(page_link, report.paths)), None)
+    if page is not None:
+        yield LinkArtifact(key=artifact_key(config, "page"), description=about, link=page, link_text="report.html")
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
@@ -161,6 +164,14 @@ def console_link(address: str) -> str | None:
     if bucket_and_folder == address:
         return None
     return f"https://console.cloud.google.com/storage/browser/{quote(bucket_and_folder.strip('/'))}"
+
+
+def page_link(address: str) -> str | None:
+    """Where a browser opens a page ``gs://…/NAME.html``, for those who may read the bucket; None for anything else."""
+    bucket_and_name = address.removeprefix("gs://")
+    if bucket_and_name == address or not address.endswith(".html"):
+        return None
+    return f"https://storage.cloud.google.com/{quote(bucket_and_name)}"
 
 
 def _spent_rows(spent: Mapping[str, Any]) -> list[tuple[str, str]]:

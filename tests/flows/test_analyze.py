@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import webbrowser
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -221,6 +223,34 @@ class TestOneRun:
         assert "Perplexity" not in shown
 
 
+@pytest.fixture
+def opened(tmp_path):
+    """The addresses that a browser was started with."""
+    record = tmp_path / "opened"
+    (tmp_path / "browser").write_text(f'#!/bin/sh\necho "$1" >> {record}\n')
+    (tmp_path / "browser").chmod(0o755)
+    webbrowser.register("recorder", None, webbrowser.GenericBrowser([str(tmp_path / "browser"), "%s"]), preferred=True)
+    return lambda: record.read_text().splitlines()
+
+
+class TestOpen:
+    def test_opens_the_page_of_the_run_or_makes_one_elsewhere(self, steady, capsys, opened):
+        before = files_of(steady)
+        code, out, _ = analyze(capsys, steady, "--open")
+        assert code == 0
+        made = Path(opened()[0].removeprefix("file://"))
+        assert "</html>" in made.read_text("utf-8")
+        assert f"opened in the browser: {made}" in out
+        assert files_of(steady) == before
+        (steady / "report.html").write_text("of the run", encoding="utf-8")
+        analyze(capsys, steady, "--open")
+        assert opened()[1] == (steady / "report.html").as_uri()
+
+    def test_opens_what_was_just_written(self, steady, capsys, opened, tmp_path):
+        analyze(capsys, steady, "--report", tmp_path / "page.html", "--open")
+        assert opened() == [(tmp_path / "page.html").as_uri()]
+
+
 class TestRefusedFolder:
     def test_that_does_not_exist(self, tmp_path, capsys):
         assert f"{tmp_path / 'none'} is not a folder" in refusal(capsys, tmp_path / "none")
@@ -292,6 +322,7 @@ class TestRefusedCall:
             (["a", "--top", "x"], "invalid int value"),
             (["--compare", "a", "b", "--top", "5"], "--top belongs to RUN_DIR"),
             (["a", "--tops", "5"], "unrecognized arguments"),
+            (["--compare", "a", "b", "--open"], "--open belongs to RUN_DIR"),
         ],
     )
     def test_is_one_line(self, capsys, arguments, message):

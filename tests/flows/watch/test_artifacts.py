@@ -10,7 +10,15 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.runtime.progress import ProgressReporter
-from flows.watch.artifacts import artifact_key, console_link, markdown_of, progress_artifacts, show_report
+from flows.watch.artifacts import (
+    _table,
+    artifact_key,
+    console_link,
+    markdown_of,
+    page_link,
+    progress_artifacts,
+    show_report,
+)
 from flows.watch.report import RunReport
 from tests.programs import free_port
 
@@ -51,6 +59,23 @@ def test_a_key_has_the_letters_that_prefect_allows(model: str, key: str) -> None
 )
 def test_a_bucket_has_a_link_for_the_browser(address: str, link: str | None) -> None:
     assert console_link(address) == link
+
+
+@pytest.mark.parametrize(
+    ("address", "link"),
+    [
+        ("gs://b/a b/report.html", "https://storage.cloud.google.com/b/a%20b/report.html"),
+        ("gs://b/a/summary.json", None),
+        ("results/report.html", None),
+    ],
+)
+def test_a_page_in_a_bucket_has_a_link_for_the_browser(address: str, link: str | None) -> None:
+    assert page_link(address) == link
+
+
+def test_cells_of_a_table_are_text_as_prefect_shows_them() -> None:
+    (row,) = _table([("a|b", "[x](http://evil)\n<b>")])
+    assert row == {"figure": r"a\|b", "value": r"\[x\](http://evil) \<b\>"}
 
 
 def test_the_page_says_what_was_found_what_is_missing_and_where() -> None:
