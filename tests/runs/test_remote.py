@@ -72,6 +72,7 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     remote = run_program("flows.run", *REMOTE, "--keep-raw", *FAST, env=env)
     assert remote.code == 3, remote.err
     assert "gs://data/out/summary.json" in remote.out
+    assert "gs://data/out/report.html" in remote.out
     # The jobs of the local run have the same names: they are found, and nothing is bought.
     assert len(world.jobs) == n_jobs
     assert set(world.rows_bought.values()) <= {1, 2}  # the tiny request of each run is the only one repeated
@@ -80,7 +81,7 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     made.remove(".lock")
     assert made == sorted(name for name in objects(world) if "/" not in name)
     for name in made:
-        if name not in ("run.json", "history.parquet"):  # these speak of times and folders
+        if name not in ("run.json", "history.parquet", "report.html"):  # these speak of times and folders
             assert world.objects.read(f"{OUT}/{name}") == (tmp_path / "out" / name).read_bytes(), name
     run = json.loads(world.objects.read(f"{OUT}/run.json"))
     assert run["config"]["input_dir"] == "gs://data/in"

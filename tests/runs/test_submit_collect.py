@@ -37,8 +37,8 @@ def flags(folder: Path, out: str) -> list[str]:
 def assert_same_files(one: Path, other: Path) -> None:
     names = {path.name for path in one.iterdir() if path.is_file() and not path.name.startswith(".")}
     assert names == {path.name for path in other.iterdir() if path.is_file() and not path.name.startswith(".")}
-    # The two that tell when, and in how many steps, it was done.
-    for name in sorted(names - {"run.json", "history.parquet"}):
+    # Those that tell when, and in how many steps, it was done.
+    for name in sorted(names - {"run.json", "history.parquet", "report.html"}):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert {"tokens.parquet", "responses.parquet", "summary.json", "prompt_000_kl.json"} <= names
 
