@@ -105,7 +105,7 @@ class Sampler:
         if config.preflight:
             await _preflight(backend, config, left)
         await self._note_prompts(backend)
-        spending = Spending(type(backend), backend.options, self.plan.estimate(left).cost_usd)
+        spending = Spending(type(backend), backend.options, self.plan.estimate(left).cost_usd, is_limit=True)
         with ProgressReporter("responses sampled", len(left), details_of(backend, spending)) as progress:
             # A backend with jobs follows them up itself.
             retries = 0 if backend.capabilities.deferred else config.sampling.max_retries

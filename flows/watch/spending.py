@@ -23,10 +23,16 @@ class Spending:
     options : BackendOptions
     estimate_usd : float or None
         What all of it may cost; None if it is not known.
+    is_limit : bool
+        That it is what all of it may cost at most, if each is asked once.
     """
 
-    def __init__(self, backend: type[Backend], options: BackendOptions, estimate_usd: float | None) -> None:
-        self._backend, self._options, self._estimate_usd = backend, options, estimate_usd
+    def __init__(
+        self, backend: type[Backend], options: BackendOptions, estimate_usd: float | None, *, is_limit: bool = False
+    ) -> None:
+        self._backend, self._options = backend, options
+        word = "at most" if is_limit else "about"
+        self._limit = "" if estimate_usd is None else f" of {word} {estimate_usd:.4f}"
         self._lock = threading.Lock()
         self._tokens: dict[str, tuple[int, int]] = {}
         self._has_unknown = False
@@ -55,8 +61,7 @@ class Spending:
         if not known:
             return ""
         at_least = "at least " if has_unknown or len(known) < len(costs) else ""
-        limit = "" if self._estimate_usd is None else f" of about {self._estimate_usd:.4f}"
-        return f"{at_least}{sum(known):.4f}{limit} USD spent"
+        return f"{at_least}{sum(known):.4f}{self._limit} USD spent"
 
 
 def details_of(backend: Backend, spending: Spending) -> Callable[[], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import webbrowser
 from pathlib import Path
 
 import polars as pl
@@ -124,6 +125,23 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     assert table.code == 0, table.err
     assert pl.read_csv(world.objects.read("gs://data/many/candidates.csv"))["run"][0] == OUT
     assert world.objects.read("gs://data/many/candidates.png").startswith(b"\x89PNG")
+    opened: list[str] = []
+    webbrowser.register("recorder", None, _Recorder(opened), preferred=True)
+    page = run_program("flows.analyze", OUT, "--open", env=env)
+    assert page.code == 0, page.err
+    assert Path(opened[0].removeprefix("file://")).read_bytes() == world.objects.read(f"{OUT}/report.html")
+
+
+class _Recorder(webbrowser.BaseBrowser):
+    """A browser that keeps the addresses it is given."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        super().__init__()
+        self.addresses = addresses
+
+    def open(self, url: str, new: int = 0, autoraise: bool = True) -> bool:
+        self.addresses.append(url)
+        return True
 
 
 def kill(process: Process) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,9 @@ def test_sample_run_analyse(
     assert sample(config, "--max-cost-usd", "0.000001").code == 2
     done = sample(config)
     assert done.code == 0, done.err
+    assert re.search(
+        r"responses sampled: 10 of 10; .*\b0\.\d{4} of at most 0\.\d{4} USD spent$", done.err, re.MULTILINE
+    )
     assert vertex_world.rejected == []
     bought = dict(vertex_world.rows_bought)
     assert len(bought) == 10 + 1  # and the proof that the model can be used
