@@ -25,6 +25,7 @@ from flows.folder.vocabularies import exact_divergences
 from flows.stages.inputs import InputFile, file_defect, read_ahead, read_input
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose, response_masses
+from kl.estimators.divergence import ExactDivergences
 from kl.input.responses import ResponseFile
 from kl.output.files import write_candidate_part, write_part
 from kl.output.kl_json import ResponseText
@@ -295,7 +296,7 @@ def measure_part(
         paired,
         estimator=estimator,
         prior=priors.q,
-        exact_kl=exact.kl,
+        exact=exact.divergences,
         vocabulary=exact.vocabulary,
     )
     if table.height and part.tokens is not None:
@@ -317,21 +318,21 @@ def measure_part(
 class _ExactOfAll(NamedTuple):
     """By position of some files, shape (N,), None where no whole vocabulary is asked for."""
 
-    kl: NDArray[np.float64] | None
+    divergences: ExactDivergences | None
     vocabulary: NDArray[np.float64] | None
 
 
 def _exact(surveyed: Surveyed, comparison: Comparison, stores: Stores, measured: Measured) -> _ExactOfAll:
     if not comparison.config.full_vocabulary:
         return _ExactOfAll(None, None)
-    kl, vocabulary = [np.zeros(0)], [np.zeros(0)]
+    values, vocabulary = [np.zeros((4, 0))], [np.zeros(0)]
     stored = StoredAnswers(surveyed.files, comparison, stores, comparison.sides())
     for response in chain.from_iterable(parsed.responses for parsed in surveyed.files):
         found = exact_divergences(response, stored, stores.scores, measured.note_no_exact)
         n = len(response.positions)
-        kl.append(np.full(n, np.nan) if found.divergences is None else found.divergences.kl)
+        values.append(np.full((4, n), np.nan) if found.divergences is None else np.stack(found.divergences))
         vocabulary.append(np.full(n, np.nan if found.vocabulary is None else float(found.vocabulary)))
-    return _ExactOfAll(np.concatenate(kl), np.concatenate(vocabulary))
+    return _ExactOfAll(ExactDivergences(*np.concatenate(values, axis=1)), np.concatenate(vocabulary))
 
 
 def _note_inputs(files: Sequence[ResponseFile], noted: Measured) -> None:

@@ -12,7 +12,7 @@ import polars as pl
 from polars.datatypes import DataType, DataTypeClass
 
 # Columns that tables of earlier versions lack; read as null.
-ADDED = ("is_stop", "flags", "kl_set_aside")
+ADDED = ("is_stop", "flags", "kl_set_aside", "reverse_kl_exact", "js_exact", "tv_exact")
 
 
 class Column(NamedTuple):
@@ -52,6 +52,9 @@ TOKEN_COLUMNS = {
     "js_estimate": Column(pl.Float64, "Jensen-Shannon divergence", "nats"),
     "js_lower": Column(pl.Float64, "Jensen-Shannon divergence, certified", "nats"),
     "tv_lower": Column(pl.Float64, "total variation distance, certified", "probability"),
+    "reverse_kl_exact": Column(pl.Float64, "KL(Q‖P), full vocabulary only; null also where it is infinite", "nats"),
+    "js_exact": Column(pl.Float64, "Jensen-Shannon divergence, full vocabulary only", "nats"),
+    "tv_exact": Column(pl.Float64, "total variation distance, full vocabulary only", "probability"),
     "logprob_p": Column(pl.Float64, "of the sampled token", "nats"),
     "logprob_q": Column(pl.Float64, "of the sampled token; null: outside Q's list", "nats"),
     "coverage_p": Column(pl.Float64, "listed mass", "probability"),

@@ -13,7 +13,7 @@ from kl.columns import NO_ID, BoolArray, Entries, FloatArray, IntArray, Position
 from kl.estimators.align import Aligned
 from kl.estimators.censored import SpreadEvidence, SpreadPrior
 from kl.estimators.diagnostic import AlignmentDiagnostic, diagnose
-from kl.estimators.divergence import ESTIMATORS, ListMeasures, measure, sampled_token
+from kl.estimators.divergence import ESTIMATORS, ExactDivergences, ListMeasures, measure, sampled_token
 from kl.estimators.entropy import entropies
 from kl.estimators.outliers import spread_evidence
 from kl.records import UNKNOWN_LOGPROB, Response
@@ -39,6 +39,9 @@ _MAY_BE_UNKNOWN = frozenset(
         "kl_exact",
         "reverse_kl_estimate",
         "js_estimate",
+        "reverse_kl_exact",
+        "js_exact",
+        "tv_exact",
         "logprob_q",
         "logratio_k1",
         "k3",
@@ -121,10 +124,11 @@ def measure_responses(
         paired = pair_up([item.answered for item in asked])
     lengths = [len(item.response.positions) for item in asked]
     vocabulary = np.repeat([np.nan if item.vocabulary is None else float(item.vocabulary) for item in asked], lengths)
-    exact = np.concatenate([np.zeros(0), *(_exact(item) for item in asked)])
+    kl = np.concatenate([np.zeros(0), *(_exact(item) for item in asked)])
+    exact = ExactDivergences(kl, *[np.full(len(kl), np.nan)] * 3)
     trusted = without_outliers(paired, prior)
     table = measure_paired(
-        identity(asked), trusted, estimator=estimator, prior=prior, exact_kl=exact, vocabulary=vocabulary
+        identity(asked), trusted, estimator=estimator, prior=prior, exact=exact, vocabulary=vocabulary
     )
     return _with_flags(table, asked)
 
@@ -135,7 +139,7 @@ def measure_paired(
     *,
     estimator: str,
     prior: SpreadPrior | None,
-    exact_kl: FloatArray | None = None,
+    exact: ExactDivergences | None = None,
     vocabulary: FloatArray | None = None,
 ) -> pl.DataFrame:
     """What `measure_responses` returns, of N positions that are paired.
@@ -146,14 +150,17 @@ def measure_paired(
         From `identity` of the same responses.
     paired : Paired
         From `kl.tables.outliers.without_outliers` with the same prior.
-    exact_kl, vocabulary : float64, shape (N,), optional
+    exact : ExactDivergences, optional
+        Of whole vocabularies, shape (N,): NaN where unknown, ``inf`` where infinite.
+    vocabulary : float64, shape (N,), optional
         As in `Asked`, NaN where unknown.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}. Known: {', '.join(ESTIMATORS)}.")
     pairs, aligned, missing = paired.pairs, paired.aligned, paired.missing
     n, at = identified.height, pairs.place
-    exact = np.full(n, np.nan) if exact_kl is None else exact_kl
+    given = ExactDivergences(*[np.full(n, np.nan)] * 4) if exact is None else exact
+    known = ExactDivergences(*(values[at] for values in given))
     columns: dict[str, Any] = {name: identified[name] for name in identified.columns}
     if aligned is not None:
         values = measure(aligned, prior)
@@ -161,10 +168,10 @@ def measure_paired(
         logprob_p[at] = aligned.logp_sampled
         columns["logprob_p"] = pl.Series(logprob_p, nan_to_null=True)
         size = np.full(len(at), np.nan) if vocabulary is None else vocabulary[at]
-        measured = _list_columns(aligned, values, pairs, size) | _estimate_columns(values, estimator, exact[at])
+        measured = _list_columns(aligned, values, pairs, size) | _estimate_columns(values, estimator, known)
         columns |= {name: _scatter(name, column, at, n) for name, column in measured.items()}
         estimates = np.asarray(measured["kl_estimate"], dtype=np.float64)
-        missing = {**missing, **not_determined(at, estimates, exact[at], aligned)}
+        missing = {**missing, **not_determined(at, estimates, known.kl, aligned)}
         pairs = _with_masses(pairs, aligned, values)
     for name, field in (("reason", 0), ("error", 1), ("kl_set_aside", 2)):
         column: list[Any] = [None] * n
@@ -324,10 +331,11 @@ def _list_columns(aligned: Aligned, values: ListMeasures, pairs: Pairs, vocabula
     }
 
 
-def _estimate_columns(values: ListMeasures, estimator: str, exact: FloatArray) -> dict[str, Column]:
+def _estimate_columns(values: ListMeasures, estimator: str, exact: ExactDivergences) -> dict[str, Column]:
     estimate = values.estimate(estimator)
+    finite = ExactDivergences(*(np.where(np.isfinite(value), value, np.nan) for value in exact))
     # An exact value stands beside the estimate and does not replace it, except that an infinite one leaves no estimate.
-    kl = np.where(np.isinf(exact), np.nan, estimate.kl)
+    kl = np.where(np.isinf(exact.kl), np.nan, estimate.kl)
     # The limit holds for the model; another estimator may lie above it.
     upper = np.where(np.isnan(kl), values.upper_plausible, np.maximum(values.upper_plausible, kl))
     return {
@@ -337,12 +345,15 @@ def _estimate_columns(values: ListMeasures, estimator: str, exact: FloatArray) -
         "kl_floor": values.floor.kl,
         "kl_bucket": values.bucket.kl,
         "kl_censored": values.censored.kl,
-        "kl_exact": np.where(np.isfinite(exact), exact, np.nan),
+        "kl_exact": finite.kl,
         "reverse_kl_estimate": estimate.reverse_kl,
         "reverse_kl_lower": values.lower.reverse_kl,
         "js_estimate": estimate.js,
         "js_lower": values.lower.js,
         "tv_lower": values.lower.tv,
+        "reverse_kl_exact": finite.reverse_kl,
+        "js_exact": finite.js,
+        "tv_exact": finite.tv,
     }
 
 

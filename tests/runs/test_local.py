@@ -164,7 +164,11 @@ def test_figures_made_while_scoring_are_those_of_kept_vocabularies(
         run_program, tmp_path / "out", "--input-dir", str(three_files), "--set", "keep_vocabularies=true"
     )
     assert reduced["kl_exact"].null_count() == 0
-    assert kept["kl_exact"].to_list() == pytest.approx(reduced["kl_exact"].to_list(), abs=1e-12, rel=1e-12)
+    for name in ("kl", "reverse_kl", "js", "tv"):
+        found = kept[f"{name}_exact"]
+        assert found.to_list() == pytest.approx(reduced[f"{name}_exact"].to_list(), abs=1e-12, rel=1e-12)
+        assert (kept[f"{name}_lower"] <= found + 1e-6).all()
+    assert (kept["tv_exact"] ** 2 <= kept["kl_exact"] / 2).all()  # Pinsker
     stored = pl.read_parquet(tmp_path / "out/scores/*/*.parquet")
     assert stored["full_logprobs"].null_count() == 0
     # What a run of an earlier version left, too: nothing is asked again.

@@ -9,10 +9,20 @@ import polars as pl
 import pytest
 
 from kl.estimators.censored import SpreadPrior, pooled_prior
-from kl.estimators.divergence import exact_kl
+from kl.estimators.divergence import exact_kl, exact_of_padded
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
+from kl.tables.outliers import without_outliers
+from kl.tables.pairs import pair_up
 from kl.tables.schemas import TOKENS
-from kl.tables.tokens import align_response, measure_response, response_diagnostic, response_spread
+from kl.tables.tokens import (
+    Asked,
+    align_response,
+    identity,
+    measure_paired,
+    measure_response,
+    response_diagnostic,
+    response_spread,
+)
 from tests.kl.pairs import candidates, gaussian_pair, top_lists, true_divergences
 
 
@@ -66,7 +76,8 @@ class TestTable:
 
     def test_measured_rows_have_everything_that_two_lists_determine(self, tops):
         frame = measured(tops[0], scores_of(tops[1]))
-        open_columns = {"kl_exact", "entropy_p_upper", "flags", "kl_set_aside", "reason", "error"}
+        exact = {"kl_exact", "reverse_kl_exact", "js_exact", "tv_exact"}
+        open_columns = {*exact, "entropy_p_upper", "flags", "kl_set_aside", "reason", "error"}
         depends = {"kl_upper_plausible", "logprob_q", "k3", "delta_p"}
         nulls = {name for name in frame.columns if frame[name].null_count()}
         assert open_columns <= nulls <= open_columns | depends
@@ -103,6 +114,18 @@ class TestTable:
         assert frame["kl_exact"].to_list() == [*kl.tolist()[:10], *[None] * 20]
         assert frame["kl_censored"].equals(plain["kl_censored"])
         assert (frame["kl_lower"] <= true_divergences(*pair)[0] + 1e-6).all()
+
+    def test_every_exact_divergence_stands_beside_its_bound(self, pair, tops):
+        asked = Asked(response_of(tops[0]), scores_of(tops[1]))
+        trusted = without_outliers(pair_up([asked.answered]), PRIOR)
+        exact = exact_of_padded(*pair)
+        exact.reverse_kl[4] = np.inf
+        frame = measure_paired(identity([asked]), trusted, estimator="censored", prior=PRIOR, exact=exact)
+        for name, true in zip(("kl", "reverse_kl", "js", "tv"), true_divergences(*pair), strict=True):
+            found = frame[f"{name}_exact"]
+            assert [t for t, value in enumerate(found) if value is None] == ([4] if name == "reverse_kl" else [])
+            assert found.fill_null(true[4]).to_list() == pytest.approx(true.tolist(), abs=1e-9)
+            assert (frame[f"{name}_lower"] <= found + 1e-9).all()
 
     def test_values_do_not_depend_on_missing_neighbours(self, tops):
         scores = scores_of(tops[1])
