@@ -29,10 +29,10 @@ kl.tables               context_counts schemas / totals / responses / pairs / ca
 kl.tables               spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
-kl.finished             names run / reading
 kl.output               atomic digits / kl_json / files headline
 kl.output.report.drawing scales svg / axes
 kl.output.report        comparisons markup movers selection spread verdict visible / charts lists payload sections
+kl.finished             names lists shown worst / run / reading
 kl.output.report        page
 
 backends                errors hookspecs settings / base builtin keys / registry session / catalogue

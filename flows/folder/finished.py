@@ -17,15 +17,11 @@ from flows.folder.layout import OutputFolder
 from kl.finished.reading import Access, Documents, FinishedRunError, read_run
 from kl.finished.reading import read_documents as documents_of
 from kl.finished.run import Run
+from kl.finished.worst import PLACE, texts_before
 from kl.statistics.drift import COLUMNS
 from kl.tables.schemas import TOKENS
-from kl.tables.totals import IS_INFINITE, MEASURED
 
 Rows = list[dict[str, Any]]
-
-_PLACE = ["source_file", "response_idx", "position"]
-_CONTEXT_TOKENS = 8  # shown before a position
-_INFINITY = pl.lit(float("inf"))
 
 
 class ResponseTableFile(NamedTuple):
@@ -103,17 +99,8 @@ def read_response_table(folder: Path) -> ResponseTableFile:
 
 
 def worst_positions(run: Run, top: int) -> Rows:
-    """The measured positions with the largest KL, infinite ones first, each with the text ``before`` it.
-
-    ``kl_estimate`` is ``None`` where the KL is infinite (``reason`` is ``infinite``).
-    """
-    place = _PLACE
-    values = ("token", "kl_estimate", "kl_lower", "kl_upper_plausible", "logprob_p", "logprob_q", "reason")
-    order = pl.when(IS_INFINITE).then(_INFINITY).otherwise("kl_estimate")
-    measured = run.tokens.filter(MEASURED).select(*place, *values, order=order)
-    ranked = measured.drop_nulls("order").sort(["order", *place], descending=[True, False, False, False])
-    worst = ranked.head(top).drop("order").collect()
-    return worst.join(_texts_before(run.tokens, worst), on=place, how="left", maintain_order="left").to_dicts()
+    """Rows of `kl.finished.worst.worst_positions`."""
+    return run.worst_positions(top).to_dicts()
 
 
 def with_texts_before(tokens: pl.LazyFrame, rows: Rows) -> Rows:
@@ -121,29 +108,12 @@ def with_texts_before(tokens: pl.LazyFrame, rows: Rows) -> Rows:
     if not rows:
         return []
     places = pl.DataFrame(
-        [{name: row[name] for name in _PLACE} for row in rows], schema={name: TOKENS[name] for name in _PLACE}
+        [{name: row[name] for name in PLACE} for row in rows], schema={name: TOKENS[name] for name in PLACE}
     )
-    before = _texts_before(tokens, places)
-    found = places.join(before, on=_PLACE, how="left", maintain_order="left")["before"]
+    found = places.join(texts_before(tokens, places), on=PLACE, how="left", maintain_order="left")["before"]
     return [row | {"before": text} for row, text in zip(rows, found, strict=True)]
 
 
-def _texts_before(tokens: pl.LazyFrame, places: pl.DataFrame) -> pl.DataFrame:
-    keys = ("source_file", "response_idx")
-    at = places.select(*keys, at="position").lazy()
-    pairs = tokens.select(*keys, "position", "token").join(at, on=keys, how="inner")
-    near = pairs.filter(pl.col("position").is_between(pl.col("at") - _CONTEXT_TOKENS, pl.col("at") - 1))
-    joined = near.sort("position").group_by(*keys, "at", maintain_order=True).agg(before=pl.col("token").str.join(""))
-    return joined.rename({"at": "position"}).collect()
-
-
 def worst_responses(run: Run, top: int) -> Rows:
-    """The responses with the largest mean KL per token, those with an infinite one first."""
-    chosen = (
-        *("source_file", "response_idx", "n_positions", "n_measured", "n_infinite", "kl_mean_per_token", "kl_sum"),
-        *("kl_lower_sum", "max_kl", "max_kl_position", "same_top_rate", "finish_reason"),
-    )
-    order = pl.when(pl.col("n_infinite") > 0).then(_INFINITY).otherwise("kl_mean_per_token")
-    ranked = run.responses.select(*chosen, order=order).drop_nulls("order")
-    by = ["order", "source_file", "response_idx"]
-    return ranked.sort(by, descending=[True, False, False]).head(top).drop("order").collect().to_dicts()
+    """Rows of `kl.finished.worst.worst_responses`."""
+    return run.worst_responses(top).to_dicts()

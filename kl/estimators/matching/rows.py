@@ -117,10 +117,7 @@ def match_row(
     by_role: bool,
 ) -> MatchedRow:
     """One position. Entries with an ``unclear`` key are open; end tokens may be matched ``by_role``."""
-    ends = end_roles(side_p.keys, side_q.keys[: side_q.n_best]) if by_role else frozenset[Key]()
-    if ends:
-        side_q = _without_wanted(side_q, ends)
-        side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
+    side_p, side_q, ends = _with_roles(side_p, side_q, by_role=by_role)
     several = unclear | _several(side_p) | _several(side_q)
     split_p, split_q = _split(side_p, several), _split(side_q, several)
     wanted = role_key(_sampled_key(sample_p, side_p), ends)
@@ -129,6 +126,27 @@ def match_row(
     logp = _lookup(sample_p.candidate, wanted, clear, split_p)
     logq = _lookup(sample_q.candidate if own is not None and own == wanted else None, wanted, clear, split_q)
     return MatchedRow(split_p, split_q, (logp, logq, clear))
+
+
+def clear_sides(
+    side_p: KeyedList, side_q: KeyedList, unclear: frozenset[Key | None], *, by_role: bool
+) -> tuple[KeyedList, KeyedList]:
+    """Both lists as `match_row` takes them, with the key None for each open entry."""
+    side_p, side_q, _ = _with_roles(side_p, side_q, by_role=by_role)
+    several = unclear | _several(side_p) | _several(side_q)
+    clear_p, clear_q = (
+        side._replace(keys=[None if key in several else key for key in side.keys]) for side in (side_p, side_q)
+    )
+    return clear_p, clear_q
+
+
+def _with_roles(side_p: KeyedList, side_q: KeyedList, *, by_role: bool) -> tuple[KeyedList, KeyedList, frozenset[Key]]:
+    """The same with one key for the end tokens, if they are matched by their role, and which these are."""
+    ends = end_roles(side_p.keys, side_q.keys[: side_q.n_best]) if by_role else frozenset[Key]()
+    if ends:
+        side_q = _without_wanted(side_q, ends)
+        side_p, side_q = (side._replace(keys=[role_key(key, ends) for key in side.keys]) for side in (side_p, side_q))
+    return side_p, side_q, ends
 
 
 def _without_wanted(side: KeyedList, keys: frozenset[Key]) -> KeyedList:
