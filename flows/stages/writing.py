@@ -28,6 +28,7 @@ from flows.stages.prompts import difference
 from flows.watch.ending import Results
 from flows.watch.report import RunReport
 from kl.estimators.censored import SpreadPrior
+from kl.estimators.divergence import ESTIMATOR_VERSION
 from kl.finished.run import Run
 from kl.output.atomic import write_many_atomic
 from kl.output.files import result_paths, write_candidates, write_responses, write_summary, write_tokens
@@ -53,16 +54,16 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
     """
     config, place = comparison.config, comparison.folder
     with made_locally(place.path) as folder:
-        made = OutputFolder(folder)
-        write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens)
+        made, facts = OutputFolder(folder), _facts(measured, config)
+        write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens, facts)
         if config.candidates:
             lists = [part.candidates for part in measured.parts if part.candidates is not None]
-            write_candidates(lists, made.candidates)
+            write_candidates(lists, made.candidates, facts)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
         rows = summarise_responses(tokens, measured.responses)
-        write_responses(rows, made.responses)
-        summary = summarise_dataset(tokens, measured.responses, _facts(measured, config), measured.twice)
+        write_responses(rows, made.responses, facts)
+        summary = summarise_dataset(tokens, measured.responses, facts, measured.twice)
         write_summary(summary, made.summary)
         report = _report(summary, measured, comparison, record)
         run = {"warnings": report.warnings} | _run_info(measured, config, record)
@@ -183,6 +184,7 @@ def _run_info(measured: Measured, config: RunConfig, record: Mapping[str, Any]) 
         "model1_versions": sorted(measured.versions_p),
         "model2": config.model2,
         "model2_versions": sorted(measured.versions_q),
+        "estimator_version": ESTIMATOR_VERSION,
         "no_exact_kl": {why: positions._asdict() for why, positions in measured.no_exact.items()},
         "prompt_counts": asdict(measured.priors.counts) | {"n_odd": measured.n_odd_counts},
         **record,

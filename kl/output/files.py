@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 
 import polars as pl
 
+from kl.estimators.divergence import ESTIMATOR_VERSION
 from kl.output.atomic import json_bytes, write_atomic, write_json_atomic
-from kl.statistics.summary import Summary
+from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import RESPONSE_COLUMNS, RESPONSES
-from kl.tables.schemas import CANDIDATE_COLUMNS, TOKEN_COLUMNS, TOKENS, Column, schema_of
+from kl.tables.schemas import CANDIDATE_COLUMNS, CANDIDATES, TOKEN_COLUMNS, TOKENS, Column
 from kl.tables.totals import BATCH_ROWS, check_rows
 
 # Fixed, because the default depends on how the rows arrive; the bytes of a file must depend on its rows alone. As many
@@ -24,6 +25,7 @@ ROW_GROUP_ROWS = BATCH_ROWS
 CANDIDATE_GROUP_ROWS = 16_384
 _LARGEST_PAGE = 1 << 30  # bytes
 METADATA_KEY = "tokenkl.columns"
+RUN_KEY = "tokenkl.run"
 
 
 def result_paths(source_files: Iterable[str]) -> dict[str, str]:
@@ -52,11 +54,12 @@ def result_paths(source_files: Iterable[str]) -> dict[str, str]:
     return {str(source): str(target) for source, target in targets.items()}
 
 
-def write_tokens(parts: Sequence[Path], target: Path) -> None:
+def write_tokens(parts: Sequence[Path], target: Path, facts: RunFacts | None = None) -> None:
     """Join token tables, in the order given, into one; the same parts give the same bytes.
 
     Streams: memory does not grow with the parts. Without parts the table has the columns and no row. What each column
-    holds, in which unit, stands in the file's metadata under ``METADATA_KEY``, as JSON.
+    holds, in which unit, stands in the file's metadata under ``METADATA_KEY``, as JSON; under ``RUN_KEY`` what was
+    compared and how, if it is given. Nothing there says where or when, so that the same input gives the same bytes.
 
     Raises
     ------
@@ -65,29 +68,35 @@ def write_tokens(parts: Sequence[Path], target: Path) -> None:
     """
     # A bracket or "=" in a directory's name is neither a pattern nor a partition.
     rows = pl.scan_parquet(list(parts), schema=TOKENS, glob=False, hive_partitioning=False) if parts else None
-    _write_joined(rows, target, TOKEN_COLUMNS, ROW_GROUP_ROWS)
+    _write_joined(rows, target, _metadata(TOKEN_COLUMNS, facts), TOKENS, ROW_GROUP_ROWS)
 
 
-def write_candidates(parts: Sequence[Path], target: Path) -> None:
+def write_candidates(parts: Sequence[Path], target: Path, facts: RunFacts | None = None) -> None:
     """Join what `write_candidate_part` wrote into one candidate table, as `write_tokens` does."""
     rows = pl.scan_ipc(list(parts), glob=False, hive_partitioning=False) if parts else None
     # Most of it are the digits of log-probabilities, which no level makes smaller. One page for each column of a group:
     # where a group is divided into several depends on how its lists arrived.
     _write_joined(
-        rows, target, CANDIDATE_COLUMNS, CANDIDATE_GROUP_ROWS, compression_level=1, data_page_size=_LARGEST_PAGE
+        rows,
+        target,
+        _metadata(CANDIDATE_COLUMNS, facts),
+        CANDIDATES,
+        CANDIDATE_GROUP_ROWS,
+        compression_level=1,
+        data_page_size=_LARGEST_PAGE,
     )
 
 
 def _write_joined(
     rows: pl.LazyFrame | None,
     target: Path,
-    columns: Mapping[str, Column],
+    metadata: dict[str, str],
+    schema: pl.Schema,
     group_rows: int,
     *,
     compression_level: int | None = None,
     data_page_size: int | None = None,
 ) -> None:
-    schema = schema_of(columns)
     joined = pl.LazyFrame(schema=schema) if rows is None else rows.select(schema.names())
     write_atomic(
         target,
@@ -98,7 +107,7 @@ def _write_joined(
             row_group_size=group_rows,
             data_page_size=data_page_size,
             maintain_order=True,
-            metadata=_metadata(columns),
+            metadata=metadata,
         ),
     )
 
@@ -129,20 +138,31 @@ def write_candidate_part(candidates: pl.DataFrame, target: Path) -> None:
     write_atomic(target, lambda path: candidates.write_ipc(path, compression="uncompressed"))
 
 
-def write_responses(responses: pl.DataFrame, target: Path) -> None:
+def write_responses(responses: pl.DataFrame, target: Path, facts: RunFacts | None = None) -> None:
     """Write the response table (`kl.tables.responses.RESPONSES`)."""
     fitted = responses.select(pl.col(name).cast(kind) for name, kind in RESPONSES.items())
-    metadata = _metadata(RESPONSE_COLUMNS)
+    metadata = _metadata(RESPONSE_COLUMNS, facts)
     write_atomic(target, lambda path: fitted.write_parquet(path, row_group_size=ROW_GROUP_ROWS, metadata=metadata))
 
 
-def _metadata(columns: Mapping[str, Column]) -> dict[str, str]:
-    """What Parquet keeps beside the columns: the description and the unit of each, as JSON under one key."""
+def _metadata(columns: Mapping[str, Column], facts: RunFacts | None) -> dict[str, str]:
+    """What Parquet keeps beside the columns: the description and the unit of each, and what was compared, as JSON."""
     told = {
         name: {"about": column.about} | ({} if column.unit is None else {"unit": column.unit})
         for name, column in columns.items()
     }
-    return {METADATA_KEY: json_bytes(told).decode()}
+    of_columns = {METADATA_KEY: json_bytes(told).decode()}
+    if facts is None:
+        return of_columns
+    run = {
+        "model_p": facts.model_p,
+        "model_q": facts.model_q,
+        "estimator": facts.estimator,
+        "estimator_version": ESTIMATOR_VERSION,
+        "top_logprobs": facts.top_logprobs,
+        "wanted_tokens": facts.wanted_tokens,
+    }
+    return of_columns | {RUN_KEY: json_bytes(run).decode()}
 
 
 def write_summary(summary: Summary, target: Path) -> None:

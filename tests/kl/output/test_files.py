@@ -13,9 +13,19 @@ import numpy as np
 import polars as pl
 import pytest
 
-from kl.output.files import METADATA_KEY, result_paths, write_part, write_responses, write_tokens
+from kl.estimators.divergence import ESTIMATOR_VERSION
+from kl.output.files import (
+    METADATA_KEY,
+    RUN_KEY,
+    result_paths,
+    write_candidates,
+    write_part,
+    write_responses,
+    write_tokens,
+)
+from kl.statistics.summary import RunFacts
 from kl.tables.responses import RESPONSES, summarise_responses
-from kl.tables.schemas import TOKENS
+from kl.tables.schemas import CANDIDATES, TOKENS
 from kl.tables.totals import TokenTableError
 
 Build = Callable[..., pl.DataFrame]
@@ -122,3 +132,23 @@ def test_every_column_of_the_tables_is_described_in_the_file(token_table: Build,
         assert all(column["about"] for column in told.values())
     assert told["kl_mean_per_token"]["unit"] == "nats/token"
     assert "unit" not in told["model"]
+
+
+def test_a_table_says_what_was_compared_and_how(token_table: Build, tmp_path: Path):
+    tokens = token_table([("a", "p", 0, [1.0])])
+    write_part(tokens, tmp_path / "part.parquet")
+    facts = RunFacts("p-model", "q-model", "censored", 20, 0.2, [], None)
+    write_tokens([tmp_path / "part.parquet"], tmp_path / "tokens.parquet", facts)
+    write_candidates([], tmp_path / "candidates.parquet", facts)
+    write_responses(summarise_responses(tokens.lazy()), tmp_path / "responses.parquet", facts)
+    for name, columns in (("tokens", TOKENS), ("candidates", CANDIDATES), ("responses", RESPONSES)):
+        metadata = pl.read_parquet_metadata(tmp_path / f"{name}.parquet")
+        assert list(json.loads(metadata[METADATA_KEY])) == list(columns)
+        assert json.loads(metadata[RUN_KEY]) == {
+            "model_p": "p-model",
+            "model_q": "q-model",
+            "estimator": "censored",
+            "estimator_version": ESTIMATOR_VERSION,
+            "top_logprobs": 20,
+            "wanted_tokens": False,
+        }
