@@ -11,7 +11,7 @@ from kl.estimators.divergence import ESTIMATORS
 from kl.output.kl_json import DETAIL_NAMES
 from kl.statistics.summary import Divergence, Summary
 from kl.tables.responses import RESPONSES
-from kl.tables.schemas import TOKENS
+from kl.tables.schemas import CANDIDATES, TOKENS
 from tests.documents import ROOT
 
 READING = (ROOT / "docs" / "reading-the-numbers.md").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ def names_in_table(heading: str) -> list[str]:
     [
         ("Token columns", list(TOKENS)),
         ("Response columns", list(RESPONSES)),
+        ("Candidate columns", list(CANDIDATES)),
         ("Summary fields", [field.name for field in dataclasses.fields(Summary)]),
     ],
 )

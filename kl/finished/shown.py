@@ -24,7 +24,8 @@ _STYLE = (
 def text_of(folder: Path, summary: Summary) -> str:
     """Where the run is, between which models, and its headline."""
     measured = f"{summary.counts.measured:,} of {summary.counts.selected:,} positions measured"
-    warned = f", {len(summary.warnings)} warnings" if summary.warnings else ""
+    n = len(summary.warnings)
+    warned = f", {n} warning{'s' if n > 1 else ''}" if n else ""
     label, text = headline(summary)[0]
     return (
         f"<Run {str(folder)!r}: P {summary.model_p or 'not named'}, Q {summary.model_q}, {measured}{warned}\n"

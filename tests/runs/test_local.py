@@ -40,27 +40,6 @@ def example(run_program: Run, tmp_path_factory: pytest.TempPathFactory, three_fi
     return output
 
 
-def test_the_quickstart_measures_everything_and_a_second_run_asks_nothing(
-    run_process: Run, run_program: Run, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    tokens = run_example(run_process, output)
-    assert 0.1 < tokens["kl_exact"].mean() < 1.5
-    assert tokens["error"].null_count() == tokens.height
-    assert (tokens["kl_lower"] <= tokens["kl_exact"] + 1e-6).all()
-    assert (tokens["entropy_p"] < tokens["entropy_p_upper"]).all(ignore_nulls=False)
-    first = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
-    parts = sorted(output.glob("scores/*/*.parquet"))
-
-    again = run_program("flows.run", "--config", ROOT / "examples/quickstart.yaml", "--output-dir", output)
-    assert again.code == 0
-    assert "0 to ask" in again.err
-    assert sorted(output.glob("scores/*/*.parquet")) == parts
-    second = {path.name: path.read_bytes() for path in output.glob("*") if path.is_file()}
-    assert first.keys() == second.keys()
-    assert {name for name in first if first[name] != second[name]} <= {"run.json", "history.parquet", "report.html"}
-
-
 def test_the_report_of_a_run_is_a_page(example: Path) -> None:
     page = (example / "report.html").read_text(encoding="utf-8")
     assert verdict(load_run(example).summary).sentence in page
