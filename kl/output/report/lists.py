@@ -11,7 +11,7 @@ from kl.output.report.movers import Movers
 from kl.output.report.visible import visible
 from kl.tables.totals import WEIGHT
 
-POSITIONS_READ = 50_000  # for what Q promotes and demotes: an even sample of more than these
+POSITIONS_READ = 20_000  # for what Q promotes and demotes: an even sample of more than these
 _ROWS_AT_ONCE = 16_384
 _SCHEMA = {
     "row": pl.UInt32,

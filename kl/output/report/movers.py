@@ -77,16 +77,21 @@ def _sums_of(known: pl.DataFrame) -> pl.DataFrame:
     shifts = known.select("row", "shown", "weight", is_bound, p=p, q=q, mass=(p + q) / 2, delta=delta)
     large = shifts.filter(pl.col("mass") >= _LEAST_MASS)
     shift = pl.col("weight") * pl.col("mass") * pl.col("delta")
-    examples = pl.struct("row", "p", "q", by=(pl.col("mass") * pl.col("delta")).abs())
-    return large.group_by("shown", maintain_order=True).agg(
-        n=pl.len().cast(pl.Int64),
-        n_bound=pl.col("is_bound").sum().cast(pl.Int64),
-        shift=shift.sum(),
-        mass=(pl.col("weight") * pl.col("mass")).sum(),
-        p=(pl.col("weight") * pl.col("p")).sum(),
-        q=(pl.col("weight") * pl.col("q")).sum(),
-        weight=pl.col("weight").sum(),
-        examples=examples.top_k_by((pl.col("mass") * pl.col("delta")).abs(), _EXAMPLES),
+    by = (pl.col("mass") * pl.col("delta")).abs()
+    return (
+        large.with_columns(by=by)
+        .sort("by", descending=True, maintain_order=True)
+        .group_by("shown", maintain_order=True)
+        .agg(
+            n=pl.len().cast(pl.Int64),
+            n_bound=pl.col("is_bound").sum().cast(pl.Int64),
+            shift=shift.sum(),
+            mass=(pl.col("weight") * pl.col("mass")).sum(),
+            p=(pl.col("weight") * pl.col("p")).sum(),
+            q=(pl.col("weight") * pl.col("q")).sum(),
+            weight=pl.col("weight").sum(),
+            examples=pl.struct("row", "p", "q", "by").head(_EXAMPLES),
+        )
     )
 
 

@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from kl.tables.schemas import TOKENS
 from kl.tables.totals import BATCH_ROWS, IS_INFINITE, MEASURED, RESPONSE_KEYS
 
-TOKENS_SHOWN = 60_000  # some 80 bytes each
+TOKENS_SHOWN = 40_000  # some 80 bytes each
 LONGEST_SHOWN = 4_000  # of one response
-LISTS_SHOWN = 12_000  # positions with both lists, some 500 bytes each
+LISTS_SHOWN = 8_000  # positions with both lists, some 500 bytes each
 TABLE_ROWS = 10_000
 
 _INFINITY = pl.lit(float("inf"))
 _PLACE = (*RESPONSE_KEYS, "position")
+_ORDER = ("selected", "reason", "error", "kl_estimate", "kl_lower")
+_SHOWN = (
+    *(*_PLACE, "token", "token_id", "is_stop", *_ORDER, "kl_upper_plausible", "kl_exact", "entropy_p", "entropy_q"),
+    *("logprob_p", "logprob_q", "logratio_k1", "k1_censored", "delta_p", "rest_mass_p", "rest_mass_q", "flags"),
+)
 
 
 class Selection(NamedTuple):
@@ -31,7 +35,7 @@ class Selection(NamedTuple):
     tokens : pl.DataFrame
         Their rows of the token table, each with its number (``row``) and whether its lists are shown (``listed``).
     worst : pl.DataFrame
-        The rows of the positions with the largest KL, with ``row``; infinite ones first.
+        ``row``, place, ``token, kl_estimate, kl_lower`` of the positions with the largest KL; infinite ones first.
     """
 
     table: pl.DataFrame
@@ -62,7 +66,7 @@ def _table(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _worst_positions(tokens: pl.LazyFrame, top: int) -> pl.DataFrame:
     size = pl.when(IS_INFINITE).then(_INFINITY).otherwise("kl_estimate").alias("size")
-    wanted = tokens.select(*TOKENS.names()).with_row_index("row")
+    wanted = tokens.select(*_PLACE, "token", *_ORDER).with_row_index("row")
     n_rows = int(tokens.select(pl.len()).collect().item())
     found = wanted.head(0).with_columns(size).collect()
     for first in range(0, n_rows, BATCH_ROWS):
@@ -95,7 +99,7 @@ def _windows(rows: pl.DataFrame, worst: pl.DataFrame, top: int) -> pl.DataFrame:
 
 
 def _shown_tokens(tokens: pl.LazyFrame, windows: pl.DataFrame) -> pl.DataFrame:
-    numbered = tokens.select(*TOKENS.names()).with_row_index("row")
+    numbered = tokens.select(*_SHOWN).with_row_index("row")
     n_rows = int(tokens.select(pl.len()).collect().item())
     parts = [numbered.head(0).collect()]
     places = windows.select(*RESPONSE_KEYS, "first", "end").lazy()
