@@ -13,7 +13,7 @@ from backends.errors import ConfigError
 from flows.commands.tables import print_table
 from flows.commands.texts import number_text, range_text, signed, warnings_of
 from flows.commands.two_runs import comparable_column, measure_name, notes, with_estimate
-from flows.folder.finished import Rows, load_run, read_documents
+from flows.folder.finished import Rows, load_run
 from flows.runtime.terminal import print_lines
 from kl.finished.run import Run
 from kl.output.digits import rounded
@@ -102,7 +102,7 @@ def _row(rank: int, found: RankedRun, run: Run, label: str) -> dict[str, Any]:
         "n_measured": summary.counts.measured,
         "n_missing": summary.counts.missing,
         "n_prompts": kl.n_clusters,
-        "cost_usd": _whole_cost(read_documents(run.folder).run),
+        "cost_usd": _whole_cost(run.record),
         "above_nearest": above and above.value,
         "above_nearest_low": above and above.ci_low,
         "above_nearest_high": above and above.ci_high,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console
 from rich.padding import Padding
@@ -16,7 +18,8 @@ from flows.folder.finished import Rows
 from flows.runtime.terminal import print_grid, print_lines
 from kl.tables.totals import INFINITE
 
-_WIDEST = 1000  # characters: what a table would take that nothing folds
+_GAP = 2  # characters between columns
+_LONGEST_NAME = 1 / 3  # of the terminal, where a table is divided
 
 
 def history_cells(frame: pl.DataFrame) -> Rows:
@@ -106,22 +109,49 @@ def response_cells(rows: Rows) -> Rows:
 
 
 def print_table(out: Console, title: str, rows: Rows) -> None:
-    """Print rows of cells below a title: a table, or a paragraph a row in a terminal that is too narrow for one."""
+    """Print rows of cells below a title.
+
+    Where a terminal is too narrow: as several tables of the same rows, or a paragraph a row if their names are long.
+    """
     out.print()
     print_lines(out, [title], style="bold")
     if not rows:
         out.print("none: nothing has an estimate")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row.values()))
-    if out.measure(table, options=out.options.update(width=_WIDEST)).maximum <= out.width:
-        print_grid(out, table)
+    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in rows)) for name in rows[0]}
+    first, *others = widths
+    blocks = _blocks(others, widths, out.width - widths[first])
+    if len(blocks) > 1 and widths[first] > _LONGEST_NAME * out.width:
+        _print_paragraphs(out, rows)
         return
+    for number, names in enumerate(blocks):
+        if number:
+            out.print()
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for name in (first, *names):
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[name]) for name in (first, *names)))
+        print_grid(out, table)
+
+
+def _blocks(names: Sequence[str], widths: Mapping[str, int], room: int) -> list[list[str]]:
+    """Columns in a row, divided where no further one has room."""
+    blocks: list[list[str]] = [[]]
+    left = room
+    for name in names:
+        width = widths[name] + _GAP
+        if width > left and blocks[-1]:
+            blocks.append([])
+            left = room
+        blocks[-1].append(name)
+        left -= width
+    return blocks
+
+
+def _print_paragraphs(out: Console, rows: Rows) -> None:
     for row in rows:
         (_, first), *others = row.items()
         print_lines(out, [first])
         cells = [Text(f"{name} {cell}") for name, cell in others if cell]
-        out.print(Padding(Columns(cells, padding=(0, 2)), (0, 0, 0, 2)))
+        out.print(Padding(Columns(cells, padding=(0, _GAP)), (0, 0, 0, 2)))

@@ -20,6 +20,8 @@ def console(*, silent: bool = False) -> Console:
 def print_pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Print (label, text) rows as two columns."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for label, text in rows:
         table.add_row(Text(label, style="bold"), Text(text))
     print_grid(out, table)

@@ -482,6 +482,15 @@ class TestCompareMany:
         assert "4 positions that some of the runs measured and not all take no part" in out
         assert "These intervals hold together for all 10 differences between two of 5 runs (each is of 99.5 %)" in out
 
+    def test_is_divided_where_a_terminal_is_narrow(self, folders, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        out = analyze(capsys, "--compare", *folders)[1]
+        rows = [line.rstrip() for line in out.splitlines() if line.startswith(("Q  ", "model-"))]
+        assert max(map(len, rows)) <= 80
+        assert [line.split()[0] for line in rows] == [*["Q", *(f"model-{name}" for name in "bcead")] * 5][: len(rows)]
+        assert len(rows) >= 18
+
     def test_is_a_table_of_programs_too(self, folders, tmp_path, capsys):
         code, out, _ = analyze(capsys, "--compare", *folders, "--csv", tmp_path / "candidates.csv")
         frame = pl.read_csv(tmp_path / "candidates.csv")
