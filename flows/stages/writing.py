@@ -50,7 +50,7 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
     """Write every file of the output contract but ``run.json``, which is written when all is said.
 
     Where the output folder is remote, the files are made on the local disk, which must have room for the token table
-    twice; memory does not grow with it.
+    twice and for the candidate table five times; memory does not grow with them.
     """
     config, place = comparison.config, comparison.folder
     with made_locally(place.path) as folder:

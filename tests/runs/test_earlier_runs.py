@@ -23,6 +23,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from kl import load_run
 from tests.programs import Done, Run
 from tests.vertex_world.fixtures import in_vertex_world, make_vertex_world, vertex_world
 from tests.vertex_world.testing import genai_client
@@ -126,9 +127,11 @@ def test_a_finished_run_is_analysed_and_measured_anew_without_asking(
     assert "KL(P‖Q) per token" in before.out
     history = run_program("flows.analyze", "--history", output)
     assert history.code == 0, history.err
+    assert load_run(output).candidates is None
 
     done = run(vertex_world, output, *ONLINE, "--max-files", "2")
     assert done.code == 0, done.err
+    assert load_run(output).lists("prompt_000.json", 0, 0)["logprob_q"].drop_nulls().len() > 1
     assert "0 to ask" in done.err
     assert vertex_world.online_calls == []
     compared = run_program("flows.analyze", "--compare", STORED / "finished", output)
