@@ -486,10 +486,11 @@ class TestCompareMany:
         monkeypatch.setenv("COLUMNS", "80")
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         out = analyze(capsys, "--compare", *folders)[1]
-        rows = [line.rstrip() for line in out.splitlines() if line.startswith(("Q  ", "model-"))]
+        rows = [line.rstrip() for line in out.splitlines() if line.startswith("model-")]
         assert max(map(len, rows)) <= 80
-        assert [line.split()[0] for line in rows] == [*["Q", *(f"model-{name}" for name in "bcead")] * 5][: len(rows)]
-        assert len(rows) >= 18
+        assert len(rows) >= 15
+        for number, line in enumerate(rows):
+            assert line.startswith(f"model-{'bcead'[number % 5]} ")
 
     def test_is_a_table_of_programs_too(self, folders, tmp_path, capsys):
         code, out, _ = analyze(capsys, "--compare", *folders, "--csv", tmp_path / "candidates.csv")
