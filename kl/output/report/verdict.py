@@ -107,7 +107,7 @@ def _at_most(summary: Summary) -> str:
             continue
         end = max(limit.value, limit.ci_high or limit.value)
         scope = f"{how}; {'with its interval' if limit.ci_high is not None else 'on these responses'}"
-        return f"and at most {rounded(max(end, NOTHING))} nats a token ({scope})"
+        return f"and at most {rounded(end) if end > NOTHING else f'{NOTHING:f}'} nats a token ({scope})"
     return "and how much it may be at most is not known"
 
 

@@ -320,12 +320,30 @@ def test_without_script_the_verdict_is_read(report: Path, opened: Callable[..., 
 def test_equal_models_and_a_run_without_lists(tmp_path: Path, opened: Callable[..., Page]) -> None:
     same = made_run(8, 10, spread=0.0)
     page = opened(same.write(tmp_path / "same.html"))
-    assert text(page, ".verdict").startswith("No difference between Q and P was found, and at most 1e-06 nats")
+    assert text(page, ".verdict").startswith("No difference between Q and P was found, and at most 0.000001 nats")
     assert page.locator(".most").count() == 0
     page = opened(replace(made_run(8, 10), candidates=None).write(tmp_path / "old.html"))
     assert "kept no lists" in text(page, "#tokens")
     page.locator("#text .t").nth(3).hover()
     assert "This run kept no lists" in text(page, "#lists")
+
+
+def test_nothing_measured_is_a_page_too(tmp_path: Path, opened: Callable[..., Page]) -> None:
+    made = made_run(2, 3)
+    unread = ResponseInfo("bad.json", None, reason="no-json", error="not JSON")
+    page = opened(MadeRun(made.tokens.clear(), made.candidates.clear(), (unread,)).write(tmp_path / "none.html"))
+    assert text(page, ".verdict").startswith("Nothing was measured")
+    assert cells(page)[0][:2] + cells(page)[0][-2:] == ["bad.json", "–", "all", "no-json"]
+    unknown = [pl.lit(None, dtype=pl.Float64).alias(name) for name in ("kl_estimate", "kl_lower", "kl_upper_plausible")]
+    tokens = made.tokens.with_columns(*unknown, reason=pl.lit("blocked"), error=pl.lit("the service refused"))
+    no_answer = [
+        pl.lit(None).cast(kind).alias(name) for name, kind in made.candidates.schema.items() if name[:2] == "q_"
+    ]
+    page = opened(MadeRun(tokens, made.candidates.with_columns(no_answer)).write(tmp_path / "refused.html"))
+    assert page.locator("#text .missing").count() == 3
+    page.locator("#text .t").nth(1).click()
+    assert "the service refused" in text(page, "#lists")
+    assert page.locator(".both tbody tr").first.inner_text().strip().endswith("no list")
 
 
 def test_two_thousand_responses_are_a_file_that_opens(tmp_path: Path, opened: Callable[..., Page]) -> None:

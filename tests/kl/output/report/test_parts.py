@@ -66,7 +66,7 @@ def test_equal_models_do_not_differ(token_table: Build):
     found = verdict(summary_of(token_table(SAME)))
     assert found.level == "same"
     assert found.sentence.startswith(
-        "No difference between Q and P was found, and at most 1e-06 nats a token (plausible"
+        "No difference between Q and P was found, and at most 0.000001 nats a token (plausible"
     )
     tokens = token_table(SAME).with_columns(kl_upper_plausible=pl.lit(None, dtype=pl.Float64))
     assert "how much it may be at most is not known" in verdict(summary_of(tokens)).sentence
