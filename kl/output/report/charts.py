@@ -71,7 +71,10 @@ def certainty_chart(summary: Summary) -> Chart | None:
     if value is not None:
         body += circle(axis(value), y, 6, "dot")
     above = (("certain", lower), ("estimate", value), ("plausible limit", upper))
-    named = spaced([(axis(number), f"{name} {rounded(number)}") for name, number in above if number is not None])
+    se = {"estimate": found.estimate.se}  # the digits of the verdict
+    named = spaced(
+        [(axis(number), f"{name} {rounded(number, se.get(name))}") for name, number in above if number is not None]
+    )
     below = (("noise", noise), ("exact", exact))
     named_below = spaced([(axis(number), f"{name} {rounded(number)}") for name, number in below if number is not None])
     body += "".join(
@@ -81,7 +84,9 @@ def certainty_chart(summary: Summary) -> Chart | None:
     body += "".join(text(x, y + 32, words, "muted", "middle") for x, words in named_below)
     body += bottom_axis(axis, axis.ticks(6), y + 44, "KL(P‖Q), nats per token")
     body += key([("whisker", "95 % interval over prompts"), ("band", "what the lists leave open")], 60, y + 98)
-    told = ", ".join(f"{name} {rounded(number)}" for name, number in (*above, *below) if number is not None)
+    told = ", ".join(
+        f"{name} {rounded(number, se.get(name))}" for name, number in (*above, *below) if number is not None
+    )
     interval = "" if ends[0] is None or ends[1] is None else f" 95 % interval {rounded(ends[0])} to {rounded(ends[1])}."
     return Chart(
         "certainty", "How far Q is from P, and how sure that is", f"Nats per token: {told}.{interval}", y + 106, body
