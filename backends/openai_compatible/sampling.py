@@ -38,7 +38,7 @@ _PART = "\ufffd"
 class _Written(NamedTuple):
     """A response: ``tokens`` are (sampled, list) of each; with ``has_stop`` the last ends the turn.
 
-    ``lacking`` says of each whether its list may lack entries; empty where none does.
+    ``lacking`` says of each whether its list may lack entries; empty where none does. ``by_ids``: the prompt was ids.
     """
 
     tokens: list[tuple[Entry, list[Entry]]]
@@ -48,6 +48,7 @@ class _Written(NamedTuple):
     input_tokens: int | None
     output_tokens: int
     lacking: Sequence[bool] = ()
+    by_ids: bool = True
 
 
 async def write(scorer: Scorer, request: SampleRequest) -> Sample | ScoreFailure:
@@ -232,7 +233,7 @@ async def _by_text(scorer: Scorer, request: SampleRequest) -> _Written:
     texts += [lists[-1][0].text] if has_stop else []
     return _Written(
         lists, texts, has_stop, choice.get("finish_reason"), said.input_tokens,
-        said.output_tokens or len(lists), lacking,
+        said.output_tokens or len(lists), lacking, by_ids=False,
     )  # fmt: skip
 
 
@@ -314,7 +315,8 @@ def _response(scorer: Scorer, request: SampleRequest, written: _Written) -> Resp
             )
         ),
         finish_reason=written.finish_reason,
-        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p),
+        # By ids top_k is switched off in the request; by text it is left to the server.
+        sampling=Sampling(settings.temperature, settings.top_p, 0 if written.by_ids else None),
         model_version=scorer.version,
         has_stop=written.has_stop,
     )

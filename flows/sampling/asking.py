@@ -230,6 +230,8 @@ def _entry(sample: Sample, config: SampleConfig, index: int) -> dict[str, Any]:
     counts = {"prompt_tokens": sample.input_tokens, "completion_tokens": sample.output_tokens}
     known = [value for value in counts.values() if value is not None]
     usage: dict[str, Any] = {**counts, "total_tokens": sum(known) if len(known) == len(counts) else None}
-    about = {"sample": index, "seed": config.sampling.seed + index, "usage": usage}
+    about: dict[str, Any] = {"sample": index, "seed": config.sampling.seed + index, "usage": usage}
+    top_k = sample.response.sampling.top_k
+    about |= {} if top_k is None else {"top_k": top_k}  # the backend set it itself
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return response_entry(sample.response) | about | {"sampled_at": now}

@@ -65,7 +65,7 @@ def test_rounded_weights_are_within_the_bounds_of_the_exact_value(
         "--set", 'prompts=["Name a colour."]', *sample,
     )  # fmt: skip
     assert written.code == 0, written.err
-    done = run_program("flows.run", *flags(address, tmp_path / "in", tmp_path / "out"))
+    done = run_program("flows.run", *flags(address, tmp_path / "in", tmp_path / "out", "--set", "preflight=false"))
     assert done.code == 0, done.err
     exact = run_program(
         "flows.run", "--input-dir", tmp_path / "in", "--output-dir", tmp_path / "exact", "--model2", BOX,
@@ -89,7 +89,7 @@ def test_the_model_against_itself_is_near_zero_and_a_killed_run_asks_nothing_twi
         time.sleep(0.1)
     kill_group(process)
     process.communicate()
-    done = run_program("flows.run", *arguments)
+    done = run_program("flows.run", *arguments, "--set", "preflight=false")  # it was proven a moment ago
     assert done.code == 0, done.err
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert 0 < run["contexts_on_disk"] == run["contexts"] - run["contexts_asked"]
@@ -101,6 +101,28 @@ def test_the_model_against_itself_is_near_zero_and_a_killed_run_asks_nothing_twi
     assert tokens["error"].null_count() == tokens.height
     assert "Noise floor per token" in done.out
     assert abs(tokens["kl_estimate"].mean()) < 0.02
+
+
+def test_sampled_compared_and_analysed(address: str, run_program: Run, tmp_path: Path) -> None:
+    fast = ("--set", "backend.cache=fast", "--set", "preflight=false")  # what they cost is waited for elsewhere
+    server = ("--backend", "openai_compatible", "--set", f"backend.base_url={address}", *fast)
+    written = run_program(
+        "flows.sample", *server, "--model1", "smol", "--output-dir", tmp_path / "in",
+        "--set", 'prompts=["Name a colour."]', "--set", "sampling.max_tokens=5",
+    )  # fmt: skip
+    assert written.code == 0, written.err
+    (file,) = (tmp_path / "in").glob("*.json")
+    (response,) = json.loads(file.read_text(encoding="utf-8"))["responses"]
+    assert response["top_k"] == 0, "it was switched off in the request"
+    done = run_program("flows.run", *flags(address, tmp_path / "in", tmp_path / "out", *fast))
+    assert done.code == 0, done.err
+    assert "top_k is not stated" not in done.out
+    tokens = pl.read_parquet(tmp_path / "out" / "tokens.parquet")
+    assert tokens["token"].to_list() == [item["token"] for item in response["logprobs"]["content"]]
+    assert tokens["kl_estimate"].max() < 0.05
+    shown = run_program("flows.analyze", "--result-dir", tmp_path / "out", "--top-k", "10")
+    assert shown.code == 0, shown.err
+    assert "Positions with the largest KL, nats" in shown.out
 
 
 def _n_kept(output: Path) -> int:
