@@ -184,7 +184,7 @@ def run_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     home = tmp_path_factory.mktemp("home")
 
     def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
-        environment = clean_environment(home, **_server_for(module, request), **(env or {}))
+        environment = clean_environment(home, **(_server_for(module, request) | dict(env or {})))
         with _as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
             with pytest.raises(SystemExit) as end:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -191,6 +191,14 @@ def exit_code_of(program: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
 
 
+def returned(state: Any) -> Any:
+    """What a flow returned, or the exception it ended with; None where the state holds neither.
+
+    A server that is told of an end twice, because its first answer came too late, gives back its own copy of the state.
+    """
+    return None if state.is_completed() and state.data is None else state.result(raise_on_failure=False)
+
+
 def result_of(state: Any) -> Any:
     """What a flow returned; None if it failed, with the reason on standard error.
 
@@ -199,7 +207,7 @@ def result_of(state: Any) -> Any:
     ConfigError
         If that is why it failed.
     """
-    result = state.result(raise_on_failure=False)
+    result = returned(state)
     if isinstance(result, ConfigError):
         raise result
     expected = isinstance(result, TokenKLError | OSError)
@@ -209,5 +217,6 @@ def result_of(state: Any) -> Any:
         print(f"error: {result if expected else state.message}", file=sys.stderr)  # noqa: T201
         return None
     if result is None:
-        print(f"error: the flow ended {state.name} without a result", file=sys.stderr)  # noqa: T201
+        lost = "its result is lost, what it wrote is not: run the same command again to see it"
+        print(f"error: the flow ended {state.name}; {lost}", file=sys.stderr)  # noqa: T201
     return result

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # What says the help, and that a run has begun, loads no more than this: arrays, tables and Prefect take seconds.
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, show_life
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, returned, show_life
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, names_the_run
 from flows.runtime.environment import prepare_environment, start_own_server
@@ -92,6 +92,7 @@ def _run_flow(
 
     from flows.runtime.interrupts import InterruptedRunError
 
+    before = last_written()
     try:
         start_own_server()  # if there is none yet
         state = kl_divergence(config, return_state=True)
@@ -99,7 +100,7 @@ def _run_flow(
         if isinstance(error, RuntimeError) and not str(error).startswith(_NO_ANSWER):
             raise
         _leave_without_server(error, comparison.folder, server)
-    stopped = state.result(raise_on_failure=False)
+    stopped = returned(state)
     if isinstance(stopped, InterruptedRunError):
         command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
         stored = f"every answer that arrived is in {OutputFolder(stopped.config.output_dir).scores}"
@@ -110,7 +111,8 @@ def _run_flow(
     if isinstance(stopped, RunReport) and state.is_failed():
         show(stopped)  # complete results; the state alone says that they are not as they should be
         return EXIT_DRIFT
-    result = result_of(state)
+    written = last_written()
+    result = result_of(state) if stopped is not None or written is before else written
     if not isinstance(result, RunReport):
         return EXIT_ERROR
     show(result)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, show_life
+from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, returned, show_life
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues
 from flows.runtime.environment import prepare_environment, start_own_server
@@ -52,7 +52,7 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     from flows.runtime.interrupts import InterruptedRunError
 
     state = sample_responses(config, return_state=True)
-    stopped = state.result(raise_on_failure=False)
+    stopped = returned(state)
     if isinstance(stopped, InterruptedRunError):
         command = shlex.join(["python", "-m", "flows.sample", *arguments])
         print(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201

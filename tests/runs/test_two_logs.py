@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from tests import ROOT
+from tests.late_server import told_twice
 from tests.programs import Run
 
 EXAMPLES = sorted((ROOT / "examples/responses").glob("*.json"))[:3]
@@ -94,3 +95,16 @@ def test_one_log_against_itself_differs_nowhere(run_program: Run, logs: Path) ->
     assert done.code == 0, done.err
     tokens = pl.read_parquet(logs / "same/tokens.parquet")
     assert tokens["kl_lower"].max() == tokens["kl_estimate"].max() == 0
+
+
+def test_results_are_shown_where_the_server_is_told_of_the_end_twice(
+    run_program: Run, logs: Path, prefect_api: str
+) -> None:
+    model = json.loads(EXAMPLES[0].read_text())["model"]
+    with told_twice(prefect_api) as (api, told):
+        done = run_program("flows.run", "--input-dir", logs / "p", "--output-dir", logs / "same", "--backend", "files",
+                           "--pattern", "*.jsonl", "--model2", model, "--set", f"backend.dir={logs / 'p'}",
+                           env={"PREFECT_API_URL": api})  # fmt: skip
+    assert len(told) == 1
+    assert done.code == 0, done.err
+    assert "KL(P‖Q) per token" in done.out
