@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kl.output.digits import rounded
+from kl.output.digits import at_least, at_most, rounded
 from kl.statistics.intervals import CONFIDENCE, Estimate
 from kl.statistics.summary import Counts, Divergence, Summary
 
@@ -34,8 +34,8 @@ def _divergence_text(divergence: Divergence) -> str:
     if divergence.estimate.value is None and divergence.lower.value is None:
         return text
     lower, upper = divergence.lower.value, divergence.plausible_upper.value
-    low = "not known" if lower is None else rounded(lower)
-    high = "not identified" if upper is None else rounded(upper)
+    low = "not known" if lower is None else at_least(lower)
+    high = "not identified" if upper is None else at_most(upper)
     return f"{text}; truncation: lower {low}, plausible upper {high}"
 
 

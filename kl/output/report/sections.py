@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import polars as pl
 
-from kl.output.digits import rounded
+from kl.output.digits import at_least, rounded
 from kl.output.headline import headline
 from kl.output.report.drawing.svg import Chart
 from kl.output.report.markup import Markup, joined, link_to, table, tag
@@ -92,7 +92,7 @@ def _link(place: Place) -> Markup:
     """A position with the text before it and its KL."""
     row = place.row
     size = "infinite" if row["kl_estimate"] is None else f"{rounded(row['kl_estimate'])} nats"
-    bound = "" if row["kl_lower"] is None else f", certainly {rounded(row['kl_lower'])}"
+    bound = "" if row["kl_lower"] is None else f", certainly {at_least(row['kl_lower'])}"
     return tag(
         "a",
         tag("span", place.before.replace("\n", "⏎"), class_="before", dir="auto"),

@@ -56,6 +56,27 @@ def test_the_verdict_has_the_interval_and_what_is_certain(token_table: Build):
     assert found.more[0] == "Whatever the lists hide, it is certainly more than 1 on these responses."
 
 
+def test_what_is_certain_is_never_rounded_up(token_table: Build):
+    tokens = token_table(FIVE).with_columns(kl_lower=pl.lit(0.43128))
+    assert "certainly more than 0.4312 on" in verdict(summary_of(tokens)).more[0]
+
+
+def test_a_bound_over_drawn_or_missing_positions_says_so(token_table: Build):
+    drawn = token_table(FIVE).with_columns(pi=pl.lit(0.5), selected=pl.col("position") == 0)
+    unknown = [pl.when("selected").then(name).alias(name) for name in ("kl_estimate", "kl_lower", "kl_upper_plausible")]
+    sampled = verdict(summary_of(drawn.with_columns(unknown)))
+    assert "certain" not in " ".join((sampled.sentence, *sampled.more))
+    assert sampled.more[0].endswith("or more, by the positions that were drawn.")
+    missing = verdict(summary_of(token_table([*FIVE, ("f", "p5", 0, [1.0, None])])))
+    assert "at the positions measured" in missing.more[0]
+
+
+def test_an_exact_kl_of_some_positions_limits_nothing(token_table: Build):
+    some = token_table(SAME).with_columns(kl_exact=pl.when(pl.col("source_file") == "a").then(0.0))
+    some = some.with_columns(kl_upper_plausible=pl.lit(0.5))
+    assert "and at most 0.5 nats a token (plausible" in verdict(summary_of(some)).sentence
+
+
 def test_too_few_prompts_have_no_interval(token_table: Build):
     found = verdict(summary_of(token_table(FIVE[:3])))
     assert found.level == "differs"
