@@ -101,7 +101,8 @@ def distribution_chart(summary: Summary, spread: Spread) -> Chart | None:
     bins = cast(list[int], sizes["bin"].to_list()) or [0]
     first, last = min(bins), max(bins) + 1
     axis = Log(edge(min(first, last - 4)), edge(last), LEFT, RIGHT - (34 if n_infinite else 0))
-    total = float(sizes["weight"].sum()) + n_infinite
+    total = float(sizes["weight"].sum()) + spread.infinite_weight
+    infinite_share = spread.infinite_weight / total
     shares = [float(weight) / total for weight in sizes["weight"]]
     known = ((name, value) for name, value in summary.token_kl.items() if value is not None and name != _UNMARKED)
     short = {name: _SHORT.get(name, name.removesuffix(" KLD").replace(".0%", "%")) for name in summary.token_kl}
@@ -110,14 +111,14 @@ def distribution_chart(summary: Summary, spread: Spread) -> Chart | None:
     rows = rows_of(marks)
     top = 32 + 13 * max(rows, default=0)
     bottom = top + 140
-    up = Linear(0, max(*shares, n_infinite / total) * 1.05, bottom, top)
+    up = Linear(0, max(*shares, infinite_share) * 1.05, bottom, top)
     body = left_axis(up, up.ticks(4), "", lambda value: f"{100 * value:.3g} %")
     for number, n, share in zip(bins, sizes["n"], shares, strict=False):
         low, high = (axis.start, axis(edge(0))) if number < 0 else (axis(edge(number)), axis(edge(number + 1)))
         about = f"below {label(SMALLEST)}" if number < 0 else f"{label(edge(number))} to {label(edge(number + 1))}"
         body += rect(low + 0.5, up(share), max(high - low - 1, 2), bottom - up(share), "bar", f"{about} nats: {n:,}")
     if n_infinite:
-        y = up(n_infinite / total)
+        y = up(infinite_share)
         body += rect(RIGHT - 24, y, 20, bottom - y, "lower", f"infinite: {n_infinite:,}")
         body += text(RIGHT - 14, bottom + 16, "∞", "strong", "middle")
     for (x, name), row in zip(marks, rows, strict=True):

@@ -31,8 +31,8 @@ class Spread(NamedTuple):
     ----------
     sizes : pl.DataFrame
         ``bin, n, weight``: bin b ≥ 0 holds `edge` (b) to `edge` (b + 1) nats, -1 what is below `SMALLEST`.
-    n_infinite : int
-        Positions with an infinite KL, which are in no table.
+    n_infinite, infinite_weight : int, float
+        Positions with an infinite KL, which are in no table, and the sum of their weights.
     positions : pl.DataFrame
         ``first, last, n, mean, lower, ci_low, ci_high``: the mean KL of the positions ``first`` to ``last`` of the
         responses, its certified lower bound (null if one is unknown) and its 95 % interval, clustered by prompt (null
@@ -43,6 +43,7 @@ class Spread(NamedTuple):
 
     sizes: pl.DataFrame
     n_infinite: int
+    infinite_weight: float
     positions: pl.DataFrame
     entropies: pl.DataFrame
 
@@ -65,16 +66,19 @@ def spread_of(tokens: pl.LazyFrame) -> Spread:
     sizes: list[pl.DataFrame] = []
     places: list[pl.DataFrame] = []
     entropies: list[pl.DataFrame] = []
-    n_infinite = 0
+    n_infinite, infinite_weight = 0, 0.0
     for batch in token_batches(tokens, _COLUMNS):
-        n_infinite += int(batch.select(IS_INFINITE.sum()).item())
+        infinite = batch.filter(IS_INFINITE).select(WEIGHT)
+        n_infinite += infinite.height
+        infinite_weight += float(infinite.to_series().sum())
         rows = batch.filter(MEASURED & pl.col("kl_estimate").is_not_null()).select(
             "prompt_id", _bin(), _first(), _column(), "kl_estimate", "kl_lower", weight=WEIGHT
         )
         sizes.append(_counted(rows, ["bin"]))
         entropies.append(_counted(rows.drop_nulls("column"), ["column", "bin"]))
         places.append(_place_sums(rows))
-    return Spread(_merged(sizes, ["bin"]), n_infinite, _along(places), _merged(entropies, ["column", "bin"]))
+    counted = _merged(sizes, ["bin"]), n_infinite, infinite_weight
+    return Spread(*counted, _along(places), _merged(entropies, ["column", "bin"]))
 
 
 def _bin() -> pl.Expr:

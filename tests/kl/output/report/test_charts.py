@@ -86,6 +86,17 @@ def test_an_infinite_kl_has_its_own_bar(token_table: Build):
     assert "e infinite" in charts["by-prompt"].description
 
 
+def test_an_infinite_kl_at_a_drawn_position_stands_for_others_as_any_does(token_table: Build):
+    tokens = token_table([("a", "p", 0, [0.5, None])]).with_columns(
+        pi=pl.Series([1.0, 0.25]),
+        reason=pl.Series([None, "infinite"]),
+        error=pl.Series([None, "Q excludes a token that P allows"]),
+    )
+    body = ElementTree.fromstring(drawn(tokens)["distribution"].svg())
+    heights = [float(bar.get("height", 0)) for bar in body.iter(f"{SVG}rect") if bar.find(f"{SVG}title") is not None]
+    assert heights[1] == pytest.approx(4 * heights[0], rel=0.01)
+
+
 def test_nothing_measured_draws_nothing(token_table: Build):
     assert drawn(token_table([("a", "p", 0, [None])])) == {}
     assert drawn(token_table([])) == {}
