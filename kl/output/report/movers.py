@@ -46,8 +46,7 @@ class Movers:
 
     def add(self, lists: pl.DataFrame) -> None:
         """Take in rows of `kl.output.report.lists.both_lists`, each with the ``weight`` 1/π of its position."""
-        caps = [pl.col(f"logprob_{side}").min().over("row").alias(f"cap_{side}") for side in "pq"]
-        known = lists.with_columns(caps).drop_nulls(["cap_p", "cap_q"])
+        known = lists.drop_nulls(["cap_p", "cap_q"])
         self.n_positions += known["row"].n_unique()
         self._sums.append(_sums_of(known))
 

@@ -44,7 +44,7 @@ def table_of(selection: Selection) -> dict[str, Any]:
         missing="n_missing",
         infinite="n_infinite",
         kl="kl_mean_per_token",
-        lower=pl.when(whole).then(pl.col("kl_lower_sum") / pl.col("n_positions")),
+        lower=pl.when(whole).then(_rounded_down(pl.col("kl_lower_sum") / pl.col("n_positions"))),
         same="same_top_rate",
         max="max_kl",
         at="max_kl_position",
@@ -66,8 +66,11 @@ def texts_of(selection: Selection, prompts: Mapping[str, str]) -> dict[str, Any]
         logprob_q=pl.when("at_most").then(pl.col("logprob_p") - pl.col("logratio_k1")).otherwise("logprob_q")
     )
     why = pl.concat_str([pl.col("reason"), pl.col("error")], separator=": ", ignore_nulls=True)
-    rounded = pl.col(*_MEASURES.values()).round_sig_figs(_DIGITS)  # once: a response is too small a frame to work on
-    tokens = tokens.with_columns(rounded, why=pl.when(why != "").then(why))
+    # Once: a response is too small a frame to work on.
+    tokens = tokens.with_columns(_rounded_down(pl.col("kl_lower"))).with_columns(
+        pl.col(*_MEASURES.values()).round_sig_figs(_DIGITS)
+    )
+    tokens = tokens.with_columns(why=pl.when(why != "").then(why))
     reasons = cast(list[str], tokens["why"].drop_nulls().unique(maintain_order=True).to_list())
     number = {reason: at for at, reason in enumerate(reasons)}
     groups = tokens.partition_by(RESPONSE_KEYS, as_dict=True, maintain_order=True)
@@ -118,9 +121,10 @@ def _response(row: Mapping[str, Any], tokens: pl.DataFrame | None, number: Mappi
 
 
 def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
-    """Both lists by ``number of the response/position``: vocabulary number, −1000 log p and −1000 log q, repeated.
+    """Both lists by ``number of the response/position``: the limits of what a side does not list, and its entries.
 
-    Null is not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most `ENTRIES_SHOWN` of a
+    The limits are −1000 log p and −1000 log q, null where nothing is known; then, repeated, vocabulary number, −1000
+    log p and −1000 log q, null where not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most `ENTRIES_SHOWN` of a
     position, the most probable ones; ``more`` says how many others there are.
     """
     numbers = selection.windows.select(*RESPONSE_KEYS).with_row_index("response")
@@ -130,18 +134,18 @@ def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
     kept = ranked.filter(pl.col("rank") <= ENTRIES_SHOWN)
     words = kept.select("shown", "id_p", "id_q").unique(maintain_order=True).with_row_index("word")
     coded = kept.join(words, on=["shown", "id_p", "id_q"], how="left", nulls_equal=True, maintain_order="left")
-    nats = (
-        (-1000 * pl.col(f"logprob_{side}").clip(-9999, 0)).round().cast(pl.Int64).alias(f"nats_{side}") for side in "pq"
+    nats = {f"nats_{side}": _nats(f"logprob_{side}").round() for side in "pq"}
+    caps = {f"most_{side}": _nats(f"cap_{side}").floor() for side in "pq"}  # a limit is never written smaller
+    whole = coded.with_columns(value.cast(pl.Int64).alias(name) for name, value in (nats | caps).items())
+    flat = whole.group_by("row", maintain_order=True).agg(
+        pl.col("word", "nats_p", "nats_q"), pl.col("n", "most_p", "most_q").first()
     )
-    flat = coded.with_columns(nats).group_by("row", maintain_order=True).agg(
-        pl.col("word", "nats_p", "nats_q"), pl.col("n").first()
-    )  # fmt: skip
     found: dict[str, list[int | None]] = {}
     more: dict[str, int] = {}
     for row in flat.join(places, on="row", how="inner", maintain_order="left").iter_rows(named=True):
         place = f"{row['response']}/{row['position']}"
         entries = zip(row["word"], row["nats_p"], row["nats_q"], strict=True)
-        found[place] = [value for entry in entries for value in entry]
+        found[place] = [row["most_p"], row["most_q"], *(value for entry in entries for value in entry)]
         if row["n"] > ENTRIES_SHOWN:
             more[place] = row["n"] - ENTRIES_SHOWN
     vocabulary = [
@@ -149,6 +153,16 @@ def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
         for _, text, id_p, id_q in words.iter_rows()
     ]
     return {"vocabulary": vocabulary, "places": found, "more": more}
+
+
+def _rounded_down(bound: pl.Expr) -> pl.Expr:
+    """A lower bound to the digits that are kept, never upwards."""
+    digit = pl.lit(10.0).pow(bound.log10().floor() - (_DIGITS - 1))
+    return pl.when(bound > 0).then((bound / digit + 1e-9).floor() * digit).otherwise(bound)
+
+
+def _nats(column: str) -> pl.Expr:
+    return -1000 * pl.col(column).clip(-9999, 0)
 
 
 def _plain(column: pl.Series) -> Sequence[Any]:

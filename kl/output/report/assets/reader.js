@@ -127,8 +127,8 @@ function drawLists(response, i) {
     say(`KL ${nats(at(response, "kl", i))} nats; certainly ${nats(at(response, "lower", i))}, plausibly at most ${nats(at(response, "upper", i))}${exact === null ? "" : `, exact ${nats(exact)}`}.`);
   }
   const p = at(response, "lp", i), q = at(response, "lq", i);
-  const most = response.atMost[i] === "1" ? "at most " : "";
-  if (p !== null) say(`P gave this token ${percent(Math.exp(p))}, Q ${q === null ? "–" : most + percent(Math.exp(q))}. Entropy ${nats(at(response, "hp", i))} and ${nats(at(response, "hq", i))} nats.`);
+  const massOfQ = () => (response.atMost[i] === "1" ? `at most ${percent(Math.exp(q), Math.ceil)}` : percent(Math.exp(q)));
+  if (p !== null) say(`P gave this token ${percent(Math.exp(p))}, Q ${q === null ? "–" : massOfQ()}. Entropy ${nats(at(response, "hp", i))} and ${nats(at(response, "hq", i))} nats.`);
   if (at(response, "flags", i) !== null) say(`To know of the lists: ${response.flags[i]}.`);
   lines.push(bothLists(response, i, position));
   const panel = byId("lists");
@@ -144,16 +144,16 @@ function bothLists(response, i, position) {
   const entries = lists.places[place];
   if (!entries) return element("p", "muted", response.state[i] === "s" ? "Nothing was asked here." : "The lists of this position are not in this file, or there are none; candidates.parquet has what there is.");
   const rows = [];
-  for (let k = 0; k < entries.length; k += 3) {
+  const mass = (value) => (value === null ? null : Math.exp(-value / 1000));
+  for (let k = 2; k < entries.length; k += 3) {
     const [text, id, idQ] = lists.vocabulary[entries[k]];
-    const [p, q] = [entries[k + 1], entries[k + 2]].map((value) => (value === null ? null : Math.exp(-value / 1000)));
+    const [p, q] = [mass(entries[k + 1]), mass(entries[k + 2])];
     rows.push({ text, id: idQ === undefined ? id : `${id} / ${idQ}`, p, q, said: text === response.text[i] });
   }
   rows.sort((a, b) => Math.max(b.p ?? 0, b.q ?? 0) - Math.max(a.p ?? 0, a.q ?? 0));
-  const least = (side) => Math.min(...rows.map((row) => row[side] ?? Infinity));
-  const limits = { p: least("p"), q: least("q") };
+  const limits = { p: mass(entries[0]), q: mass(entries[1]) };
   const made = element("table", "both");
-  made.append(element("caption", "", "Both lists, the most probable first. Hatched: not in that list, at most its smallest value."));
+  made.append(element("caption", "", "Both lists, the most probable first. Hatched: not in that list, and at most what stands there."));
   const head = element("tr");
   for (const [kind, name] of [["p", "P"], ["token", "token"], ["q", "Q"]]) {
     const cell = element("th", kind, name);
@@ -173,7 +173,9 @@ function bothLists(response, i, position) {
   const rest = element("tr");
   const others = element("td", "token", "all others");
   if (lists.more[place]) others.append(element("span", "id", `${lists.more[place]} listed ones among them`));
-  rest.append(element("td", "side p", percent(at(response, "rp", i))), others, element("td", "side q", percent(at(response, "rq", i))));
+  // Of a list that is shown in part, what is not shown has all that the shown ones leave.
+  const left = (name, unlisted) => (lists.more[place] && limits[name] !== null ? Math.max(unlisted ?? 0, 1 - rows.reduce((sum, row) => sum + (row[name] ?? 0), 0)) : unlisted);
+  rest.append(element("td", "side p", percent(left("p", at(response, "rp", i)))), others, element("td", "side q", percent(left("q", at(response, "rq", i)))));
   made.tBodies[0].append(rest);
   return made;
 }
@@ -184,7 +186,7 @@ function side(name, mass, limit) {
   const row = element("span", "row");
   const bar = element("span", mass === null ? "absent" : `bar of-${name}`);
   if (mass !== null) bar.style.width = `${70 * mass}%`;
-  row.append(bar, element("span", "", mass !== null ? percent(mass) : Number.isFinite(limit) ? `≤ ${percent(limit)}` : "no list"));
+  row.append(bar, element("span", "", mass !== null ? percent(mass) : limit !== null ? `≤ ${percent(limit, Math.ceil)}` : "no list"));
   cell.append(row);
   return cell;
 }
@@ -245,9 +247,8 @@ function startReader() {
 }
 
 function largestOf(response) {
-  let best = 0;
-  response.text.forEach((_, i) => { if ((at(response, "kl", i) ?? (response.state[i] === "i" ? Infinity : -1)) > (at(response, "kl", best) ?? -1)) best = i; });
-  return best;
+  const size = (i) => (response.state[i] === "i" ? Infinity : at(response, "kl", i) ?? -1);
+  return [...response.text.keys()].reduce((best, i) => (size(i) > size(best) ? i : best), 0);
 }
 
 function go(jump) {

@@ -12,7 +12,13 @@ function element(name, kind, text) {
 }
 
 const nats = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
-const percent = (share) => (share === null || share === undefined ? "–" : Number((100 * share).toPrecision(2)) + " %");
+// Two digits; a limit with Math.ceil, so that it is never written smaller.
+function percent(share, rounding) {
+  if (share === null || share === undefined) return "–";
+  const digit = 10 ** (Math.floor(Math.log10(100 * share)) - 1);
+  const value = rounding && share > 0 ? rounding(100 * share / digit - 1e-9) * digit : 100 * share;
+  return Number(value.toPrecision(2)) + " %";
+}
 const inLine = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎");
 
 function setTheme(name) {

@@ -108,5 +108,5 @@ def _lists(tokens: pl.DataFrame, picked: np.ndarray, p: np.ndarray, q: np.ndarra
         nothing = pl.Series([None], dtype=pl.Binary).new_from_index(0, k * len(p)).reshape((-1, k))
         columns[f"{side}_bytes"] = nothing.cast(pl.List(pl.Binary))
     return tokens.select("source_file", "response_idx", "position").with_columns(
-        series.alias(name) for name, series in columns.items()
+        *(series.alias(name) for name, series in columns.items()), n_wanted_q=pl.lit(0, dtype=pl.Int32)
     )

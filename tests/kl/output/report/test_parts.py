@@ -12,7 +12,7 @@ import pytest
 from kl.output.report.lists import both_lists
 from kl.output.report.markup import link_to, tag
 from kl.output.report.movers import Movers
-from kl.output.report.payload import texts_of
+from kl.output.report.payload import table_of, texts_of
 from kl.output.report.selection import LISTS_SHOWN, LONGEST_SHOWN, TABLE_ROWS, TOKENS_SHOWN, select
 from kl.output.report.verdict import verdict
 from kl.output.report.visible import in_a_line, visible
@@ -177,7 +177,7 @@ def test_markup_escapes_all_that_is_not_its_own():
     assert link_to("a b/é#.json", 2, 17) == "#a%20b/%C3%A9%23.json/2/17"
 
 
-def lists(p: list[tuple], q: list[tuple], key: str = "id") -> pl.DataFrame:
+def lists(p: list[tuple], q: list[tuple], key: str = "id", n_wanted: int = 0) -> pl.DataFrame:
     """Both lists of one position, an entry being (text, id, log-probability, bytes)."""
     schema = (("tokens", pl.String), ("token_ids", pl.Int64), ("logprobs", pl.Float64), ("bytes", pl.Binary))
     columns = {
@@ -185,7 +185,7 @@ def lists(p: list[tuple], q: list[tuple], key: str = "id") -> pl.DataFrame:
         for side, entries in (("p", p), ("q", q))
         for at, (name, kind) in enumerate(schema)
     }
-    frame = pl.DataFrame({"row": pl.Series([7], dtype=pl.UInt32)} | columns)
+    frame = pl.DataFrame({"row": pl.Series([7], dtype=pl.UInt32)} | columns).with_columns(n_wanted_q=n_wanted)
     return both_lists(frame, pl.Series([key]))
 
 
@@ -203,6 +203,35 @@ def test_a_repeated_token_counts_once_with_all_its_mass():
     merged = lists([("a", 1, -1.0, None), ("a", 1, -2.0, None)], [])
     (mass,) = merged.select(pl.col("logprob_p").exp()).to_series()
     assert (merged.height, mass) == (1, pytest.approx(0.503215, abs=1e-6))  # e^-1 + e^-2
+    twice = lists([("a", 1, -1.0, None), ("a", 1, -1.0, None)], [])
+    assert twice["logprob_p"].to_list() == [pytest.approx(-1.0)]  # one token that the source lists twice
+
+
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [
+        (["Ġsea", "Ġa"], [" sea", " a"]),  # raw pieces of byte-level BPE, and texts
+        (["x", "<|im_end|>"], ["x", "</s>"]),  # what ends the turn, by its role
+    ],
+)
+def test_texts_are_matched_as_the_run_matches_them(p: list[str], q: list[str]):
+    sides = [[(token, None, -1.0 - at, None) for at, token in enumerate(side)] for side in (p, q)]
+    assert lists(*sides, key="text").drop_nulls(["logprob_p", "logprob_q"])["shown"].to_list() == p
+
+
+def test_tokens_that_are_shown_alike_stay_two():
+    long = ["x" * 300 + end for end in "ab"]
+    assert lists([(long[0], None, -1.0, None)], [(long[1], None, -1.0, None)], key="text").height == 2
+    assert lists([("\t", None, -1.0, None)], [("⇥", None, -1.0, None)], key="text").height == 2
+
+
+def test_what_q_was_asked_for_by_name_limits_nothing():
+    q = [("b", 2, -0.5, None), ("c", 3, -1.0, None), ("d", 4, -9.0, None)]  # d by name
+    found = lists([("a", 1, -0.5, None), ("d", 4, -1.0, None)], q, n_wanted=1)
+    assert found.select("cap_p", "cap_q").unique().rows() == [(-1.0, -1.0)]
+    movers = Movers()
+    movers.add(found.with_columns(weight=pl.lit(1.0)))
+    assert {mover.token: mover.delta for mover in movers.ranked()[1]}["a"] == pytest.approx(-0.5)
 
 
 def test_what_q_promotes_by_hand():
@@ -231,6 +260,18 @@ def test_a_selection_is_bounded_and_holds_the_worst():
     assert set(chosen.worst["row"]) <= set(chosen.tokens.filter("listed")["row"])
     sample = chosen.windows.filter(pl.col("why") == "sample")["source_file"].str.slice(-10, 5).cast(int).sort()
     assert sample.diff().max() <= 8  # 4,960 of 12,000, all along
+
+
+def test_bounds_are_never_written_larger_than_they_are():
+    run = made_run(3, 30, lists=False)
+    rows = summarise_responses(run.tokens.lazy())
+    chosen = select(run.tokens.lazy(), rows.lazy(), 20)
+    written = [value for response in texts_of(chosen, {})["shown"] for value in response["lower"]]
+    known = chosen.windows.join(chosen.tokens, on=["source_file", "response_idx"], maintain_order="left")["kl_lower"]
+    assert all(0.998 * value <= text <= value * (1 + 1e-12) for text, value in zip(written, known, strict=True))
+    table = table_of(chosen)
+    known = chosen.table["kl_lower_sum"] / chosen.table["n_positions"]
+    assert all(text <= value * (1 + 1e-12) for text, value in zip(table["lower"], known, strict=True))
 
 
 def test_a_long_response_is_shown_around_its_worst_position():
