@@ -124,8 +124,8 @@ def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
     """Both lists by ``number of the response/position``: the limits of what a side does not list, and its entries.
 
     The limits are −1000 log p and −1000 log q, null where nothing is known; then, repeated, vocabulary number, −1000
-    log p and −1000 log q, null where not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most `ENTRIES_SHOWN` of a
-    position, the most probable ones; ``more`` says how many others there are.
+    log p and −1000 log q, null where not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most
+    `ENTRIES_SHOWN` of a position, the most probable ones; ``more`` says how many others there are.
     """
     numbers = selection.windows.select(*RESPONSE_KEYS).with_row_index("response")
     places = selection.tokens.select("row", *RESPONSE_KEYS, "position").join(numbers, on=RESPONSE_KEYS)
