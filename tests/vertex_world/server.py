@@ -140,7 +140,10 @@ class Handler(BaseHTTPRequestHandler):
         if headers.get("transfer-encoding", "").lower() == "chunked":
             body = self._read_chunks()
         else:
-            body = self.rfile.read(int(headers.get("content-length", 0)))
+            length = int(headers.get("content-length", 0))
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionResetError("the client went away in the middle of its request")
         return Call(self.command, self.path, headers, raw, body)
 
     def _read_chunks(self) -> bytes:

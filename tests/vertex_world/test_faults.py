@@ -274,7 +274,7 @@ def test_draws_are_equal_for_equal_seeds_and_differ_between_seeds() -> None:
 def test_more_jobs_than_workers_are_queued(
     make_vertex_world: Callable[..., VertexWorld], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = make_vertex_world(max_running=1, job_seconds=0.4)
+    world = make_vertex_world(max_running=1, job_seconds=1.5)
     for name, value in world.environment().items():
         monkeypatch.setenv(name, value)
     for name in ("a", "b", "c"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -116,3 +118,13 @@ def test_an_upload_whose_answer_was_lost_is_there(world: VertexWorld) -> None:
         with pytest.raises(Exception, match="503"):
             bucket.blob("a").upload_from_string("x", if_generation_match=0, retry=None)
         assert bucket.blob("a").download_as_bytes() == b"x"
+
+
+def test_a_request_that_was_cut_short_is_none(world: VertexWorld) -> None:
+    before = len(world.requests)
+    place = urlsplit(vertex_url(world, "batchPredictionJobs"))
+    with socket.create_connection((place.hostname, place.port), timeout=10) as client:
+        client.sendall(f"POST {place.path} HTTP/1.1\r\nContent-Length: 100\r\n\r\n{{".encode())
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100) == b""
+    assert len(world.requests) == before
