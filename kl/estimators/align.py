@@ -20,7 +20,16 @@ from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
 from kl.estimators.matching.places import distinct, places_in, repeats
-from kl.estimators.matching.rows import MatchedRow, Sample, indices, keyed, keys_of_several, match_row, with_one_stop
+from kl.estimators.matching.rows import (
+    MatchedRow,
+    Sample,
+    indices,
+    keyed,
+    keys_of_several,
+    match_row,
+    namesakes,
+    with_one_stop,
+)
 from kl.estimators.rows import row_sums
 from kl.estimators.token_bytes import Candidates
 from kl.estimators.token_keys import Key, KeyFunction, contradicted_ids, id_key
@@ -205,30 +214,29 @@ class _Matching:
         return logp, q.value_of(self._wanted, own_q), self._wanted >= 0
 
     def _namesakes(self, p: _Padded) -> BoolArray:
-        """Where the sampled token and a listed one have one key by text and two ids; shape (T, L)."""
+        """Where `namesakes` may find a key: the sampled token and a listed one have one by text, and two ids."""
         lists, sampled = self._sides.lists_p, self._sides.sampled_p
-        found = np.zeros(p.all_keys.shape, dtype=np.bool_)
+        found = np.zeros(len(lists), dtype=np.bool_)
         rows = np.flatnonzero(~self._by_id & (self._wanted >= 0) & (sampled.ids != NO_ID))
         if rows.size:
-            ids = lists.take(rows)
-            listed = ids.padded(ids.entries.ids, NO_ID)
-            other = (listed != NO_ID) & (listed != sampled.ids[rows, None])
-            width = listed.shape[1]
-            found[rows, :width] = other & (p.all_keys[rows, :width] == self._wanted[rows, None])
+            some = lists.take(rows)
+            ids = some.padded(some.entries.ids, NO_ID)
+            others = (ids != NO_ID) & (ids != sampled.ids[rows, None])
+            same = p.all_keys[rows, : ids.shape[1]] == self._wanted[rows, None]
+            found[rows] = (others & same).any(axis=1)
         return found
 
-    def _ambiguous(self, repeated: BoolArray, namesakes: BoolArray) -> dict[int, frozenset[Key | None]]:
+    def _ambiguous(self, repeated: BoolArray, shared: BoolArray) -> dict[int, frozenset[Key | None]]:
         """By response, the keys that stand for several tokens of one list, or for a listed and the sampled one."""
         found: dict[int, set[Key | None]] = {}
-        for row in map(int, np.flatnonzero(repeated)):
+        for row in map(int, np.flatnonzero(repeated | shared)):
             key_p, key_q = self._key_functions(row)
-            several = keys_of_several(keyed(self._sides.lists_p[row], key_p))
-            several |= keys_of_several(keyed(self._sides.lists_q[row], key_q))
+            side_p = keyed(self._sides.lists_p[row], key_p)
+            several = keys_of_several(side_p) | keys_of_several(keyed(self._sides.lists_q[row], key_q))
+            if shared[row]:
+                (sampled,) = self._sides.sampled_p.part(row, row + 1).candidates()
+                several |= namesakes(side_p, Sample(sampled, key_p))
             found.setdefault(int(self._sides.response[row]), set()).update(several)
-        rows, places = np.nonzero(namesakes)
-        for row, place in zip(map(int, rows), map(int, places), strict=True):
-            key_p, _ = self._key_functions(row)
-            found.setdefault(int(self._sides.response[row]), set()).add(key_p(self._sides.lists_p[row][place]))
         return {response: frozenset(keys) for response, keys in found.items() if keys}
 
     def _special(self, p: _Padded, q: _Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from kl.estimators.matching.rows import KeyedList, Sample, clear_sides, keyed, keys_of_several, with_one_stop
+from kl.estimators.matching.rows import KeyedList, Sample, clear_sides, keyed, keys_of_several, namesakes, with_one_stop
 from kl.estimators.token_bytes import BytesOf, byte_functions
 from kl.estimators.token_keys import Key, choose_key, contradicted_ids, id_key, logprob_of
 from kl.records import Candidate
@@ -68,7 +68,9 @@ def both_lists(
     used = [pair for row, pair in zip(lists, pairs, strict=True) if row["k_p"] is not None] or [own]
     of_p, of_q = [pair[0] for pair in used], [pair[1] for pair in used]
     readers = byte_functions(of_p, of_q)
-    matching = _Matching(stated or choose_key(of_p, of_q, *readers).key, readers, used)
+    by = stated or choose_key(of_p, of_q, *readers).key
+    sampled = [_sampled(row) for row in lists if row["k_p"] is not None] or [_sampled(lists[position])]
+    matching = _Matching(by, readers, used, sampled)
     return _frame(*matching.sides(lists[position], own))
 
 
@@ -97,17 +99,22 @@ def _list(row: dict[str, Any], side: str, states_all: bool) -> tuple[Candidate, 
     )
 
 
+def _sampled(row: dict[str, Any]) -> Candidate:
+    return Candidate(row["token"], row["logprob_p"], row["token_id"])
+
+
 def _unmatched(candidates: tuple[Candidate, ...]) -> KeyedList:
     """Each entry as a token of its own."""
     return KeyedList([*range(len(candidates))], [*map(logprob_of, candidates)], candidates, len(candidates))
 
 
 class _Matching(NamedTuple):
-    """How the tokens of a response are matched: by what, who reads bytes, and its lists."""
+    """How the tokens of a response are matched: by what, who reads bytes, its lists, and what P sampled at each."""
 
     by: str
     readers: tuple[BytesOf, BytesOf]
     used: list[Lists]
+    sampled: list[Candidate]
 
     def sides(self, row: dict[str, Any], own: Lists) -> tuple[KeyedList, KeyedList]:
         """The lists of a position with the keys that tell which entries are one token, None for an open one."""
@@ -120,11 +127,14 @@ class _Matching(NamedTuple):
             for found in (keys_of_several(keyed(of_p, key_p)), keys_of_several(keyed(of_q, key_q)))
             for key in found
         )
+        if self.by != "id":
+            pairs = zip(self.used, self.sampled, strict=True)
+            unclear = unclear.union(*(namesakes(keyed(lists[0], key_p), Sample(one, key_p)) for lists, one in pairs))
         if self.by == "id":
             unclear |= contradicted_ids(*own, *self.readers)
         elif row["is_stop"]:
-            sampled = Candidate(row["token"], row["logprob_p"], row["token_id"])
-            side_p, side_q, _ = with_one_stop(side_p, side_q, (Sample(sampled, key_p), Sample(None, key_q)))
+            samples = Sample(_sampled(row), key_p), Sample(None, key_q)
+            side_p, side_q, _ = with_one_stop(side_p, side_q, samples)
         return clear_sides(side_p, side_q, unclear, by_role=self.by == "text")
 
 

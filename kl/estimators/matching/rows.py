@@ -169,6 +169,19 @@ def keys_of_several(side: KeyedList) -> set[Key | None]:
     return {key for key, seen in values.items() if len(seen) > 1 and key is not None}
 
 
+def namesakes(side: KeyedList, sample: Sample) -> frozenset[Key | None]:
+    """The sampled token's key, if a listed token of another id has it too: then it stands for two tokens."""
+    own = _sampled_key(sample, side)
+    if sample.candidate is None or sample.candidate.token_id is None or own is None:
+        return frozenset()
+    others = (None, sample.candidate.token_id)
+    is_shared = any(
+        key == own and candidate.token_id not in others
+        for key, candidate in zip(side.keys, side.candidates, strict=True)
+    )
+    return frozenset[Key | None]([own]) if is_shared else frozenset()
+
+
 def _several(side: KeyedList) -> set[Key | None]:
     """Keys of one list that may stand for more than one token; ``None`` is the key of all unidentified ones."""
     if len(set(side.keys)) == len(side.keys):

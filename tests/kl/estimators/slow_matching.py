@@ -9,35 +9,18 @@ import numpy as np
 
 from kl.estimators.list_checks import rounding_step
 from kl.estimators.matching.rows import (
-    KeyedList,
     MatchedRow,
     Sample,
     indices,
     keyed,
     keys_of_several,
     match_row,
+    namesakes,
     with_one_stop,
 )
 from kl.estimators.token_bytes import Candidates, byte_functions
-from kl.estimators.token_keys import Key, KeyChoice, KeyFunction, choose_key, contradicted_ids, id_key
-from kl.pieces import is_whole
+from kl.estimators.token_keys import Key, KeyChoice, choose_key, contradicted_ids, id_key
 from kl.records import Candidate
-
-
-def namesakes(listed: KeyedList, sampled: Candidate | None, key_of: KeyFunction) -> frozenset[Key | None]:
-    """The sampled token's key, if a listed token of another id has it too."""
-    if sampled is None or sampled.token_id is None:
-        return frozenset()
-    own = key_of(sampled)
-    if own is None and is_whole(sampled.token):
-        same = [key for key, item in zip(listed.keys, listed.candidates, strict=True) if item.token == sampled.token]
-        own = same[0] if len(same) == 1 else None
-    others = (
-        item.token_id not in (None, sampled.token_id)
-        for key, item in zip(listed.keys, listed.candidates, strict=True)
-        if key == own
-    )
-    return frozenset([own]) if own is not None and any(others) else frozenset()
 
 
 class SlowMatch:
@@ -58,7 +41,7 @@ class SlowMatch:
         sides = [(keyed(p, key_p), keyed(q, key_q)) for p, q in zip(lists_p, lists_q, strict=True)]
         several = frozenset[Key | None]().union(*(keys_of_several(side) for pair in sides for side in pair))
         for (p, _), one in zip(sides, sampled_p, strict=True):
-            several |= namesakes(p, one, key_p) if not by_id else frozenset()
+            several |= namesakes(p, Sample(one, key_p)) if not by_id else frozenset()
         self.rows: list[MatchedRow] = []
         for (p, q), one, two, stop in zip(sides, sampled_p, sampled_q, stops, strict=True):
             unclear = several | contradicted_ids(p.candidates, q.candidates, bytes_p, bytes_q) if by_id else several

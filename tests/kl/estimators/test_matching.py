@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kl.columns import Entries, TopLists
 from kl.estimators.align import Aligned, align
+from kl.estimators.bounds import cells, lower_bounds
 from kl.records import Candidate
 from tests.kl.estimators.slow_matching import SlowMatch
 
@@ -138,3 +140,18 @@ def test_long_lists_are_matched_the_same(k: int) -> None:
     ]
     drawn = [Drawn(lists[:3], lists[3:], [lists[0][0]] * 3, [None] * 3, [False] * 3)]
     check(aligned_of(drawn), drawn)
+
+
+def test_a_text_that_the_sampled_token_shares_with_a_listed_one_names_neither() -> None:
+    """Q was asked for the sampled token by name, and does not say the listed one of the same text."""
+    names = [" tok0", " tok1", " tok3", " tok3", "", "", " tok6"]
+    p = np.array([0.168, 0.119, 0.113, 0.186, 0.135, 0.173, 0.106])
+    q = np.array([0.183, 0.111, 0.114, 0.178, 0.134, 0.185, 0.095])
+
+    def entries(law: np.ndarray, *numbers: int) -> tuple[Candidate, ...]:
+        return tuple(Candidate(names[i], math.log(law[i]), 10 + i) for i in numbers)
+
+    (sampled,) = entries(p, 2)
+    found = align([entries(p, 3, 5, 0, 4, 1)], [entries(q, 5, 0)], [sampled], wanted_q=[entries(q, 4, 2, 1)])
+    assert found.choices[0].key == "text"
+    assert lower_bounds(cells(found)).kl[0] <= (p * np.log(p / q)).sum()
