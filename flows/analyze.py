@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -265,8 +266,17 @@ def _show_high(out: Console, folder: Path, options: argparse.Namespace) -> _Show
     if options.out is not None:
         _write_json(as_location(options.out), continuations(run, rows))
         print_lines(out, [f"{len(rows):,} positions are in {options.out}"])
-    payload = {"run": str(folder), "score": score, "threshold": options.threshold, "n_positions": len(rows)}
-    return _Shown(payload, [CsvTable("high_positions", ("score", *_POSITION_COLUMNS[:-1]), rows)], list)
+    columns = ("score", *_POSITION_COLUMNS[:-1])
+    high = [{name: row[name] for name in columns} for row in rows]
+    payload = {
+        "run": str(folder),
+        "score": score,
+        "threshold": options.threshold,
+        "n_positions": len(rows),
+        # JSON has no infinity: null, and the reason says so.
+        "positions": [row | {"score": None if math.isinf(row["score"]) else row["score"]} for row in high],
+    }
+    return _Shown(payload, [CsvTable("high_positions", columns, high)], list)
 
 
 def _show_comparison(out: Console, options: argparse.Namespace) -> _Shown:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from backends.errors import ConfigError
 from flows.commands.tables import print_table
-from flows.commands.texts import number_text, range_text, signed, warnings_of
+from flows.commands.texts import bound_text, number_text, range_text, signed, warnings_of
 from flows.commands.two_runs import comparable_column, measure_name, notes, with_estimate
 from flows.folder.finished import Rows, load_run
 from flows.runtime.terminal import print_lines
@@ -184,7 +184,7 @@ def _cells(found: Candidates) -> Iterator[dict[str, str]]:
             "95 % CI": _interval(kl),
             "above the nearest": _above(ranked.above_nearest),
             "told apart": {True: "yes", False: "no", None: ""}[ranked.apart],
-            "lower": number_text(row["kl_lower"]),
+            "lower": bound_text(row["kl_lower"]),
             "median": number_text(row["kl_median"]),
             "99 %": number_text(row["kl_99_percent"]),
             "same top": "" if row["same_top_p"] is None else f"{row['same_top_p']:.1%}",

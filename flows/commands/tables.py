@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.texts import number_text, quoted, range_text
+from flows.commands.texts import bound_text, number_text, quoted, range_text
 from flows.folder.finished import Rows
 from flows.runtime.terminal import print_grid, print_lines
 from kl.tables.totals import INFINITE
@@ -31,7 +31,7 @@ def history_cells(frame: pl.DataFrame) -> Rows:
             "version of Q": ", ".join(row["model2_versions"] or []),
             "KL per token": number_text(row["kl_per_token"]),
             "95 % CI": range_text(row["kl_per_token_low"], row["kl_per_token_high"]),
-            "lower bound": number_text(row["kl_per_token_certified_lower"]),
+            "lower bound": bound_text(row["kl_per_token_certified_lower"]),
             "noise floor": number_text(row["noise_floor"]),
             "measured": _amount(row),
             "asked": "" if row["contexts_asked"] is None else f"{row['contexts_asked']:,}",
@@ -82,7 +82,7 @@ def position_cells(rows: Rows) -> Rows:
             "text before": quoted(row["before"] or ""),
             "token": quoted(row["token"]),
             "KL": "infinite" if row["reason"] == INFINITE else number_text(row["kl_estimate"]),
-            "lower": number_text(row["kl_lower"]),
+            "lower": bound_text(row["kl_lower"]),
             "upper": number_text(row["kl_upper_plausible"], "not identified"),
             "log p": number_text(row["logprob_p"], "not stated"),
             "log q": number_text(row["logprob_q"], "not listed"),
@@ -99,7 +99,7 @@ def response_cells(rows: Rows) -> Rows:
             "measured": f"{row['n_measured']:,} of {row['n_positions']:,}",
             "per token": number_text(row["kl_mean_per_token"], "infinite"),
             "sum": number_text(row["kl_sum"], "infinite"),
-            "lower sum": number_text(row["kl_lower_sum"], "not known"),
+            "lower sum": bound_text(row["kl_lower_sum"], "not known"),
             "largest": number_text(row["max_kl"], "infinite"),
             "at position": "" if row["max_kl_position"] is None else f"{row['max_kl_position']:,}",
             "same top": "" if row["same_top_rate"] is None else f"{row['same_top_rate']:.1%}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kl.output.digits import rounded
+from kl.output.digits import at_least, rounded
 from kl.statistics.intervals import CONFIDENCE, Estimate
 from kl.statistics.summary import Summary
 
@@ -20,6 +20,11 @@ def signed(value: float, estimate: Estimate) -> str:
 def number_text(value: float | None, unknown: str = "") -> str:
     """Four digits, or all that stand before the point; ``unknown`` for None."""
     return unknown if value is None else rounded(value)
+
+
+def bound_text(value: float | None, unknown: str = "") -> str:
+    """A lower bound, never rounded up; ``unknown`` for None."""
+    return unknown if value is None else at_least(value)
 
 
 def range_text(low: float | None, high: float | None, se: float | None = None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from kl.output.digits import rounded
+from kl.output.digits import at_least, rounded
 from kl.output.headline import headline
 from kl.output.report.markup import Markup, joined, tag
 from kl.output.report.verdict import verdict
@@ -69,12 +69,12 @@ def _worst(worst: pl.DataFrame) -> Markup | None:
             tag("td", in_a_line(visible(row["before"] or " "))),
             tag("td", tag("code", in_a_line(visible(row["token"] or "")))),
             *(
-                tag("td", _number(row[name], absent), class_="number")
-                for name, absent in (
-                    ("kl_estimate", "infinite"),
-                    ("kl_lower", "not known"),
-                    ("logprob_p", "not stated"),
-                    ("logprob_q", "not listed"),
+                tag("td", absent if row[name] is None else digits(row[name]), class_="number")
+                for name, absent, digits in (
+                    ("kl_estimate", "infinite", rounded),
+                    ("kl_lower", "not known", at_least),
+                    ("logprob_p", "not stated", rounded),
+                    ("logprob_q", "not listed", rounded),
                 )
             ),
         )
@@ -82,7 +82,3 @@ def _worst(worst: pl.DataFrame) -> Markup | None:
     ]
     head = tag("tr", *(tag("th", text, scope="col") for text in heads))
     return tag("table", tag("caption", "Worst positions"), tag("thead", head), tag("tbody", *rows))
-
-
-def _number(value: float | None, absent: str) -> str:
-    return absent if value is None else rounded(value)

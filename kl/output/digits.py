@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
+_MOST_DECIMALS = 8  # of smaller errors a number is read better with its exponent
+
 
 def rounded(value: float, se: float | None = None) -> str:
     """``value`` with two digits of its standard error; without one, with four significant digits."""
-    if se:
-        return f"{value:,.{max(0, 1 - math.floor(math.log10(se)))}f}"
+    if se and (decimals := 1 - math.floor(math.log10(se))) <= _MOST_DECIMALS:
+        return f"{value:,.{max(0, decimals)}f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 

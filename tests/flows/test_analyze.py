@@ -158,6 +158,22 @@ class TestOneRun:
         assert (code, err) == (0, "")
         assert json.loads(out)["summary"] == json.loads((steady / "summary.json").read_text("utf-8"))
 
+    def test_json_has_the_positions_above_a_threshold(self, capsys, tmp_path):
+        def with_infinite(tokens):
+            first = (pl.col("source_file") == "f0.json") & (pl.col("position") == 0)
+            why = pl.when(first).then(pl.lit("infinite"))
+            return tokens.with_columns(kl_estimate=pl.when(~first).then("kl_estimate"), reason=why, error=why)
+
+        run = write_run(tmp_path / "run", STEADY, change=with_infinite)
+        code, out, _ = analyze(capsys, run, "--threshold", "0.55", "--top", 1, "--json", "-")
+        assert code == 0
+        found = json.loads(out)
+        assert found["n_positions"] == len(found["positions"]) == 5
+        assert [(row["score"], row["reason"]) for row in found["positions"]] == [
+            (None, "infinite"),
+            *[(0.1 * 6, None)] * 4,
+        ]
+
     def test_nothing_is_padded_in_a_pipe_and_nothing_is_wider_than_a_terminal(self, steady, capsys, monkeypatch):
         out = analyze(capsys, steady)[1]
         assert [line for line in out.splitlines() if line != line.rstrip()] == []

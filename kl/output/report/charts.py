@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import polars as pl
 
-from kl.output.digits import rounded
+from kl.output.digits import at_least, at_most, rounded
 from kl.output.report.drawing.axes import LEFT, RIGHT, anchor, bottom_axis, key, left_axis, rows_of, spaced
 from kl.output.report.drawing.scales import Counting, Linear, Log, label
 from kl.output.report.drawing.svg import WIDTH, Chart, circle, line, polygon, polyline, rect, text
@@ -55,6 +55,7 @@ def certainty_chart(summary: Summary) -> Chart | None:
     )
     if value is None and lower is None:
         return None
+    exact = None if found.exact.n_unknown else exact  # of some positions it is another mean
     ends = found.estimate.ci_low, found.estimate.ci_high
     noise = None if summary.noise_floor is None else summary.noise_floor.kl_per_token.value
     given = [number for number in (value, lower, upper, exact, noise, *ends) if number is not None]
@@ -70,23 +71,28 @@ def certainty_chart(summary: Summary) -> Chart | None:
         body += line(low, y - 6, low, y + 6, "whisker") + line(high, y - 6, high, y + 6, "whisker")
     if value is not None:
         body += circle(axis(value), y, 6, "dot")
-    above = (("certain", lower), ("estimate", value), ("plausible limit", upper))
-    se = {"estimate": found.estimate.se}  # the digits of the verdict
-    named = spaced(
-        [(axis(number), f"{name} {rounded(number, se.get(name))}") for name, number in above if number is not None]
-    )
-    below = (("noise", noise), ("exact", exact))
-    named_below = spaced([(axis(number), f"{name} {rounded(number)}") for name, number in below if number is not None])
-    body += "".join(
-        line(axis(number), y + 11, axis(number), y + 20, "axis") for _, number in below if number is not None
-    )
+    is_sample = summary.counts.selected < summary.counts.positions
+    above = [
+        (number, f"{name} {digits(number)}")
+        for name, number, digits in (
+            ("lower bound" if is_sample else "certain", lower, at_least),
+            ("estimate", value, lambda number: rounded(number, found.estimate.se)),  # the digits of the verdict
+            ("plausible limit", upper, at_most),
+        )
+        if number is not None
+    ]
+    below = [
+        (number, f"{name} {rounded(number)}")
+        for name, number in (("noise", noise), ("exact", exact))
+        if number is not None
+    ]
+    named, named_below = (spaced([(axis(number), words) for number, words in row]) for row in (above, below))
+    body += "".join(line(axis(number), y + 11, axis(number), y + 20, "axis") for number, _ in below)
     body += "".join(text(x, 20, words, "", "middle") for x, words in named)
     body += "".join(text(x, y + 32, words, "muted", "middle") for x, words in named_below)
     body += bottom_axis(axis, axis.ticks(6), y + 44, "KL(P‖Q), nats per token")
     body += key([("whisker", "95 % interval over prompts"), ("band", "what the lists leave open")], 60, y + 98)
-    told = ", ".join(
-        f"{name} {rounded(number, se.get(name))}" for name, number in (*above, *below) if number is not None
-    )
+    told = ", ".join(words for _, words in (*above, *below))
     interval = "" if ends[0] is None or ends[1] is None else f" 95 % interval {rounded(ends[0])} to {rounded(ends[1])}."
     return Chart(
         "certainty", "How far Q is from P, and how sure that is", f"Nats per token: {told}.{interval}", y + 106, body

@@ -34,7 +34,8 @@ def table_of(selection: Selection) -> dict[str, Any]:
     """Columns of the table of responses; ``shown`` is the number of a response's text on the page, or null."""
     windows = selection.windows.select(*RESPONSE_KEYS).with_row_index("shown")
     rows = selection.table.join(windows, on=RESPONSE_KEYS, how="left", maintain_order="left")
-    whole = (pl.col("n_measured") == pl.col("n_selected")) & (pl.col("n_positions") > 0)
+    # Of positions that were drawn the sum is an estimate, so that nothing is certain.
+    whole = (pl.col("n_measured") == pl.col("n_positions")) & (pl.col("n_positions") > 0)
     columns = rows.select(
         file="source_file",
         index="response_idx",

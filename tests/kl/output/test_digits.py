@@ -16,6 +16,7 @@ from kl.output.digits import at_least, at_most, rounded
         (0.123456, 0.0, "0.1235"),
         (12345.6, None, "12,346"),
         (-3.0, None, "-3"),
+        (1.39e-11, 2.4e-12, "1.39e-11"),
     ],
 )
 def test_two_digits_of_the_standard_error_or_four_significant_ones(value: float, se: float | None, text: str) -> None:

@@ -55,6 +55,20 @@ def test_positions_that_were_sampled_count_by_their_weight(token_table: Build):
     assert spread_of(tokens.lazy()).sizes["weight"].to_list() == [4.0, 1.0]
 
 
+def test_nothing_is_called_certain_of_positions_that_were_not_drawn(token_table: Build):
+    tokens = token_table([("a", "p0", 0, [1.0, None])]).with_columns(
+        pi=pl.lit(0.5), selected=pl.Series([True, False]), kl_exact=pl.lit(None, dtype=pl.Float64)
+    )
+    assert drawn(tokens)["certainty"].description.startswith("Nats per token: lower bound 0.5, ")
+
+
+def test_an_exact_kl_of_some_positions_is_not_marked(token_table: Build):
+    whole = token_table([("a", "p0", 0, [1.0, 1.0])]).with_columns(kl_exact=pl.lit(1.25))
+    assert "exact 1.25" in drawn(whole)["certainty"].description
+    part = whole.with_columns(kl_exact=pl.Series([1.25, None]))
+    assert "exact" not in drawn(part)["certainty"].description
+
+
 def test_charts_say_the_figures_of_the_run_and_escape_names(token_table: Build):
     charts = drawn(token_table(FIVE).with_columns(entropy_p=pl.lit(0.3)))
     assert list(charts) == ["certainty", "distribution", "by-position", "by-prompt", "entropy"]

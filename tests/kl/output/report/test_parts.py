@@ -271,6 +271,8 @@ def test_bounds_are_never_written_larger_than_they_are():
     assert all(0.998 * value <= text <= value * (1 + 1e-12) for text, value in zip(written, known, strict=True))
     table = table_of(chosen)
     known = chosen.table["kl_lower_sum"] / chosen.table["n_positions"]
+    drawn = chosen.table.with_columns(n_selected=pl.lit(6), n_measured=pl.lit(6), n_missing=pl.lit(0))
+    assert table_of(chosen._replace(table=drawn))["lower"] == [None] * 3  # of drawn positions it is an estimate
     assert all(text <= value * (1 + 1e-12) for text, value in zip(table["lower"], known, strict=True))
 
 
