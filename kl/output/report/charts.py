@@ -72,15 +72,13 @@ def certainty_chart(summary: Summary) -> Chart | None:
     if value is not None:
         body += circle(axis(value), y, 6, "dot")
     is_sample = summary.counts.selected < summary.counts.positions
-    above = [
-        (number, f"{name} {digits(number)}")
-        for name, number, digits in (
-            ("lower bound" if is_sample else "certain", lower, at_least),
-            ("estimate", value, lambda number: rounded(number, found.estimate.se)),  # the digits of the verdict
-            ("plausible limit", upper, at_most),
-        )
-        if number is not None
-    ]
+    above: list[tuple[float, str]] = []
+    if lower is not None:
+        above.append((lower, f"{'lower bound' if is_sample else 'certain'} {at_least(lower)}"))
+    if value is not None:
+        above.append((value, f"estimate {rounded(value, found.estimate.se)}"))  # the digits of the verdict
+    if upper is not None:
+        above.append((upper, f"plausible limit {at_most(upper)}"))
     below = [
         (number, f"{name} {rounded(number)}")
         for name, number in (("noise", noise), ("exact", exact))
