@@ -27,7 +27,8 @@ _SCALE = (
 )
 _READ_AS = {
     "certainty": "The dot is the estimate, the bar its interval over prompts: other prompts of the kind would have "
-    "given something inside. The shaded band is what the lists of top tokens leave open; its left end is certain, if all positions were asked.",
+    "given something inside. The shaded band is what the lists of top tokens leave open; its left end is certain "
+    "where all positions were asked.",
     "distribution": "A small median under a large maximum: Q is nearly P nearly everywhere. The marks are percentiles, "
     "as llama.cpp prints them.",
     "by-position": "Whether Q drifts away from P along the response.",
