@@ -17,8 +17,9 @@ EVERYWHERE = frozenset(
     ("kl_lower", "kl_upper_plausible", "reverse_kl_lower", "js_lower", "tv_lower", "logratio_k1", "k3")
 )
 
-# A mean with one infinite term is infinite; the mean of the others would look like a small divergence.
-INFINITE_WITH_ONE = frozenset(("kl_estimate", "kl_exact"))
+# A mean with one infinite term is infinite, and so is its upper limit, whatever the lists alone would leave plausible;
+# the mean of the others would look like a small divergence.
+INFINITE_WITH_ONE = frozenset(("kl_estimate", "kl_exact", "kl_upper_plausible"))
 
 
 def usable(totals: pl.DataFrame, metric: str) -> pl.DataFrame:

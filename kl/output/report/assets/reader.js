@@ -124,7 +124,9 @@ function drawLists(response, i) {
   if (state !== "m") say(WORDS[state] + (at(response, "reasons", i) === null ? "." : `: ${texts.reasons[response.reasons[i]]}`));
   if (at(response, "kl", i) !== null || at(response, "lower", i) !== null) {
     const exact = at(response, "exact", i);
-    say(`KL ${nats(at(response, "kl", i))} nats; certainly ${nats(at(response, "lower", i))}, plausibly at most ${nats(at(response, "upper", i))}${exact === null ? "" : `, exact ${nats(exact)}`}.`);
+    const least = `certainly ${nats(at(response, "lower", i))}`;
+    if (state === "i") say(`By the lists alone ${least} nats.`);
+    else say(`KL ${nats(at(response, "kl", i))} nats; ${least}, plausibly at most ${nats(at(response, "upper", i))}${exact === null ? "" : `, exact ${nats(exact)}`}.`);
   }
   const p = at(response, "lp", i), q = at(response, "lq", i);
   const massOfQ = () => (response.atMost[i] === "1" ? `at most ${percent(Math.exp(q), Math.ceil)}` : percent(Math.exp(q)));

@@ -96,6 +96,7 @@ def test_an_infinite_kl_has_its_own_bar(token_table: Build):
     )
     charts = drawn(tokens)
     assert "At 1 more positions the KL is infinite" in charts["distribution"].description
+    assert "limit" not in charts["certainty"].description  # an infinite mean has none
     assert "∞" in charts["by-prompt"].body
     assert "e infinite" in charts["by-prompt"].description
 
