@@ -46,7 +46,8 @@ def both_lists(
     Returns
     -------
     pl.DataFrame
-        Schema `BOTH_LISTS`. Null is what a side does not list; ranks count from 1; log-probabilities in nats.
+        Schema `BOTH_LISTS`. Null is what a side does not list; ranks count from 1, null of what Q was asked for
+        by name; log-probabilities in nats.
 
     Raises
     ------
@@ -153,7 +154,9 @@ def _frame(side_p: KeyedList, side_q: KeyedList) -> pl.DataFrame:
     for place, (key, one) in enumerate(zip(side_q.keys, side_q.candidates, strict=True)):
         if place not in taken and (key is None or (key not in named and place_q[key] == place)):
             rows.append(_row(None, one, None, place, key is None))
-    return pl.DataFrame(rows, schema=BOTH_LISTS)
+    found = pl.DataFrame(rows, schema=BOTH_LISTS)
+    # What Q was asked for by name stands behind its k best, at a place that nobody knows.
+    return found.with_columns(rank_q=pl.when(pl.col("rank_q") <= side_q.n_best).then("rank_q"))
 
 
 def _row(
