@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -174,14 +174,22 @@ class Survey:
         return cls(q.spreads(), twice.spreads(), bare, masses, prompt_counts)
 
     @classmethod
-    def total(cls, parts: Sequence[Survey]) -> Survey:
-        """Of all files, in the order of the parts."""
+    def total(cls, parts: Iterable[Survey]) -> Survey:
+        """Of all files, in the order of the parts; the keys that each part names are joined as it comes."""
+        numbers: list[Survey] = []
+
+        def counts() -> Iterator[AlignmentDiagnostic]:
+            for part in parts:
+                numbers.append(replace(part, counts=AlignmentDiagnostic()))
+                yield part.counts
+
+        total = AlignmentDiagnostic.total(counts())
         return cls(
-            Spreads.total([part.spread for part in parts]),
-            Spreads.total([part.twice for part in parts]),
-            AlignmentDiagnostic.total([part.counts for part in parts]),
-            np.concatenate([np.zeros((0, 3)), *(part.masses for part in parts)]),
-            CountEvidence.total(part.prompt_counts for part in parts),
+            Spreads.total([part.spread for part in numbers]),
+            Spreads.total([part.twice for part in numbers]),
+            total,
+            np.concatenate([np.zeros((0, 3)), *(part.masses for part in numbers)]),
+            CountEvidence.total(part.prompt_counts for part in numbers),
         )
 
     def priors(self) -> Priors:
@@ -227,7 +235,6 @@ class Surveyed:
     ``noted`` is what the files say beside the numbers. ``files`` are kept for whole vocabularies alone.
     """
 
-    survey: Survey
     q: Ways
     twice: Ways
     n_odd: int
@@ -238,8 +245,8 @@ class Surveyed:
 
 def survey_part(
     files: Sequence[InputFile], comparison: Comparison, stores: Stores, on_file: Callable[[], None]
-) -> Surveyed:
-    """The first pass over some files."""
+) -> tuple[Survey, Surveyed]:
+    """The first pass over some files: what they say of all, and what the second pass takes up."""
     sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
     parsed_files: list[ResponseFile] = []
     for file in read_ahead(files):
@@ -273,7 +280,7 @@ def survey_part(
     of_q, of_twice = _both_ways(q, comparison.config.candidates), _both_ways(twice, keep_lists=False)
     survey = Survey.of(of_q.both, of_twice.both, CountEvidence.total(prompt_counts))
     whole = parsed_files if comparison.config.full_vocabulary else []
-    return Surveyed(survey, of_q, of_twice, n_odd, noted, list(map(FileTexts.of, parsed_files)), whole)
+    return survey, Surveyed(of_q, of_twice, n_odd, noted, list(map(FileTexts.of, parsed_files)), whole)
 
 
 def _both_ways(pairs: Sequence[tuple[Asked, Asked]], keep_lists: bool) -> Ways:

@@ -66,7 +66,7 @@ def measure_files(
     parts = list(_parts(files, PART_FILES if cluster is None else CLUSTER_PART_FILES))
     passes = _passes(parts, comparison, stores, folder, cluster)
     with ProgressReporter("files surveyed", len(files)) as progress:
-        survey = Survey.total(list(passes.surveys(progress)))
+        survey = Survey.total(passes.surveys(progress))
     diagnostic = survey.diagnostic()
     verdict = diagnostic.verdict()
     if verdict.level == "refuse" and not comparison.config.force:
@@ -109,11 +109,11 @@ class _InProcess:
 
     def surveys(self, progress: ProgressReporter) -> Iterator[Survey]:
         done = partial(progress.advance, 1)
-        for surveyed in _side_by_side(
+        for survey, surveyed in _side_by_side(
             lambda part: survey_part(part.files, self._comparison, self._stores, done), self._parts
         ):
             self._kept.add(surveyed)
-            yield surveyed.survey
+            yield survey
 
     def measured(self, priors: Priors, progress: ProgressReporter) -> Iterator[Measured]:
         places = [part_files(self._folder, part, self._comparison) for part in self._parts]
@@ -214,7 +214,8 @@ class Tables(NamedTuple):
 @task(name="survey", cache_policy=NO_CACHE, persist_result=False)
 def survey_on_worker(part: Part, comparison: Comparison) -> Survey:
     """The first pass over some files."""
-    return survey_part(part.files, comparison, comparison.folder.stores(), _nothing).survey
+    survey, _ = survey_part(part.files, comparison, comparison.folder.stores(), _nothing)
+    return survey
 
 
 @task(name="measure", cache_policy=NO_CACHE, persist_result=False)
@@ -222,7 +223,7 @@ def measure_on_worker(part: Part, priors: Priors, comparison: Comparison) -> Tab
     """The second pass over some files, which are read again: what the first read may be on another worker."""
     with scratch_folder() as scratch:
         stores = comparison.folder.stores()
-        surveyed = survey_part(part.files, comparison, stores, _nothing)
+        _, surveyed = survey_part(part.files, comparison, stores, _nothing)
         measured = measure_part(surveyed, part_files(scratch, part, comparison), priors, comparison, stores)
         (place,) = measured.parts
         paths = [path for path in place if path is not None]

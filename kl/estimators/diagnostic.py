@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -66,22 +66,21 @@ class AlignmentDiagnostic:
 
     @classmethod
     def total(cls, parts: Iterable[AlignmentDiagnostic]) -> AlignmentDiagnostic:
-        """The sum of many, with each set of keys built once."""
-        known = tuple(parts)
-        by_id, by_bytes, by_text = (sum(part.n_by_key[kind] for part in known) for kind in range(3))
+        """The sum of many, each let go when the next comes: what grows is the one set of keys of either side."""
+        counted = ("n_positions", "n_shared", "n_listed", "shared_mass_p", "ambiguous_mass_p", "ambiguous_mass_q")
+        counted += ("n_top_absent", "n_pairs", "n_mismatches")
+        sums: dict[str, Any] = dict.fromkeys(counted, 0)
+        by_key = [0, 0, 0]
+        keys_p, keys_q = set[Key](), set[Key]()
+        for part in parts:
+            for name in counted:
+                sums[name] += getattr(part, name)
+            by_key = [one + other for one, other in zip(by_key, part.n_by_key, strict=True)]
+            keys_p |= part.keys_p
+            keys_q |= part.keys_q
+        by_id, by_bytes, by_text = by_key
         return cls(
-            n_positions=sum(part.n_positions for part in known),
-            n_shared=sum(part.n_shared for part in known),
-            n_listed=sum(part.n_listed for part in known),
-            shared_mass_p=sum(part.shared_mass_p for part in known),
-            ambiguous_mass_p=sum(part.ambiguous_mass_p for part in known),
-            ambiguous_mass_q=sum(part.ambiguous_mass_q for part in known),
-            n_top_absent=sum(part.n_top_absent for part in known),
-            n_pairs=sum(part.n_pairs for part in known),
-            n_mismatches=sum(part.n_mismatches for part in known),
-            n_by_key=(by_id, by_bytes, by_text),
-            keys_p=frozenset[Key]().union(*(part.keys_p for part in known)),
-            keys_q=frozenset[Key]().union(*(part.keys_q for part in known)),
+            **sums, n_by_key=(by_id, by_bytes, by_text), keys_p=frozenset[Key](keys_p), keys_q=frozenset[Key](keys_q)
         )
 
     @property
