@@ -8,7 +8,7 @@ that the other side names, one that the other side holds open too, or one that t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from kl.estimators.list_checks import check_lengths, check_lists, check_wanted, 
 from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
+from kl.estimators.matching.padded import Padded
 from kl.estimators.matching.places import distinct, places_in, repeats
 from kl.estimators.matching.rows import (
     MatchedRow,
@@ -159,7 +160,7 @@ class _Matching:
     def aligned(self) -> Aligned:
         """What the rows have in common, and the special ones by all the rules."""
         n_best = self._best_q.lengths
-        p, q = _Padded.of(self._sides.lists_p, self._keys_p), _Padded.of(self._sides.lists_q, self._keys_q, n_best)
+        p, q = Padded.of(self._sides.lists_p, self._keys_p), Padded.of(self._sides.lists_q, self._keys_q, n_best)
         repeated = repeats(p.all_keys) | repeats(q.all_keys)
         ambiguous = self._ambiguous(repeated, self._namesakes(p))
         special = repeated | self._special(p, q, ambiguous)
@@ -206,14 +207,14 @@ class _Matching:
             | {key for row in rows.values() for key in row.q.keys[: len(row.q.keys) - row.q.n_wanted]},
         )
 
-    def _sampled(self, p: _Padded, q: _Padded) -> tuple[FloatArray, FloatArray, BoolArray]:
+    def _sampled(self, p: Padded, q: Padded) -> tuple[FloatArray, FloatArray, BoolArray]:
         """Of the token that P sampled: its value under P and Q, and whether it has a key."""
         logp = p.value_of(self._wanted, _known(self._sides.sampled_p))
         same = (self._own == self._wanted) & (self._own >= 0)
         own_q = np.where(same, _known(self._sides.sampled_q), np.nan)
         return logp, q.value_of(self._wanted, own_q), self._wanted >= 0
 
-    def _namesakes(self, p: _Padded) -> BoolArray:
+    def _namesakes(self, p: Padded) -> BoolArray:
         """Where `namesakes` may find a key: the sampled token and a listed one have one by text, and two ids."""
         lists, sampled = self._sides.lists_p, self._sides.sampled_p
         found = np.zeros(len(lists), dtype=np.bool_)
@@ -239,7 +240,7 @@ class _Matching:
             found.setdefault(int(self._sides.response[row]), set()).update(several)
         return {response: frozenset(keys) for response, keys in found.items() if keys}
 
-    def _special(self, p: _Padded, q: _Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:
+    def _special(self, p: Padded, q: Padded, ambiguous: dict[int, frozenset[Key | None]]) -> BoolArray:
         """The rows that one of the rules for single cases may concern, those with a repeated key aside."""
         special = self._evidence.doubtful & self._by_id
         special |= p.open_ties | q.open_ties | (self._is_stop & ~self._by_id)
@@ -282,7 +283,7 @@ class _Matching:
             found[row] = match_row(side_p, side_q, *samples, unclear, by_role=choice.key == "text")
         return found
 
-    def _all_keys(self, side: _Padded, special: BoolArray) -> frozenset[Key]:
+    def _all_keys(self, side: Padded, special: BoolArray) -> frozenset[Key]:
         """What the lists name in the rows that no rule for single cases concerns."""
         keys = side.best_keys()
         by_id, by_bytes = (distinct(keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
@@ -305,74 +306,6 @@ class _Ids:
 
     def of(self, numbers: Codes) -> IntArray:
         return numbers.astype(np.int64) if self._known is None else self._known[numbers]
-
-
-@dataclass(frozen=True, slots=True)
-class _Padded:
-    """One side of T rows: keys and logarithms of the tokens that have a key, shape (T, K), and of the open ones.
-
-    ``all_keys``, shape (T, L), are those of all entries. ``open_ties``, shape (T,): two open entries have one value.
-    ``n_wanted``, shape (T,): how many of the last tokens with a key are not of the k best. Those without a key that are
-    not are left out: ``open_wanted``, shape (T,), is their mass.
-    """
-
-    keys: Codes
-    logs: FloatArray
-    open_logs: FloatArray
-    all_keys: Codes
-    open_ties: BoolArray
-    n_wanted: IntArray
-    open_wanted: FloatArray
-
-    @classmethod
-    def of(cls, lists: TopLists, keys: Codes, n_best: IntArray | None = None) -> _Padded:
-        all_keys = lists.padded(keys, NO_KEY)
-        logs = lists.entries.logprobs
-        is_open = keys < 0
-        n_wanted = lists.lengths - (lists.lengths if n_best is None else n_best)
-        if not is_open.any():
-            nothing, none = np.full((len(lists), 1), -np.inf), np.zeros(len(lists), dtype=np.bool_)
-            return cls(all_keys, lists.padded(logs, -np.inf), nothing, all_keys, none, n_wanted, np.zeros(len(lists)))
-        open_wanted = np.zeros(len(lists))
-        named, is_kept_open = lists.kept(~is_open), is_open
-        if n_wanted.any():
-            rows = lists.rows
-            is_wanted = np.arange(len(rows)) >= (lists.offsets[1:] - n_wanted)[rows]
-            left_out = is_wanted & is_open
-            n_wanted = n_wanted - np.bincount(rows[left_out], minlength=len(lists))
-            open_wanted = np.bincount(rows[left_out], np.exp(logs[left_out]), len(lists)).astype(np.float64)
-            is_kept_open = is_open & ~is_wanted
-        others = lists.kept(is_kept_open)
-        open_logs = others.padded(logs[is_kept_open], -np.inf)
-        ties = (open_logs[:, 1:] == open_logs[:, :-1]) & np.isfinite(open_logs[:, 1:])  # they fall
-        return cls(
-            named.padded(keys[~is_open], NO_KEY),
-            named.padded(logs[~is_open], -np.inf),
-            open_logs,
-            all_keys,
-            ties.any(axis=1),
-            n_wanted,
-            open_wanted,
-        )
-
-    def best_keys(self) -> Codes:
-        """The keys of the k best, shape (T, K)."""
-        if not self.n_wanted.any():
-            return self.keys
-        n_best = np.count_nonzero(self.keys >= 0, axis=1) - self.n_wanted
-        columns = np.arange(self.keys.shape[1], dtype=np.int64)
-        return np.where(columns < n_best[:, None], self.keys, NO_KEY).astype(np.int32)
-
-    @property
-    def top_open(self) -> BoolArray:
-        largest = self.open_logs[:, 0]
-        return np.isfinite(largest) & (largest >= self.logs[:, 0])
-
-    def value_of(self, keys: Codes, otherwise: FloatArray) -> FloatArray:
-        """The value of one key a row, shape (T,)."""
-        same = (self.keys == keys[:, None]) & (keys >= 0)[:, None]
-        at = same.argmax(axis=1)
-        return np.where(same.any(axis=1), self.logs[np.arange(len(at)), at], otherwise)
 
 
 def _known(sampled: Entries) -> FloatArray:
