@@ -187,7 +187,7 @@ def store(asked: Sequence[ScoreRequest], path: Path, folder: Path, size: int, re
     async def all_groups(to: Path) -> None:
         stores = OutputFolder(to).stores()
         for request in asked:
-            await store_answers(answers(request), [(request.prompt.prompt_id, request)], stores, lambda _: None)
+            await store_answers(answers(request), [(request.prompt.prompt_id, request)], stores, lambda *_: None)
 
     def work() -> None:
         asyncio.run(all_groups(folder / "out"))

@@ -255,7 +255,7 @@ def test_a_name_that_errors_quote_is_no_daily_quota(name, make_vertex_world, res
         monkeypatch.setenv(variable, value)
     world.faults.names = name
     world.faults.row_error_rate, world.faults.failing_rate = 0.3, 0.1
-    world.faults.http = {kind: {"429": 0.2} for kind in ("create", "get", "list", "storage")}
+    world.faults.http_script = {kind: ["429", None, "429"] for kind in ("create", "get", "list", "storage")}
     chosen = options(project_id=name, bucket_name=name, max_attempts=6)
     groups = [[request_for(response, VertexBatchBackend, chosen)] for response in asked]
     results = score_all(VertexBatchBackend(chosen, tmp_path / "state"), groups)
