@@ -69,7 +69,8 @@ flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / csv_files report_file tables two_runs
 flows.commands          many_runs figures run
-flows                   list_backends checkout notify / convert sample / analyze clean / run / pipeline
+flows.doors             backends
+flows                   checkout notify / convert sample / analyze clean / run / pipeline
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened

@@ -99,7 +99,7 @@ def test_a_backend_of_the_document_is_installed_and_runs_by_configuration_alone(
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "bigram.yaml").write_text(code_blocks(WRITING_A_BACKEND, "yaml")[0])
 
-    (listed,) = json.loads(run([str(python), "-m", "flows.list_backends", "bigram", "--json"], tmp_path, environment))
+    (listed,) = json.loads(run([str(python), "-m", "flows.backends", "bigram", "--json"], tmp_path, environment))
     assert (listed["origin"], listed["roles"], listed["problem"]) == ("tokenkl-bigram 0.1.0", "Q", None)
     command = [str(python), "-m", "flows.run", "--config", "bigram.yaml"]
     smoothing = "backend.smoothing  (number, above 0; default 0.1)"

@@ -1,4 +1,4 @@
-"""``python -m flows.list_backends``: which backends there are, and what each can do, needs and is told."""
+"""``python -m flows.backends``: which backends there are, and what each can do, needs and is told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="python -m flows.list_backends", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = Parser(prog="python -m flows.backends", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help="Describe these in full. Default: all, in short.")
     parser.add_argument("--json", action="store_true", help="Everything, as JSON.")
     called = parser.parse_args(arguments)

@@ -81,8 +81,7 @@ def resolve_sampling(config: SampleConfig) -> tuple[type[Backend], BackendOption
     can = backend.capabilities
     if not can.samples:
         raise ConfigError(
-            f"the backend {config.backend.name} does not write responses; "
-            "python -m flows.list_backends lists those that do."
+            f"the backend {config.backend.name} does not write responses; python -m flows.backends lists those that do."
         )
     if config.sampling.top_logprobs > can.max_top_logprobs:
         raise ConfigError(

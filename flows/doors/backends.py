@@ -1,4 +1,4 @@
-"""Which backends there are: ``python -m flows.list_backends``."""
+"""Which backends there are: ``python -m flows.backends``."""
 
 from __future__ import annotations
 
