@@ -66,12 +66,11 @@ def both_lists(
     if not (own[0] and own[1]):
         return _frame(_unmatched(own[0]), _unmatched(own[1]))
     # What the run decided by: the positions that were measured, and this one.
-    used = [pair for row, pair in zip(lists, pairs, strict=True) if row["k_p"] is not None] or [own]
+    places = [place for place, row in enumerate(lists) if row["k_p"] is not None] or [position]
+    used, sampled = [pairs[place] for place in places], [_sampled(lists[place]) for place in places]
     of_p, of_q = [pair[0] for pair in used], [pair[1] for pair in used]
     readers = byte_functions(of_p, of_q)
-    by = stated or choose_key(of_p, of_q, *readers).key
-    sampled = [_sampled(row) for row in lists if row["k_p"] is not None] or [_sampled(lists[position])]
-    matching = _Matching(by, readers, used, sampled)
+    matching = _Matching(stated or choose_key(of_p, of_q, *readers).key, readers, used, sampled)
     return _frame(*matching.sides(lists[position], own))
 
 
@@ -128,14 +127,14 @@ class _Matching(NamedTuple):
             for found in (keys_of_several(keyed(of_p, key_p)), keys_of_several(keyed(of_q, key_q)))
             for key in found
         )
-        if self.by != "id":
-            pairs = zip(self.used, self.sampled, strict=True)
-            unclear = unclear.union(*(namesakes(keyed(lists[0], key_p), Sample(one, key_p)) for lists, one in pairs))
         if self.by == "id":
             unclear |= contradicted_ids(*own, *self.readers)
-        elif row["is_stop"]:
-            samples = Sample(_sampled(row), key_p), Sample(None, key_q)
-            side_p, side_q, _ = with_one_stop(side_p, side_q, samples)
+        else:
+            pairs = zip(self.used, self.sampled, strict=True)
+            unclear = unclear.union(*(namesakes(keyed(lists[0], key_p), Sample(one, key_p)) for lists, one in pairs))
+            if row["is_stop"]:
+                samples = Sample(_sampled(row), key_p), Sample(None, key_q)
+                side_p, side_q, _ = with_one_stop(side_p, side_q, samples)
         return clear_sides(side_p, side_q, unclear, by_role=self.by == "text")
 
 
