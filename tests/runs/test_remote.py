@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import webbrowser
 from pathlib import Path
@@ -111,11 +112,13 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     assert reread.code == 3, reread.err
     assert len(world.jobs) == n_jobs
     assert world.objects.read("gs://data/reread/tokens.parquet") == world.objects.read(f"{OUT}/tokens.parquet")
+    others = [shutil.copytree(tmp_path / "out", tmp_path / name) for name in ("copy", "another")]
     many = (
         "--compare",
         OUT,
         tmp_path / "out",
         "gs://data/reread",
+        *others,
         "--csv",
         "gs://data/many",
         "--figures",
@@ -123,7 +126,8 @@ def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: Vertex
     )
     table = run_program("flows.analyze", *many, env=env)
     assert table.code == 0, table.err
-    assert pl.read_csv(world.objects.read("gs://data/many/candidates.csv"))["run"][0] == OUT
+    ranked = pl.read_csv(world.objects.read("gs://data/many/candidates.csv"))["run"]
+    assert (ranked[0], len(ranked)) == (OUT, 5)
     assert world.objects.read("gs://data/many/candidates.png").startswith(b"\x89PNG")
     opened: list[str] = []
     webbrowser.register("recorder", None, _Recorder(opened), preferred=True)
