@@ -344,6 +344,13 @@ class Backend(ABC):
         """
         raise ConfigError(f"{cls.__name__} keeps no raw rows.")
 
+    def stop_asking(self, why: str) -> bool:
+        """Send nothing more, and let what is in flight be answered: what is left over fails as ``not-asked``.
+
+        Returns whether it does so; a backend for which nothing is lost when it is cut short need not.
+        """
+        return False
+
     async def interrupted(self) -> str | None:
         """Settle what must be settled when the user stops a run; returns one line on what goes on elsewhere.
 

@@ -11,6 +11,7 @@
     │   ├── RetryableBackendError          may succeed when repeated; `retry_after_s` if the service said
     │   ├── ModelNotUsableError (also ConfigError)  exists not, gives no logprobs, or refuses a prefill
     │   ├── StatusError                    a refusal that repeating does not mend (backends.service.retry)
+    │   ├── AskingStoppedError             no more is asked in this run (backends.service.breaker)
     │   ├── DailyQuotaError                final for today (backends.vertex.service.retry)
     │   ├── JobGivenUpError                a job that is not waited for any more (backends.vertex.jobs.rounds)
     │   ├── ListError                      a list that is no distribution (backends.openai_compatible.answers)

@@ -43,7 +43,7 @@ backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
-backends.service        bought limit merging retry
+backends.service        bought merging retry / breaker / limit
 backends.openai_compatible client presets / answers found server vocabulary / asking options
 backends.openai_compatible proofs wanted / scoring / sampling / backend
 backends.vertex         status / wire / answers prices / samples options

@@ -57,6 +57,7 @@ class OpenAICompatibleBackend(Backend):
         self._found: dict[str, Found] = {} if options.found is None else {options.found.model: options.found}
         self._scorers: dict[str, Scorer] = {}
         self._looking = asyncio.Lock()
+        self._stopped: str | None = None
         self._calls: Counter[str] = Counter()
         self._bought = BoughtAnswers(state_dir)
 
@@ -203,10 +204,19 @@ class OpenAICompatibleBackend(Backend):
             if model not in self._scorers:
                 found = self._found[model]
                 limit = CallLimit(in_flight(found, self.options))
+                if self._stopped is not None:
+                    limit.stop(self._stopped)
                 version = version_of(found)
                 made = Scorer(self._client, self.options, found, limit, self._calls, version, self._bought)
                 self._scorers[model] = await made.prepare()
             return self._scorers[model]
+
+    def stop_asking(self, why: str) -> bool:
+        """Make no further call; those in flight are answered."""
+        self._stopped = why
+        for scorer in self._scorers.values():
+            scorer.limit.stop(why)
+        return True
 
     async def rendered_prompt(self, prompt: Prompt, model: str) -> str | None:
         """What the model is given for a prompt, where the server lends its tokenizer.

@@ -27,11 +27,12 @@ from backends.openai_compatible.client import Json
 from backends.openai_compatible.presets import SPELLINGS
 from backends.openai_compatible.scoring import Scorer
 from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of, raw_text
+from backends.service.breaker import NOT_ASKED
 from kl.records import END_TOKENS, Candidate, Position, Response, Sampling, ScoreFailure
 
 _SEEDS = 2**31
 # Failures of the calls that follow an answer, and of one server among several: the answer is kept for another try.
-_ASKED_ANEW = ("deadline", "refused", "server-changed")
+_ASKED_ANEW = ("deadline", "refused", "server-changed", NOT_ASKED)
 _PART = "\ufffd"
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -24,6 +25,7 @@ from backends.openai_compatible.proofs import asker_of, vocabulary_of
 from backends.openai_compatible.vocabulary import ServerVocabulary, messages_of, raw_text
 from backends.openai_compatible.wanted import check_can, entries_of, lacking, values_of, wanted_ids
 from backends.service.bought import BoughtAnswers
+from backends.service.breaker import NOT_ASKED, AskingStoppedError, Breaker
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.service.retry import StatusError, with_retries
@@ -80,6 +82,10 @@ class Scorer:
     bought: BoughtAnswers
     vocabulary: ServerVocabulary | None = field(default=None, init=False)
     asker: Asker = field(init=False)
+    _breaker: Breaker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._breaker = Breaker(self.found.model, self._ask_once, self.options.retry_deadline_s)
 
     async def prepare(self) -> Self:
         """Fetch what each request needs of the server's tokenizer."""
@@ -123,7 +129,10 @@ class Scorer:
         if request.wanted is not None:
             check_can(self.found)
         try:
+            await self._breaker.passed()
             failed, units = await self._prepared(request)
+        except AskingStoppedError as error:
+            failed, units = [ScoreFailure(key, NOT_ASKED, str(error)) for key in request.keys], []
         except PromptRefusedError as error:
             failed, units = [ScoreFailure(key, "prompt-refused", str(error), final=True) for key in request.keys], []
         except (StatusError, RetryableBackendError) as error:
@@ -286,10 +295,11 @@ class Scorer:
         """One call within the limit, repeated while it may; counts its outcome."""
         again = False
 
-        async def attempt() -> Any:
+        async def once() -> Any:
             nonlocal again
             before, again = again, True
             async with self.limit.slot(first=before):
+                await self._breaker.passed()
                 try:
                     answer = await call()
                 except RetryableBackendError as error:
@@ -304,10 +314,19 @@ class Scorer:
                     raise
             self.calls["answered"] += 1
             self.limit.note(throttled=False)
+            self._breaker.answered()
             return answer
 
-        deadline_s = self.options.retry_deadline_s
+        deadline_s, attempt = self.options.retry_deadline_s, partial(self._breaker.repeated, once)
         return await with_retries(attempt, what=what, deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S)
+
+    async def _ask_once(self) -> None:
+        """One tiny request, whatever it is answered."""
+        body: dict[str, Any] = {"model": self.found.model, "max_tokens": 1}
+        if self.found.route in ("prefill", "write") and self.options.template != "none":
+            await self.client.post("chat/completions", body | {"messages": [{"role": "user", "content": "Hi"}]})
+        else:
+            await self.client.post("completions", body | {"prompt": "Hi"})
 
     def check_server(self, told: Told) -> None:
         """Refuse the answer of another server, or of another model, than was proven.
@@ -328,6 +347,8 @@ class Scorer:
 
     def failure(self, error: Exception) -> Failed:
         """Why a call has no answer."""
+        if isinstance(error, AskingStoppedError):
+            return Failed(NOT_ASKED, str(error))
         if isinstance(error, RetryableBackendError):
             return Failed("deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
         if isinstance(error, StatusError):

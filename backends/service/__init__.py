@@ -1,1 +1,1 @@
-"""What calls to any service need: a limit that adapts, retries, many iterators as one."""
+"""What calls to any service need: a limit that adapts, retries, an end where all is refused, many iterators as one."""

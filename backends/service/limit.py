@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+from backends.service.breaker import AskingStoppedError
+
 # A few throttled calls in a hundred are repeated and that is all; a quarter of a window means too high a rate.
 _TOO_MANY_THROTTLED = 0.25
 _FEW_THROTTLED = 0.1
@@ -26,6 +28,7 @@ class CallLimit:
         self._in_flight = 0
         self._answers = 0
         self._throttled = 0
+        self._stopped: str | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
@@ -34,13 +37,24 @@ class CallLimit:
 
         A call that is repeated belongs first: at the back it would come to its turn when little else is left to do, and
         the last calls of a run would be made one after the other.
+
+        Raises
+        ------
+        AskingStoppedError
+            If no further call may be made.
         """
         await self._take(first)
         try:
+            if self._stopped is not None:
+                raise AskingStoppedError(self._stopped)
             yield
         finally:
             self._in_flight -= 1
             self._hand_on()
+
+    def stop(self, why: str) -> None:
+        """Let no further call be made; those in flight end as they end."""
+        self._stopped = why
 
     async def _take(self, first: bool) -> None:
         if self._in_flight < self.now and not self._waiting:

@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
+from backends.service.breaker import NOT_ASKED, AskingStoppedError, Breaker
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.service.retry import StatusError
 from backends.vertex import answers, samples, wire
 from backends.vertex.gemini import GeminiBackend
 from backends.vertex.options import NEEDS, VertexOnlineOptions
+from backends.vertex.service.calls import ask_once
 from backends.vertex.service.client import check_location, developer_calls, model_calls, require_project
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError, translated, with_retries
@@ -57,6 +59,7 @@ class VertexOnlineBackend(GeminiBackend):
             self._project = require_project(options.project_id)
             self._location = check_location(options.location)
         self._calls: Counter[str] = Counter()
+        self._breakers: dict[str, Breaker] = {}
 
     async def __aenter__(self) -> Self:
         self._limit = CallLimit(self.options.max_concurrent)
@@ -121,6 +124,8 @@ class VertexOnlineBackend(GeminiBackend):
                 logger.error("%s", error)
             self._quota_used[base] = str(error)
             return ScoreFailure(key, "daily-quota", str(error))
+        except AskingStoppedError as error:
+            return ScoreFailure(key, NOT_ASKED, str(error))
         except RetryableBackendError as error:
             return ScoreFailure(key, "deadline", f"{error}; given up after {self.options.retry_deadline_s:g} s.")
         except StatusError as error:
@@ -130,17 +135,29 @@ class VertexOnlineBackend(GeminiBackend):
 
     def _attempts(self, call: _Call[A]) -> Callable[[], Awaitable[A | ScoreFailure]]:
         """Each call starts an attempt; all but the first go before what waits."""
-        again = False
+        again, breaker = False, self._breaker(call.model)
 
-        async def attempt() -> A | ScoreFailure:
+        async def once() -> A | ScoreFailure:
             nonlocal again
             before, again = again, True
-            return await self._call(call, again=before)
+            return await self._call(call, breaker, again=before)
 
-        return attempt
+        return partial(breaker.repeated, once)
 
-    async def _call(self, call: _Call[A], *, again: bool) -> A | ScoreFailure:
+    def _breaker(self, model: str) -> Breaker:
+        base, deadline_s = wire.model_id(model), self.options.retry_deadline_s
+        if base not in self._breakers:
+            self._breakers[base] = Breaker(base, partial(ask_once, self._models, model, deadline_s), deadline_s)
+        return self._breakers[base]
+
+    def stop_asking(self, why: str) -> bool:
+        """Make no further call; those in flight are answered."""
+        self._limit.stop(why)
+        return True
+
+    async def _call(self, call: _Call[A], breaker: Breaker, *, again: bool) -> A | ScoreFailure:
         async with self._limit.slot(first=again):
+            await breaker.passed()
             if (used := self._quota_used.get(wire.model_id(call.model))) is not None:
                 raise DailyQuotaError(used)
             try:
@@ -158,6 +175,7 @@ class VertexOnlineBackend(GeminiBackend):
                 raise
         self._calls["answered"] += 1
         self._limit.note(throttled=False)
+        breaker.answered()
         return result
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from backends.base import Backend, Sample, SampleRequest
+from backends.service.breaker import NOT_ASKED
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
@@ -27,7 +28,7 @@ from kl.records import ScoreFailure
 logger = logging.getLogger("flows.sample")
 
 # Reasons of failures that another request would meet at once.
-_NOT_AGAIN = frozenset({"daily-quota", "refused", "deadline"})
+_NOT_AGAIN = frozenset({"daily-quota", "refused", "deadline", NOT_ASKED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ class Faults:
     ----------
     throttled : int
         How many of the next requests for lists are answered with 429.
+    refused_after : int, optional
+        From how many requests for lists on all are answered with 401.
     shift : bool
         A prompt's lists lose their first, as where a prompt is cut.
     logits, processed : bool
@@ -66,6 +68,7 @@ class Faults:
     """
 
     throttled: int = 0
+    refused_after: int | None = None
     shift: bool = False
     logits: bool = False
     processed: bool = False
@@ -146,6 +149,10 @@ class VllmShaped:
             if path.startswith("/v1") and self.faults.throttled > 0:
                 self.faults.throttled -= 1
                 return web.json_response({"error": {"message": "slow down", "type": "rate_limit"}}, status=429)
+            if path.startswith("/v1") and self.faults.refused_after is not None:
+                self.faults.refused_after -= 1
+                if self.faults.refused_after < 0:
+                    return web.json_response({"error": {"message": "bad key", "type": "auth"}}, status=401)
             if not path.startswith("/v1") and self.faults.no_tokenizer:
                 return web.json_response({"detail": "Not Found"}, status=404)
             if body.get("model", MODEL) != MODEL:

@@ -21,6 +21,7 @@ STATUS = {
     503: "UNAVAILABLE",
 }
 MESSAGE = {
+    401: "Request had invalid authentication credentials.",
     403: "The caller does not have permission to do this.",
     429: "Resource exhausted. Please try again later. Please refer to "
     "https://cloud.google.com/vertex-ai/generative-ai/docs/error-code-429 for more details.",

@@ -18,7 +18,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from backends.errors import BackendError, ConfigError, RetryableBackendError
 from backends.service.retry import StatusError
-from backends.vertex.service.retry import translated, with_retries
+from backends.vertex.service.retry import RENEWAL_S, translated, with_retries
 
 T = TypeVar("T")
 
@@ -175,12 +175,14 @@ class BatchBucket:
             async with places:
                 return await asyncio.to_thread(operation)
 
+        renewal_s = RENEWAL_S if self._client is not None else 0.0  # of wrong ones the first look shall tell at once
         try:
-            return await with_retries(attempt, what=what, deadline_s=self._deadline_s)
+            return await with_retries(attempt, what=what, deadline_s=self._deadline_s, renewal_s=renewal_s)
         except StatusError as error:
             if error.status in (401, 403):
-                raise BackendError(
-                    f"{error}. Grant roles/storage.admin (or objectAdmin on an existing bucket) on {self.name}."
+                raise StatusError(
+                    f"{error}. Grant roles/storage.admin (or objectAdmin on an existing bucket) on {self.name}.",
+                    status=error.status,
                 ) from error
             raise
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import google.auth
 import google.auth.transport.requests
@@ -16,7 +17,9 @@ from backends.errors import BackendError, RetryableBackendError
 from backends.service.retry import StatusError
 from backends.vertex.service.access_token import SCOPE
 from backends.vertex.service.client import api_version, base_url
-from backends.vertex.service.retry import with_retries
+from backends.vertex.service.retry import RENEWAL_S, with_retries
+
+T = TypeVar("T")
 
 PENDING_STATES = frozenset({"UNSPECIFIED", "QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"})
 # Rows that finished are written and billed in all of these.
@@ -109,20 +112,16 @@ class BatchJobs:
                 raise RetryableBackendError("the answer cannot be read") from error
             return _from_sdk(job)
 
-        return await with_retries(attempt, what=f"create batch job {display_name}", deadline_s=self._deadline_s)
+        return await self._repeated(attempt, f"create batch job {display_name}")
 
     async def find(self, display_name: str) -> list[RemoteJob]:
         """The jobs of a display name, oldest first."""
-        return await with_retries(
-            lambda: self._list(display_name), what=f"look for batch job {display_name}", deadline_s=self._deadline_s
-        )
+        return await self._repeated(lambda: self._list(display_name), f"look for batch job {display_name}")
 
     async def get(self, name: str) -> RemoteJob | None:
         """The present state of a job; None if it does not exist (any more)."""
         try:
-            return await with_retries(
-                lambda: self._get(name), what=f"read batch job {name}", deadline_s=self._deadline_s
-            )
+            return await self._repeated(lambda: self._get(name), f"read batch job {name}")
         except StatusError as error:
             if error.status == 404:
                 return None
@@ -130,11 +129,10 @@ class BatchJobs:
 
     async def cancel(self, name: str) -> None:
         """Ask the service to cancel a job; it goes on for a while and keeps what it finished."""
-        await with_retries(
-            lambda: self._client.aio.batches.cancel(name=name),
-            what=f"cancel batch job {name}",
-            deadline_s=self._deadline_s,
-        )
+        await self._repeated(lambda: self._client.aio.batches.cancel(name=name), f"cancel batch job {name}")
+
+    async def _repeated(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        return await with_retries(call, what=what, deadline_s=self._deadline_s, renewal_s=RENEWAL_S)
 
     async def _get(self, name: str) -> RemoteJob:
         try:

@@ -16,6 +16,7 @@ from typing import Any
 from backends.base import NOT_SUBMITTED, WAITING
 from backends.errors import BackendError, ModelNotUsableError, RetryableBackendError
 from backends.scores.raw_log import RawLog
+from backends.service.breaker import NOT_ASKED, AskingStoppedError
 from backends.service.retry import StatusError
 from backends.vertex.jobs.bucket import BatchBucket, OtherContentError, lacks_shards
 from backends.vertex.jobs.ledger import JobEntry, JobLedger, job_paths
@@ -36,7 +37,9 @@ _POLL_SHARE = 0.125
 _OUTPUT_POLL_S = 2.0
 _UPLOAD_NAMES = 5
 # What passes by itself: a later look may find an answer.
-_PASSING_REASONS = frozenset({"daily-quota", "deadline", "unknown-state", "service-error", "refused"})
+_PASSING_REASONS = frozenset({"daily-quota", "deadline", "unknown-state", "service-error", "refused", NOT_ASKED})
+# Jobs, or uploads for them, that are refused one after the other until no more are tried.
+_REFUSED_IN_A_ROW = 3
 
 
 class JobRounds:
@@ -77,6 +80,8 @@ class JobRounds:
         self._raw = raw
         self._slots = asyncio.Semaphore(options.max_jobs_in_flight)
         self._quota_used = quota_used
+        self._n_refused = 0
+        self._refused: str | None = None
 
     def work(self, rows: RowSet[A], stage: Stage) -> Iterator[BatchWork[A]]:
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
@@ -200,6 +205,7 @@ class JobRounds:
                 return False
         if (used := self._quota_used.get(model_id(work.rows.model))) is not None:
             raise DailyQuotaError(used)
+        self._check_allowed()
         work.given_up = work.attempts == self.options.max_attempts
         return not work.given_up
 
@@ -245,6 +251,8 @@ class JobRounds:
         if isinstance(error, RetryableBackendError):
             given_up = f"given up after {self.options.retry_deadline_s:g} s (retry_deadline_s)"
             return "deadline", f"{error}; {given_up}; the next run takes it up again."
+        if isinstance(error, AskingStoppedError):
+            return NOT_ASKED, str(error)
         if isinstance(error, StatusError):
             return "refused", str(error)
         return "service-error", str(error)
@@ -258,11 +266,32 @@ class JobRounds:
         return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
 
     async def _make(self, entry: JobEntry, rows: RowSet[A], wave: int) -> RemoteJob:
-        uri = await self._upload(entry, rows)
-        destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
-        job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
+        try:
+            uri = await self._upload(entry, rows)
+            self._check_allowed()  # others may have been refused meanwhile
+            destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
+            job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
+        except StatusError as error:
+            self._note_refusal(error)
+            raise
+        self._n_refused = 0
         self._note(job, len(rows.keys), wave)
         return job
+
+    def _check_allowed(self) -> None:
+        if self._refused is not None:
+            raise AskingStoppedError(self._refused)
+
+    def _note_refusal(self, error: StatusError) -> None:
+        if error.status not in (401, 403):
+            return
+        self._n_refused += 1
+        if self._n_refused >= _REFUSED_IN_A_ROW and self._refused is None:
+            self._refused = (
+                f"{error}; {self._n_refused} jobs were refused one after the other, so that no more are made in this "
+                "run. Mend the credentials or rights and run again: it asks for what is missing alone."
+            )
+            logger.error("%s", self._refused)
 
     async def _upload(self, entry: JobEntry, rows: RowSet[A]) -> str:
         # A name may be taken: by the same rows in another order, of a run that was killed before it made the job (files

@@ -80,6 +80,17 @@ async def prove_writes(calls: ModelCalls, model: str, settings: SampleSettings, 
     raise AssertionError("unreachable: the last probe returns or raises")
 
 
+async def ask_once(calls: ModelCalls, model: str, deadline_s: float) -> None:
+    """One tiny request with a prefill, whatever it is answered.
+
+    Raises
+    ------
+    StatusError
+        If it is refused.
+    """
+    await _Proof(calls, model, deadline_s).ask(_PROBE_PREFIX)
+
+
 class _Proof:
     """The tiny requests that prove what a model can do, by what it answers and not by how it refuses."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -32,18 +33,37 @@ _TRANSPORT_ERRORS = (
 )
 
 
+# Credentials that are renewed just now, or a token service that lags, refuse for seconds; wrong ones do so for ever.
+RENEWAL_S = 60.0
+_UNAUTHORIZED = 401
+
+
 class DailyQuotaError(BackendError):
     """A daily limit of the service, such as that of requests with log-probabilities, is used up: final for today."""
 
 
 async def with_retries(
-    call: Callable[[], Awaitable[T]], *, what: str, deadline_s: float, first_wait_s: float = 1.0
+    call: Callable[[], Awaitable[T]],
+    *,
+    what: str,
+    deadline_s: float,
+    first_wait_s: float = 1.0,
+    renewal_s: float = 0.0,
 ) -> T:
-    """As `backends.service.retry.with_retries`, for calls that raise the errors of Google's SDKs."""
+    """As `backends.service.retry.with_retries`, for calls that raise the errors of Google's SDKs.
+
+    For ``renewal_s`` seconds it repeats a call whose credentials are refused, too.
+    """
+    began = time.monotonic()
 
     async def attempt() -> T:
-        with translated(what):
-            return await call()
+        try:
+            with translated(what):
+                return await call()
+        except StatusError as error:
+            if error.status == _UNAUTHORIZED and time.monotonic() - began < renewal_s:
+                raise RetryableBackendError(str(error), status=error.status) from error
+            raise
 
     return await service_retry.with_retries(attempt, what=what, deadline_s=deadline_s, first_wait_s=first_wait_s)
 

@@ -267,6 +267,20 @@ def test_throttled_calls_are_repeated_and_nothing_is_lost(server: VllmShaped) ->
     assert report["calls"] == {"answered": 1, "throttled": 3}
 
 
+def test_a_key_that_is_refused_ends_the_asking(server: VllmShaped, caplog: pytest.LogCaptureFixture) -> None:
+    complete = discovered(options(server, mode="ids", max_concurrent=2, retry_deadline_s=1)).model_dump()
+    n_before, server.faults = len(server.requests), Faults(refused_after=2)
+    results, report = asked(complete, [request_of("It looks blue" + " and blue" * 30)])
+    assert len(results) > 50
+    assert reasons(results) == {"not-asked"}
+    assert len(values([result for result in results if isinstance(result, Score)])) == 2
+    assert report["calls"]["refused"] <= 4
+    asked_for = [path for path, _ in server.requests[n_before:] if path.startswith("/v1")]
+    assert len(asked_for) <= 2 + 4 + 5, "and the tiny requests of a second"
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said.startswith("smol refuses every call (completions: 401 auth: bad key)")
+
+
 def test_an_answer_of_another_server_is_refused(server: VllmShaped) -> None:
     complete = discovered(options(server)).model_dump()
     server.faults = Faults(fingerprint="vllm-0.33.0-other")

@@ -303,6 +303,28 @@ def test_a_call_that_fails_for_long_is_a_failure_of_its_rows_and_the_next_run_go
     assert set(in_vertex_world.rows_bought.values()) == {1}
 
 
+def test_credentials_that_are_refused_while_jobs_are_waited_for_cost_nothing(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"get": ["401"] * 4, "list": [None, *["401"] * 3]}
+    assert all_scored(score(responses(prompts=2, n=1)))
+    assert in_vertex_world.faults.injected["get:401"] == 4
+    assert set(in_vertex_world.rows_bought.values()) == {1}
+
+
+@pytest.mark.parametrize("fault", ["create", "storage.upload"])
+def test_a_service_that_refuses_job_after_job_is_not_asked_for_each(
+    fault: str, in_vertex_world, responses, score, caplog
+) -> None:
+    asked = responses(prompts=6, n=2, max_tokens=3)
+    in_vertex_world.faults.http = {fault: {"403": 1.0}}
+    results = score(asked, max_jobs_in_flight=2)
+    assert {result.reason for result in results.values()} == {"refused", "not-asked"}
+    assert sum(count for name, count in in_vertex_world.faults.injected.items() if "403" in name) <= 4
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "3 jobs were refused one after the other" in said
+    in_vertex_world.faults.http = {}
+    assert all_scored(score(asked))
+
+
 def test_a_job_that_is_refused_fails_its_rows_and_leaves_the_others_alone(in_vertex_world, responses, tmp_path) -> None:
     asked = responses(prompts=2, n=1)
     other = "gemini-9-nano"

@@ -310,14 +310,45 @@ def test_a_token_that_is_refused_early_is_renewed_and_nothing_is_lost(in_vertex_
     assert in_vertex_world.token_requests <= 2 * len(asked) + 2
 
 
+@pytest.mark.parametrize(("status", "most"), [("401", 40), ("403", 20)])
+def test_a_service_that_refuses_every_call_is_not_asked_about_each_context(
+    status, most, in_vertex_world, responses, score, caplog
+) -> None:
+    asked = responses()
+    in_vertex_world.faults.http_script = {"online": [None] * 10 + [status] * 1000}
+    results = score(asked, max_concurrent=4, retry_deadline_s=1)
+    assert len(results) > 100
+    assert reasons(results) - {"refused"} == {"not-asked"}
+    assert sum(isinstance(result, Score) for result in results.values()) == 10
+    assert in_vertex_world.faults.injected[f"online:{status}"] <= most
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said.startswith(f"{Q} refuses every call (call: {status}")
+    assert "run again: it asks for what is missing alone" in said
+
+
+def test_refusals_of_single_contexts_stop_nothing(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"online": [None, *["403"] * 4, None, *["403"] * 5, None, *["403"] * 3]}
+    results = score(responses(prompts=2, n=1), max_concurrent=1)
+    assert reasons(results) == {"refused"}
+    assert sum(isinstance(result, ScoreFailure) for result in results.values()) == 12
+    (tiny,) = [call for call in in_vertex_world.online_calls if "Continue the row" in str(call.request)]
+    assert tiny.status == 200  # after five refusals in a row
+
+
+def test_credentials_that_are_refused_for_a_moment_cost_no_context(in_vertex_world, responses, score) -> None:
+    in_vertex_world.faults.http_script = {"online": [None] * 10 + ["401"] * 12}
+    results = score(responses(prompts=2, n=1), max_concurrent=4)
+    assert all(isinstance(result, Score) for result in results.values())
+
+
 def test_a_token_that_is_refused_for_good_is_a_refusal(make_vertex_world, monkeypatch, responses) -> None:
     asked = responses(prompts=1, n=1, max_tokens=3)
     other = make_vertex_world(project="other-project")
     for name in ("GOOGLE_VERTEX_BASE_URL",):
         monkeypatch.setenv(name, other.environment()[name])
     request = request_for(asked[0], VertexOnlineBackend, options())
-    results = score_all(VertexOnlineBackend(options()), [[request]])
-    assert reasons(results) == {"refused"}
+    results = score_all(VertexOnlineBackend(options(retry_deadline_s=1)), [[request]])
+    assert reasons(results) == {"not-asked"}
     assert "401" in next(iter(results.values())).message
 
 
