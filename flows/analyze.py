@@ -18,7 +18,7 @@ from rich.console import Console
 
 from backends.errors import ConfigError
 from backends.storage import as_location
-from flows.commands.arguments import Parser, exit_code_of
+from flows.commands.arguments import Parser, command_words, exit_code_of
 from flows.commands.csv_files import ENDING, CsvTable, write_csv
 from flows.commands.figures import write_figures
 from flows.commands.many_runs import COLUMNS as CANDIDATE_COLUMNS
@@ -134,7 +134,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m flows.analyze", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = Parser(
+        prog=" ".join(command_words("analyze")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
+    )
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",
                         help="Output folder of a finished run, local or in a bucket (gs://BUCKET/FOLDER).")  # fmt: skip
     parser.add_argument("--result-dir", metavar="RUN_DIR", help="The same as RUN_DIR.")

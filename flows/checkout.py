@@ -12,7 +12,7 @@ _VARIABLE = "TOKENKL_HOME"
 
 
 def enter_checkout(directory: str) -> dict[str, str]:
-    """Go to the checkout: ``TOKENKL_HOME`` of the worker's environment, else the folder that was deployed from.
+    """Go to the folder of ``prefect.yaml``: ``TOKENKL_HOME`` of the worker, else the one that was deployed from.
 
     Raises
     ------
@@ -20,11 +20,11 @@ def enter_checkout(directory: str) -> dict[str, str]:
         If it is not there; the run's log says so too, where Prefect would only say that a process ended.
     """
     home = os.environ.get(_VARIABLE) or directory
-    if not Path(home, "flows", "run.py").is_file():
+    if not Path(home, "prefect.yaml").is_file():
         origin = f"{_VARIABLE} of the worker" if os.environ.get(_VARIABLE) else "the folder that was deployed from"
         message = (
-            f"{home} ({origin}) is no checkout of tokenkl on this worker's machine. Start the worker with {_VARIABLE} "
-            "set to its checkout, or deploy from a folder that the worker has too."
+            f"{home} ({origin}) has no prefect.yaml on this worker's machine. Start the worker with {_VARIABLE} set to "
+            "its checkout, or to a folder of `tokenkl init`, or deploy from a folder that the worker has too."
         )
         run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
         if run_id is not None:

@@ -21,7 +21,7 @@ from backends.errors import ConfigError, TokenKLError
 from backends.storage import Location, exists, is_remote
 from backends.vertex.cleaning.inventory import Action, Deletion, Inventory, Totals
 from backends.vertex.jobs.ledger import JobLedger
-from flows.commands.arguments import exit_code_of, make_parser, parse_config
+from flows.commands.arguments import command_words, exit_code_of, make_parser, parse_config
 from flows.config.backend import resolve_backend
 from flows.config.models import CommonConfig, RunConfig
 from flows.config.sampling import SampleConfig
@@ -177,7 +177,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     own = ("backend", "max_concurrent", "older_than", "output_dir", "set_lifecycle", "yes")
-    parser = make_parser("python -m flows.clean", _DESCRIPTION, CleanConfig, skip=own)
+    parser = make_parser(" ".join(command_words("clean")), _DESCRIPTION, CleanConfig, skip=own)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     text = {name: CleanConfig.model_fields[name].description or "" for name in own}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError, did_you_mean
-from flows.commands.arguments import Parser, add_levels, exit_code_of
+from flows.commands.arguments import Parser, add_levels, command_words, exit_code_of
 from flows.config.backend import resolve_backend
 from flows.config.models import RunConfig
 from flows.config.reading import build_config, read_yaml
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m flows.pipeline", description=__doc__, epilog=EXIT_CODES, allow_abbrev=False)
+    parser = Parser(
+        prog=" ".join(command_words("pipeline")), description=__doc__, epilog=EXIT_CODES, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the sections.")
     add_levels(parser)
     return parser.parse_args(arguments)

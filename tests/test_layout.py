@@ -35,7 +35,7 @@ kl.output.report        comparisons markup movers selection spread verdict visib
 kl.finished             names lists shown worst / run / reading
 kl.output.report        page
 
-backends                errors hookspecs settings / base builtin keys / registry session / catalogue
+backends                errors extras hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
 backends.scores         rows / chunk_log / lines raw_log / journal / store
 backends.contract       subject / setup / answers / calls / __init__
@@ -69,7 +69,7 @@ flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / csv_files report_file tables two_runs
 flows.commands          many_runs figures run
-flows.doors             backends
+flows.doors             backends init tokenkl
 flows                   checkout notify / convert sample / analyze clean / run / pipeline
 """
 
@@ -164,7 +164,7 @@ def circles() -> Iterator[list[str]]:
 
 def shown_in(folder: Path) -> tuple[list[str], list[Path]]:
     """The files and the folders that someone who opens a folder has to choose from."""
-    shown = [path for path in sorted(folder.iterdir()) if path.name not in ("__init__.py", "__pycache__")]
+    shown = [path for path in sorted(folder.iterdir()) if path.name not in ("__init__.py", "__pycache__", "py.typed")]
     return [path.name for path in shown if path.is_file()], [path for path in shown if path.is_dir()]
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.documents import WRITING_A_BACKEND, code_blocks, write_example
 from tests.programs import clean_environment
 
 ROOMS = ("flows", "backends", "kl")
+STARTER = ("examples", "automations")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def run(command: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> str:
@@ -42,8 +45,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "prefect.yaml"):
         shutil.copy(ROOT / name, source)
+    for name in STARTER:
+        shutil.copytree(ROOT / name, source / name)
     uv("build", "--wheel", "--out-dir", source / "dist", cwd=source)
     (wheel,) = (source / "dist").glob("*.whl")
     return wheel
@@ -52,7 +57,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_module_of_the_checkout_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
-    assert packed == {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
+    expected = {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
+    assert packed == expected | {f"flows/starter/{name}" for name in starter()}
+    assert {f"{room}/py.typed" for room in ROOMS} <= packed
+
+
+def starter() -> dict[str, bytes]:
+    """What ``tokenkl init`` writes."""
+    files = [path for name in STARTER for path in (ROOT / name).rglob("*") if path.is_file()]
+    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (*files, ROOT / "prefect.yaml")}
 
 
 @pytest.fixture
@@ -76,16 +89,32 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return found
 
 
-def test_the_quickstart_runs_where_nothing_but_the_wheel_is_installed(
+def test_a_wheel_is_enough_for_the_quickstart_also_beside_flows_of_somebody_else(
     python: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    tokenkl, project = str(python.with_name("tokenkl")), tmp_path / "a project"
+    (project / "flows").mkdir(parents=True)
+    (project / "flows" / "__init__.py").write_text("raise AssertionError('the flows of somebody else')")
+    wrote = run([tokenkl, "init", "."], project, environment)
+    assert wrote.startswith(f".: {len(starter())} files written. To begin:\n")
+    assert {name: (project / name).read_bytes() for name in starter()} == starter()
+    command = [tokenkl, "run", "--config", "examples/quickstart.yaml", "--dry-run"]
+    assert "\nrequests " in run(command, project, environment)
+    assert run([tokenkl, "--version"], project, environment) == f"tokenkl {PROJECT['version']}\n"
+
+    (project / "prefect.yaml").write_text("name: mine\n")
+    again = subprocess.run([tokenkl, "init", "."], cwd=project, env=environment, capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (3, "prefect.yaml holds something else and is left alone\n")
+    assert (project / "prefect.yaml").read_text() == "name: mine\n"
+
+
+def test_what_is_imported_is_what_the_wheel_installed(
+    python: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     show = "import flows, backends, kl; print(flows.__file__, backends.__file__, kl.__file__)"
     found = run([str(python), "-c", show], tmp_path, environment)
     assert [Path(file).parent.parent for file in found.split()] == [site] * len(ROOMS)
-    command = [str(python), "-m", "flows.run", "--config", "examples/quickstart.yaml", "--dry-run"]
-    assert "\nrequests " in run(command, tmp_path, environment)
 
 
 @pytest.mark.slow

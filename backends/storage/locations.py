@@ -21,6 +21,7 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from backends.errors import ConfigError, MissingDependencyError
+from backends.extras import install_extra
 
 # The class that gcsfs registers by default asks each bucket for its kind over gRPC, which emulators and many proxies do
 # not speak; ordinary and hierarchical buckets need none of it. Registered here so that unpickled paths have it too.
@@ -103,7 +104,7 @@ def _check_address(text: str, protocol: str, rest: str) -> None:
 
 
 def _missing(what: str, package: str) -> MissingDependencyError:
-    return MissingDependencyError(f"{what} need {package}, which is not installed: pip install 'tokenkl[gcs]'.")
+    return MissingDependencyError(f"{what} need {package}, which is not installed: {install_extra('gcs')}")
 
 
 def _options(protocol: str) -> dict[str, Any]:

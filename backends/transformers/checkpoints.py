@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backends.errors import MissingDependencyError, ModelNotUsableError
+from backends.extras import install_extra, install_torch
 from backends.local.gguf import content_hash
 from backends.transformers.options import TransformersOptions
 
 BACKEND = "transformers"
 ENGINE = "transformers/1"  # to be raised when the numbers change: it is part of the key of every score
-HOW_TO_INSTALL = (
-    "Install the extra with `uv sync --inexact --extra hf` (or `pip install -e '.[hf]'`), and with uv also "
-    "`uv pip install --no-config torch --torch-backend auto`."
-)
 _WHERE = ("device", "device_map", "local")
 _PACKAGES = ("torch", "transformers")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -95,6 +92,11 @@ def find_checkpoint(name: str, options: TransformersOptions) -> Checkpoint:
     return Checkpoint(name, base, gguf_file, over, content, json.dumps(chosen, sort_keys=True))
 
 
+def how_to_install() -> str:
+    """The commands that install what this backend needs."""
+    return " && ".join(filter(None, (install_extra("hf"), install_torch())))
+
+
 @functools.cache
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that compute.
@@ -109,7 +111,7 @@ def installed_versions() -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError as error:
-            raise MissingDependencyError(f"the transformers backend needs {package!r}. {HOW_TO_INSTALL}") from error
+            raise MissingDependencyError(f"the transformers backend needs {package!r}: {how_to_install()}") from error
     return found
 
 

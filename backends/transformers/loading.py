@@ -18,7 +18,7 @@ from typing import Any
 from backends.errors import MissingDependencyError, TokenKLError
 from backends.local.gguf import read_gguf
 from backends.local.tokenizer import ChatTemplate, Tokenizer
-from backends.transformers.checkpoints import HOW_TO_INSTALL, Checkpoint, unusable
+from backends.transformers.checkpoints import Checkpoint, how_to_install, unusable
 from backends.transformers.tokens import UNUSED, CheckpointTemplate, CheckpointTokenizer
 
 _KEPT = 2  # models in memory: P and Q
@@ -247,7 +247,7 @@ def _model_of(checkpoint: Checkpoint) -> Any:
     except TokenKLError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(f"model {name!r} needs a package: {_line(error)} {HOW_TO_INSTALL}") from error
+        raise MissingDependencyError(f"model {name!r} needs a package ({_line(error)}): {how_to_install()}") from error
     except Exception as error:
         raise unusable(name, f"it cannot be loaded: {type(error).__name__}: {_line(error)}") from error
     return model.eval().requires_grad_(False)

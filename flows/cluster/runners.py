@@ -17,6 +17,7 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from backends.errors import ConfigError, MissingDependencyError
+from backends.extras import install_extra
 from flows.cluster.mapping import result_of, tasks_run_by
 from flows.config.runner import TaskRunnerConfig
 
@@ -175,8 +176,7 @@ def check_installed(config: TaskRunnerConfig) -> None:
             import ray  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"task_runner {config.kind} needs a package that is not installed ({error}): "
-            f"pip install 'tokenkl[{config.kind}]'."
+            f"task_runner {config.kind} needs a package that is not installed ({error}): {install_extra(config.kind)}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 import typing
@@ -29,9 +30,22 @@ class Parser(argparse.ArgumentParser):
         """The help, and the appendix."""
         return "\n".join([super().format_help(), *self.appendix])
 
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """The arguments; of a line that a shell asks to complete, the words that may follow, and the program's end."""
+        if "_ARGCOMPLETE" in os.environ:
+            from argcomplete import autocomplete
+
+            autocomplete(self)
+        return super().parse_args(*arguments, **options)
+
     def error(self, message: str) -> NoReturn:
         """Refuse the call, with where the help is."""
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def command_words(name: str) -> list[str]:
+    """The words that start a program again, as it was started now: ``tokenkl run``, or ``python -m flows.run``."""
+    return ["tokenkl", name] if Path(sys.argv[0]).stem == "tokenkl" else ["python", "-m", f"flows.{name}"]
 
 
 # What stands for a value in the help, where its type alone does not say it.

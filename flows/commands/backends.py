@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from backends.catalogue import BackendText, describe, full_text, short_text
 from backends.registry import check_known, registered
-from flows.commands.arguments import Parser, exit_code_of
+from flows.commands.arguments import Parser, command_words, exit_code_of
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
 _DESCRIPTION = (
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="python -m flows.backends", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = Parser(
+        prog=" ".join(command_words("backends")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="Describe these in full. Default: all, in short.")
     parser.add_argument("--json", action="store_true", help="Everything, as JSON.")
     called = parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.storage import as_location, exists, is_remote, is_within, read_bytes, write_bytes_atomic
-from flows.commands.arguments import Parser, exit_code_of
+from flows.commands.arguments import Parser, command_words, exit_code_of
 from flows.folder.output import prepare_output
 from flows.runtime.progress import ProgressReporter
 from flows.runtime.terminal import console, print_pairs
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m flows.convert", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = Parser(
+        prog=" ".join(command_words("convert")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
+    )
     parser.add_argument("input", metavar="IN", help="A file, or a folder of files; on a disk or in a bucket.")
     parser.add_argument("output", metavar="OUT", help="Folder for the converted files; made when absent.")
     parser.add_argument("--pattern", metavar="GLOB", help=f"Which files of the folder IN. Default: {_PATTERN}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from backends.errors import ConfigError, MissingDependencyError
+from backends.extras import install_extra
 from backends.storage import as_location, write_bytes_atomic
 from kl.output.report.drawing.svg import Chart
 
@@ -62,8 +63,8 @@ def _rasteriser() -> Callable[[str], bytes]:
         from resvg_py import svg_to_bytes
     except ImportError as error:
         raise MissingDependencyError(
-            "no PNG was made: they need resvg-py, which is not installed: pip install 'tokenkl[figures]'. An SVG can "
-            "be turned into one by a browser, too."
+            "no PNG was made (a browser can turn an SVG into one, too): they need resvg-py, which is not installed: "
+            f"{install_extra('figures')}"
         ) from error
 
     def has(font: str) -> bool:

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # What says the help, and that a run has begun, loads no more than this: arrays, tables and Prefect take seconds.
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, returned, show_life
+from flows.commands.arguments import (
+    command_words,
+    exit_code_of,
+    make_parser,
+    parse_config,
+    result_of,
+    returned,
+    show_life,
+)
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, names_the_run
 from flows.runtime.environment import prepare_environment, start_own_server
@@ -54,7 +62,9 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.run", _DESCRIPTION, RunConfig, skip=("positions", "noise_floor", "alert"))
+    parser = make_parser(
+        " ".join(command_words("run")), _DESCRIPTION, RunConfig, skip=("positions", "noise_floor", "alert")
+    )
     config = parse_config(parser, RunConfig, arguments)
     if config.dry_run:
         return _dry_run(config)
@@ -102,7 +112,7 @@ def _run_flow(
         _leave_without_server(error, comparison.folder, server)
     stopped = returned(state)
     if isinstance(stopped, InterruptedRunError):
-        command = shlex.join(["python", "-m", "flows.run", *arguments, *pinning_flags(config, stopped.config)])
+        command = shlex.join([*command_words("run"), *arguments, *pinning_flags(config, stopped.config)])
         stored = f"every answer that arrived is in {OutputFolder(stopped.config.output_dir).scores}"
         print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
@@ -150,7 +160,7 @@ def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str])
     if report.name == "Submitted":
         assert report.config is not None, "a run that submitted has one"
         same = [*without_flag(arguments, "--stage"), *pinning_flags(config, report.config)]
-        command = ["python", "-m", "flows.run", *same, "--stage", "collect"]
+        command = [*command_words("run"), *same, "--stage", "collect"]
         lines = [*lines, f"Collect with: {shlex.join(command)}"]
     print_lines(console(), lines)
     if report.name == "Submitted":

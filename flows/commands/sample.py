@@ -7,7 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.arguments import exit_code_of, make_parser, parse_config, result_of, returned, show_life
+from flows.commands.arguments import (
+    command_words,
+    exit_code_of,
+    make_parser,
+    parse_config,
+    result_of,
+    returned,
+    show_life,
+)
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues
 from flows.runtime.environment import prepare_environment, start_own_server
@@ -36,7 +44,9 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser("python -m flows.sample", _DESCRIPTION, SampleConfig, skip=NO_FLAGS, epilog=_EXIT_CODES)
+    parser = make_parser(
+        " ".join(command_words("sample")), _DESCRIPTION, SampleConfig, skip=NO_FLAGS, epilog=_EXIT_CODES
+    )
     config = parse_config(parser, SampleConfig, arguments)
     if config.dry_run:
         return _dry_run(config)
@@ -54,7 +64,7 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     state = sample_responses(config, return_state=True)
     stopped = returned(state)
     if isinstance(stopped, InterruptedRunError):
-        command = shlex.join(["python", "-m", "flows.sample", *arguments])
+        command = shlex.join([*command_words("sample"), *arguments])
         print(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     report: SampleReport | None = result_of(state)

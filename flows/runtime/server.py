@@ -1,7 +1,7 @@
 """The temporary Prefect server of a program that is told of none, started while the program still loads and reads.
 
 Prefect itself starts one when a flow is called, loads the server's own modules into the flow's process to do so, and
-waits. Here ``python -m flows.runtime.server`` runs beside the program from the moment its settings are known to be
+waits. Here this file, as a program, runs beside the program from the moment its settings are known to be
 right. It looks into Prefect's settings first and ends at once where they name a server, or forbid one of its own. It
 ends when the program does, however that ends.
 """
@@ -85,7 +85,8 @@ class OwnServer:
         # In a session of its own: a terminal sends Ctrl-C to the whole process group, and without its server the run
         # could not end, it would ask it again for minutes.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            # A file that imports nothing of ours, and -P: the folder that the user is in may have a `flows` of its own.
+            [sys.executable, "-P", __file__],
             env=os.environ | _SERVER_ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backends.errors import ConfigError, MissingDependencyError
+from backends.extras import install_extra
 from backends.storage import read_bytes
 from flows.config.sampling import DatasetConfig, SampleConfig
 from kl.input.problems import Notes
@@ -200,7 +201,7 @@ def _hub_rows(config: DatasetConfig) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "dataset.source huggingface needs the package datasets, which is not installed: "
-            "pip install 'tokenkl[hf-datasets]'."
+            f"{install_extra('hf-datasets')}"
         ) from error
     try:
         return datasets.load_dataset(config.dataset_name, split=config.split)

@@ -151,7 +151,7 @@ def test_a_run_works_in_the_folder_that_was_deployed_from_or_where_its_worker_sa
     assert enter_checkout(str(ROOT)) == {"directory": str(ROOT)}
     assert Path.cwd() == ROOT
     with pytest.raises(
-        ConfigError, match=r"/no/such \(the folder that was deployed from\) is no checkout .* TOKENKL_HOME"
+        ConfigError, match=r"/no/such \(the folder that was deployed from\) has no prefect\.yaml .* TOKENKL_HOME"
     ):
         enter_checkout("/no/such")
     monkeypatch.chdir(tmp_path)

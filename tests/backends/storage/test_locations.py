@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from backends.errors import ConfigError
+from backends.extras import install_extra
 from backends.storage import (
     Location,
     as_location,
@@ -56,7 +57,7 @@ def test_without_the_packages_the_extra_is_named(package: str) -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("backends.errors.MissingDependencyError: ")
-    assert last.endswith("which is not installed: pip install 'tokenkl[gcs]'.")
+    assert last.endswith(f"which is not installed: {install_extra('gcs')}")
 
 
 def test_a_setting_is_a_string_outside_and_a_location_inside() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from backends.errors import BackendError, ConfigError
+from backends.extras import install_extra
 from flows.cluster.workers import Needs, check_worker
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
@@ -82,7 +83,7 @@ def test_a_missing_package_is_named_with_its_extra(kind: str, package: str) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert f"MissingDependencyError: task_runner {kind} needs" in done.stderr
-    assert f"pip install 'tokenkl[{kind}]'" in done.stderr
+    assert install_extra(kind) in done.stderr
 
 
 def test_a_comparison_travels_with_all_that_the_environment_said(tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from flows.runtime.server import begin_server, is_temporary
-from tests import ROOT
 from tests.programs import SessionServer, clean_environment
 
 ASK = """
@@ -32,16 +31,17 @@ else:
 
 def started(home: Path, sleep_s: float, **environment: str) -> subprocess.Popen[str]:
     variables = clean_environment(home, **environment)
+    theirs = home / "project"  # whose flows are in a folder of that name, as is usual with Prefect
+    (theirs / "flows").mkdir(parents=True)
+    (theirs / "flows" / "__init__.py").write_text("raise AssertionError('the flows of somebody else')")
     return subprocess.Popen(
-        [sys.executable, "-c", ASK, str(sleep_s)],
-        env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-P", "-c", ASK, str(sleep_s)],
+        env=variables, cwd=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def is_running(pid: int) -> bool:
-    return (
-        Path(f"/proc/{pid}/cmdline").exists() and b"flows.runtime.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
+    return Path(f"/proc/{pid}/cmdline").exists() and b"runtime/server.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def wait_for_end(pid: int, timeout_s: float = 60) -> None:
