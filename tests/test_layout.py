@@ -32,7 +32,7 @@ kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               atomic digits / kl_json / files headline
 kl.output.report.drawing scales svg / axes
 kl.output.report        comparisons markup movers selection spread verdict visible / charts lists payload sections
-kl.finished             names lists shown worst / run / reading
+kl.finished             names lists shown worst / between run / reading
 kl.output.report        page
 
 backends                errors extras hookspecs settings / base builtin keys / registry session / catalogue

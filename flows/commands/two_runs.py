@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from rich.console import Console
 from flows.commands.texts import INTERVAL, number_text, signed, warnings_of
 from flows.folder.finished import load_run
 from flows.runtime.terminal import print_lines
+from kl.finished.between import Between, QLists, kl_between
 from kl.finished.run import Run
 from kl.output.digits import rounded
+from kl.output.headline import bounded_text
 from kl.statistics.intervals import Estimate
 from kl.statistics.paired import PairedDifference, paired_difference
 from kl.statistics.summary import Summary
@@ -23,9 +25,10 @@ from kl.tables.totals import INFINITE
 
 def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mapping[str, str]) -> dict[str, Any]:
     """Print the paired difference of two runs; gives the same unrounded. ``labels`` are as of `load_candidates`."""
-    a, b = load_run(folder_a), load_run(folder_b)
+    a, b = (load_run(folder, with_lists=True) for folder in (folder_a, folder_b))
     column = comparable_column(a.summary, b.summary)
     difference = paired_difference(with_estimate(a, column), with_estimate(b, column))
+    between = _between(a, b)
     lines = [
         f"P = {a.summary.model_p or 'not stated'}",
         f"A = {_named(a, labels)}: {_value_text(difference.a_per_token)}",
@@ -33,6 +36,7 @@ def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mappin
         verdict(difference.per_token, "token"),
         verdict(difference.per_response, "response"),
         _paired_over(difference, measure_name(a.summary, column)),
+        between if isinstance(between, str) else _between_text(between),
         *(f"warning: {note}" for note in notes([a.summary, b.summary], "AB", column)),
         *(f"warning: {side}: {text}" for side, run in (("A", a), ("B", b)) for text in warnings_of(run.summary)),
     ]
@@ -44,7 +48,28 @@ def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mappin
         "difference_is": "KL(P‖A) - KL(P‖B) in nats: positive where B is nearer to P",
         "lines": lines,
         **asdict(difference),
+        "a_against_b": None
+        if isinstance(between, str)
+        else {
+            item.name: asdict(value) if isinstance(value := getattr(between, item.name), Estimate) else value
+            for item in fields(between)
+            if item.name != "responses"
+        },
     }
+
+
+def _between(a: Run, b: Run) -> Between | str:
+    """How far the two Q are from one another, whatever P says; or why that is not known."""
+    lacking = [str(run.folder) for run in (a, b) if run.candidates is None]
+    if a.candidates is None or b.candidates is None:
+        return f"KL(A‖B) is not known: {' and '.join(lacking)} kept no lists (candidates.parquet)."
+    lists = (QLists(name, run.tokens, run.candidates) for name, run in (("A", a), ("B", b)))
+    return kl_between(*lists)
+
+
+def _between_text(found: Between) -> str:
+    text = bounded_text(found.per_token, found.lower, found.plausible_upper)
+    return f"KL(A‖B) per token, from both lists of {found.n_measured:,} positions: {text}"
 
 
 def _named(run: Run, labels: Mapping[str, str]) -> str:

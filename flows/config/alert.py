@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from backends.storage import Location, as_location
 from flows.config.templates import check_template
 
-_WRITE = "write previous, or {baseline: FOLDER} with the output folder of an earlier run, or leave it out"
+_NAME_IT = "write previous, or {baseline: FOLDER} with the output folder of an earlier run"
+_WRITE = f"{_NAME_IT}, or leave it out"
 
 
 class Baseline(BaseModel):
@@ -39,7 +40,7 @@ ComparedWith = Annotated[
 
 
 class AlertConfig(BaseModel):
-    """Whether the KL per token is too large, or has risen: decided on the interval, not on the point."""
+    """Whether the KL per token is too large, or has risen, or Q has changed: decided on the interval, not the point."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +48,12 @@ class AlertConfig(BaseModel):
         ge=0,
         allow_inf_nan=False,
         description="Nats, at least 0. With compared_with: drift is a rise by more than this, 0 for any rise. Without: "
-        "a KL per token above this.",
+        "a KL per token above this. With of: q: a KL of Q then from Q now above this, less the noise floor.",
+    )
+    of: Literal["pq", "q"] = Field(
+        default="pq",
+        description="What is watched: pq, the KL of P from Q; or q, the KL of Q in the run of compared_with from Q "
+        "now, over the contexts that both runs asked.",
     )
     compared_with: ComparedWith = Field(
         default=None,
@@ -57,7 +63,13 @@ class AlertConfig(BaseModel):
     test: Literal["interval"] = Field(
         default="interval", description="What decides: interval, whose lower end must be above kl_per_token."
     )
-    level: float = Field(default=0.99, gt=0.5, lt=1, description="Confidence of that interval, above 0.5, below 1.")
+    level: float = Field(
+        default=0.99,
+        gt=0.5,
+        lt=1,
+        description="Confidence that its lower end is not too high, above 0.5, below 1: of pairs of runs of unchanged "
+        "models, a share of 1 - level raises an alert.",
+    )
 
     @field_validator("kl_per_token", "level", mode="before")
     @classmethod
@@ -79,6 +91,12 @@ class AlertConfig(BaseModel):
         if not isinstance(value, Mapping) or list(cast(Mapping[str, Any], value)) != ["baseline"]:
             raise ValueError(_WRITE)
         return Baseline(baseline=_folder(cast(Mapping[str, Any], value)["baseline"]))
+
+    @model_validator(mode="after")
+    def _then_is_known(self) -> AlertConfig:
+        if self.of == "q" and self.compared_with is None:
+            raise ValueError(f"of: q compares Q now with Q in an earlier run, which compared_with names; {_NAME_IT}")
+        return self
 
     @property
     def baseline(self) -> Path | None:

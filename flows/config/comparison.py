@@ -110,7 +110,9 @@ class Comparison:
         return None if noise is None else draw_again(response, noise.sample, self.drawn(response))
 
     def asked_again(self, response: Response) -> AskedAgain:
-        """Who is asked a second time: P, whose first answer is on record; Q where P cannot be asked."""
+        """Who is asked a second time: P, whose first answer is on record; Q where P cannot be, or Q is watched."""
+        if self.config.watches_q:
+            return "q"
         named = self._named(response, "p", whole=False)
         if named is None:
             return "q"

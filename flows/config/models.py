@@ -160,7 +160,7 @@ class RunConfig(CommonConfig):
     noise_floor: PositionsConfig | None = Field(
         default=None,
         description="Ask P's own model again at a sample of the measured positions, such as {fraction: 0.05}, and "
-        "report how far it is from itself; where P cannot be asked, Q is asked twice. Default: no.",
+        "report how far it is from itself; where P cannot be asked, or alert is of: q, Q is asked twice. Default: no.",
     )
     force: bool = Field(
         default=False, description="Go on although the two models' tokens do not match (other tokenizers)."
@@ -234,6 +234,8 @@ class RunConfig(CommonConfig):
     def _drift_is_defined(self) -> RunConfig:
         if self.fail_on_drift and self.alert is None:
             raise ValueError("fail_on_drift needs alert.kl_per_token, which says what drift is")
+        if self.watches_q and not self.candidates:
+            raise ValueError("alert.of: q compares the lists of two runs, which candidates: false does not keep")
         return self
 
     @model_validator(mode="after")
@@ -252,6 +254,11 @@ class RunConfig(CommonConfig):
     def k(self) -> int:
         """Candidates asked per position."""
         return 20 if self.top_logprobs == "full" else self.top_logprobs
+
+    @property
+    def watches_q(self) -> bool:
+        """Whether Q is compared with what it said in an earlier run."""
+        return self.alert is not None and self.alert.of == "q"
 
     @property
     def full_vocabulary(self) -> bool:

@@ -14,7 +14,8 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.storage import exists, is_remote, kept_copy, read_bytes
 from flows.folder.layout import OutputFolder
-from kl.finished.reading import Access, Documents, FinishedRunError, read_run
+from kl.finished.between import QLists
+from kl.finished.reading import Access, Documents, FinishedRunError, lists_in, read_run
 from kl.finished.reading import read_documents as documents_of
 from kl.finished.run import Run
 from kl.finished.worst import PLACE, texts_before
@@ -96,6 +97,18 @@ def read_response_table(folder: Path) -> ResponseTableFile:
     if lacking:
         raise ConfigError(f"{path} was written by another version (no {', '.join(lacking)}).")
     return ResponseTableFile(hashlib.sha256(data).hexdigest(), table.select(COLUMNS))
+
+
+def q_lists(folder: Path, name: str) -> QLists:
+    """What Q listed in the run of an output folder, be the run at its end or not; ``name`` is what errors call it.
+
+    Raises
+    ------
+    ConfigError
+        If the run kept no lists, or its files were written by another version.
+    """
+    with _as_config_error():
+        return QLists(name, *lists_in(folder, _ANYWHERE))
 
 
 def worst_positions(run: Run, top: int) -> Rows:

@@ -83,7 +83,7 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
             "report.html could not be written (the log says why); one that is there is of an earlier run. The other "
             "results are whole."
         )
-    return Results(report, summary.to_json(), run)
+    return Results(report, summary.to_json(), run, measured.twice.rows())
 
 
 def _write_page(run: Run, target: Path, measured: Measured) -> bool:

@@ -12,19 +12,21 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage import remove_folder
+from backends.storage import as_location, remove_folder
 from flows.config.alert import AlertConfig
 from flows.config.comparison import Comparison
 from flows.config.folders import SETTINGS
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, differs_between_runs, double_brace_warning, has_fields
-from flows.folder.finished import ResponseTableFile, read_response_table
+from flows.folder.finished import ResponseTableFile, q_lists, read_response_table
 from flows.folder.output import write_json
 from flows.watch.events import DRIFT, VERSION_CHANGED, comparison_resource, emit, run_payload, version_changes
 from flows.watch.history import Row, check_history, previous_run, previous_versions, record_row, row_of
 from flows.watch.reference import Reference, load_baseline, load_previous
 from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE, RunReport
-from flows.watch.verdict import Verdict, decide, undecided
+from flows.watch.verdict import Verdict, decide, decide_q, undecided
+from kl.finished.between import kl_between
+from kl.tables.totals import TokenTableError
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +59,15 @@ class DriftContext:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a run found, for people, and as ``summary.json`` and ``run.json`` are to say it."""
+    """What a run found, for people, and as ``summary.json`` and ``run.json`` are to say it.
+
+    ``again`` is the response table of the positions that were asked twice; None if none was.
+    """
 
     report: RunReport
     summary: dict[str, Any]
     run: dict[str, Any]
+    again: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +154,7 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
     history = config.history
     assert history is not None, "resolve_folders gives the history a place"
     before = record_row(history, row)
-    verdict = _verdict(context, row, before, responses)
+    verdict = _verdict(context, row, before, responses, results.again)
     if verdict is not None:
         concluded["drift"] = verdict.to_json()
         write_json(context.comparison.folder.summary, results.summary | concluded)
@@ -177,11 +183,20 @@ def _identity(responses: ResponseTableFile, report: RunReport) -> Row:
     }
 
 
-def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: ResponseTableFile) -> Verdict | None:
+def _verdict(
+    context: DriftContext, row: Row, before: pl.DataFrame, responses: ResponseTableFile, again: pl.DataFrame | None
+) -> Verdict | None:
     alert = context.config.alert
     if alert is None:
         return None
-    verdict = replace(_compared(context, alert, row, before, responses), noise_floor=row["noise_floor"])
+    reference = _reference(context, alert, row, before)
+    if isinstance(reference, Verdict):
+        found = reference
+    elif alert.of == "q" and reference is not None:
+        found = _then_against_now(context, alert, reference, again)
+    else:
+        found = decide(alert, responses.table, reference)
+    verdict = replace(found, noise_floor=row["noise_floor"])
     if alert.compared_with == "previous" and row["contexts_asked"] == 0 and context.config.stage != "collect":
         hint = "" if context.rolling else "; give each day a folder, such as --output-dir 'results/{date}'"
         verdict.warnings.append(
@@ -191,22 +206,34 @@ def _verdict(context: DriftContext, row: Row, before: pl.DataFrame, responses: R
     return verdict
 
 
-def _compared(
-    context: DriftContext, alert: AlertConfig, row: Row, before: pl.DataFrame, responses: ResponseTableFile
-) -> Verdict:
+def _reference(context: DriftContext, alert: AlertConfig, row: Row, before: pl.DataFrame) -> Reference | Verdict | None:
+    """The run to compare with, None if none is asked for; a verdict where there is none."""
     if isinstance(context.baseline, str):
         return undecided(alert, context.baseline)
     if alert.compared_with != "previous":
-        return decide(alert, responses.table, context.baseline)
+        return context.baseline
     found = previous_run(before, row, other_folders_only=context.rolling)
     if found is None:
         # As it is on the first day: nothing is wrong.
         return undecided(alert, f"{context.config.history} has no earlier run to compare with", warn=False)
     try:
-        reference = load_previous(found, context.config.output_dir, context.standing)
+        return load_previous(found, context.config.output_dir, context.standing)
     except (ConfigError, OSError) as error:  # this run's own results stand, whatever became of the former one's
         return undecided(alert, str(error))
-    return decide(alert, responses.table, reference)
+
+
+def _then_against_now(
+    context: DriftContext, alert: AlertConfig, reference: Reference, again: pl.DataFrame | None
+) -> Verdict:
+    folder = context.config.output_dir
+    if reference.folder == str(folder):
+        return undecided(alert, f"the lists of the earlier run in {folder} were overwritten; give each run its folder")
+    try:
+        then = q_lists(as_location(reference.folder), f"the {reference.kind} run")
+        between = kl_between(then, q_lists(folder, "this run"), context.config.estimator)
+    except (ConfigError, OSError, TokenTableError) as error:  # as above
+        return undecided(alert, str(error))
+    return decide_q(alert, between, again, reference)
 
 
 def _emit_all(context: DriftContext, verdict: Verdict | None, row: Row, before: pl.DataFrame) -> list[str]:
@@ -230,8 +257,15 @@ def _emit_all(context: DriftContext, verdict: Verdict | None, row: Row, before: 
 def _drift_columns(verdict: Verdict | None) -> Row:
     if verdict is None:
         return {}
-    found = verdict.to_json()
+    found, between = verdict.to_json(), verdict.between
+    then_now = None if between is None else between.per_token
     return {
+        "drift_of": found["of"],
+        "then_now": None if then_now is None else then_now.value,
+        "then_now_low": None if then_now is None else then_now.ci_low,
+        "then_now_high": None if then_now is None else then_now.ci_high,
+        "then_now_certified_lower": None if between is None else between.lower.value,
+        "then_now_contexts": None if between is None else between.n_measured,
         "drift": found["decision"],
         "drift_difference": found["difference"],
         "drift_low": found["difference_low"],
@@ -243,7 +277,7 @@ def _drift_columns(verdict: Verdict | None) -> Row:
 
 
 def _with_verdict(report: RunReport, verdict: Verdict) -> RunReport:
-    rows = [*report.headline, ("Drift", verdict.message)]
+    rows = [*report.headline, *verdict.rows]
     return replace(report, headline=rows, warnings=[*report.warnings, *verdict.warnings])
 
 

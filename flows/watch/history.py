@@ -15,7 +15,7 @@ from backends.storage import as_location, read_bytes, write_bytes_atomic
 from flows.folder.layout import HISTORY_FILE
 from flows.folder.lock import exclusive
 
-VERSION = 3
+VERSION = 4
 _TIME = pl.Datetime("us", "UTC")
 _DIVERGENCES = ("kl_per_token", "kl_per_response")
 # A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
@@ -77,6 +77,10 @@ HISTORY = pl.Schema(
         "above_noise_floor": pl.Boolean,  # whether all of the interval of the KL of Q less the floor is above 0
         "responses_sha256": pl.String,  # of responses.parquet, by which a later run knows that it is still this one
         "wanted_tokens": pl.Boolean,  # whether Q was asked for its value of every token that P lists; null: no
+        "drift_of": pl.String,  # what the alert watches: pq, q; null without an alert, or before version 4: pq
+        # KL(Q then‖Q now) in nats per token, with the 95 % interval, over so many contexts of both runs; alert of q.
+        **{f"then_now{suffix}": pl.Float64 for suffix in ("", "_low", "_high", "_certified_lower")},
+        "then_now_contexts": pl.Int64,
     }
 )
 

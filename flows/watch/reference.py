@@ -11,7 +11,7 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.storage import as_location
 from flows.config.models import RunConfig
-from flows.folder.finished import ResponseTableFile, read_documents, read_response_table
+from flows.folder.finished import ResponseTableFile, q_lists, read_documents, read_response_table
 from flows.folder.layout import OutputFolder
 from flows.watch.history import Row
 
@@ -45,6 +45,8 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
     try:
         summary, run = read_documents(folder)
         table = read_response_table(folder).table
+        if config.watches_q:
+            q_lists(folder, name)
         same = {"estimator": config.estimator, "top_logprobs": config.k, "wanted_tokens": config.wanted_tokens}
         measured = {"wanted_tokens": False, **summary}  # a summary of an earlier version does not say it
         for setting, value in same.items():

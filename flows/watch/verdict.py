@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,19 @@ import polars as pl
 
 from flows.config.alert import AlertConfig
 from flows.watch.reference import Reference
-from kl.output.digits import rounded
+from kl.finished.between import Between
+from kl.output.digits import at_least, rounded
+from kl.output.headline import bounded_text
 from kl.statistics.drift import Change, Direction, DriftDecision, change
+from kl.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What an alert decided. ``change`` is ``None`` if there was nothing to compare with; ``reason`` then says why.
 
-    ``noise_floor`` is the run's, nats per token; ``None`` if it has none.
+    ``noise_floor`` is the run's, nats per token; ``None`` if it has none. ``between`` is the KL of Q then from Q now,
+    where the alert is of that; ``change`` is then what of it is above the noise floor of Q, if that was measured.
     """
 
     alert: AlertConfig
@@ -27,12 +31,15 @@ class Verdict:
     reason: str | None
     warnings: list[str] = field(default_factory=list[str])
     noise_floor: float | None = None
+    between: Between | None = None
 
     @property
     def below_noise_floor(self) -> bool | None:
         """Whether the difference is smaller than that of a model from itself; ``None`` if either is not known."""
         if self.noise_floor is None or self.change is None or self.change.value is None:
             return None
+        if self.alert.of == "q":
+            return self.change.run is not None and self.change.run < self.noise_floor
         return abs(self.change.value) < self.noise_floor
 
     @property
@@ -51,9 +58,37 @@ class Verdict:
         found = self.change
         if found is None or found.value is None or found.low is None or found.high is None:
             return f"{self.decision}: {self.reason or (found.no_interval if found is not None else None)}"
+        if self.between is not None:
+            return f"{self.decision}: {self._then_now(found, self.between, found.value, found.low, found.high)}"
         return (
             f"{self.decision}: KL per token {self._figures(found, found.value, found.low, found.high)}{self._noise()}"
         )
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """What the verdict adds to the figures of the run, for people."""
+        rows = [("Drift", self.message)]
+        found = self.between
+        if found is None:
+            return rows
+        text = bounded_text(found.per_token, found.lower, found.plausible_upper)
+        return [("KL(Q then‖Q now) per token", f"{text}; {found.n_measured:,} contexts of both runs"), *rows]
+
+    def _then_now(self, found: Change, between: Between, value: float, low: float, high: float) -> str:
+        show = partial(rounded, se=found.se)
+        interval = f"{100 * found.level:g} % interval {show(low)} to {show(high)}"
+        prompts = f"{between.per_token.n_clusters:,} prompts"
+        assert self.reference is not None, "Q now is compared with Q in another run"
+        where = f"from {self.reference.label}"
+        lower = between.lower.value
+        certain = "" if lower is None else f", certainly {at_least(lower)} or more"
+        limit = f"the alert is for an interval above {self.alert.kl_per_token:g}"
+        if found.reference is None or found.run is None:
+            what = f"{show(value)} nats per token ({interval}, {prompts}{certain}) {where}"
+            return f"KL(Q then‖Q now) is {what}; no noise floor of Q was measured; {limit}"
+        side = "above" if value >= 0 else "below"
+        floor = f"{show(abs(value))} ({interval}, {prompts}) {side} Q's noise floor of {rounded(found.reference)}"
+        return f"KL(Q then‖Q now) is {rounded(found.run)} nats per token{certain} {where}, {floor}; {limit}"
 
     def _noise(self) -> str:
         if self.noise_floor is None:
@@ -78,6 +113,7 @@ class Verdict:
         """The same as plain values, for ``summary.json``, ``run.json`` and events."""
         found = {} if self.change is None else asdict(self.change)
         return {
+            "of": self.alert.of,
             "decision": self.decision,
             "direction": self.direction,
             "message": self.message,
@@ -100,12 +136,19 @@ class Verdict:
             "reason": self.reason or found.get("no_interval"),
             "noise_floor": self.noise_floor,
             "below_noise_floor": self.below_noise_floor,
+            "then_against_now": None if self.between is None else _between_json(self.between),
         }
+
+
+def _between_json(found: Between) -> dict[str, Any]:
+    names = (item.name for item in fields(found) if item.name != "responses")
+    values = {name: getattr(found, name) for name in names}
+    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in values.items()}
 
 
 def decide(alert: AlertConfig, responses: pl.DataFrame, reference: Reference | None) -> Verdict:
     """The verdict over a run's response table, against that of another run if there is one."""
-    found = change(responses, None if reference is None else reference.responses, alert.level)
+    found = change(responses, None if reference is None else reference.responses, _two_sided(alert))
     warnings: list[str] = []
     if found.no_interval is not None:
         warnings.append(f"drift is undecided: {found.no_interval}")
@@ -115,6 +158,40 @@ def decide(alert: AlertConfig, responses: pl.DataFrame, reference: Reference | N
             f"{found.n_only_reference:,} only in the other; a part of the difference may be that of the prompts"
         )
     return Verdict(alert, reference, found, None, warnings)
+
+
+def decide_q(alert: AlertConfig, between: Between, again: pl.DataFrame | None, reference: Reference) -> Verdict:
+    """The verdict over Q then against Q now.
+
+    Parameters
+    ----------
+    again : pl.DataFrame, optional
+        Response table of Q against itself, asked again in this run: what of the KL is above that counts.
+    """
+    found = change(between.responses, again, _two_sided(alert), ("Q then against Q now", "Q's noise floor"))
+    warnings: list[str] = []
+    if found.no_interval is not None:
+        warnings.append(f"drift is undecided: {found.no_interval}")
+    elif again is None and between.per_token.value:
+        warnings.append(
+            "drift: how far Q is from itself on one day was not measured (noise_floor: {fraction: 0.2}), so that the "
+            "unrest of its service counts as a change"
+        )
+    if alone := between.n_only_first + between.n_only_second:
+        warnings.append(
+            f"drift: {between.n_contexts:,} contexts were asked in both runs; {between.n_only_second:,} positions of "
+            f"this run and {between.n_only_first:,} of the other have no such context and take no part ({alone:,} in "
+            f"all, such as {between.example})"
+        )
+    if between.missing:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(between.missing.items()))
+        warnings.append(f"drift: contexts of both runs without two lists of Q to compare: {reasons}")
+    return Verdict(alert, reference, found, None, warnings, between=between)
+
+
+def _two_sided(alert: AlertConfig) -> float:
+    """The confidence of the interval whose lower end alone is too high in 1 - level of all cases."""
+    return 2 * alert.level - 1
 
 
 def undecided(alert: AlertConfig, reason: str, *, warn: bool = True) -> Verdict:

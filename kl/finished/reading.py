@@ -100,6 +100,23 @@ def read_run(folder: Path, access: Access, *, with_lists: bool = True) -> Run:
     return Run(folder, summary, tokens, responses, candidates, documents.run)
 
 
+def lists_in(folder: Path, access: Access) -> tuple[pl.LazyFrame, pl.LazyFrame]:
+    """The token table and the candidate table in a folder, of a run that is at its end or finished.
+
+    Raises
+    ------
+    FinishedRunError
+        If the run kept no lists, or a table was written by another version.
+    """
+    if not access.is_file(folder / names.CANDIDATES):
+        raise FinishedRunError(
+            f"{folder} has no {names.CANDIDATES}: run the same command again with the setting candidates: true; scores "
+            "are kept."
+        )
+    tokens, lists = ((names.TOKENS, TOKENS), (names.CANDIDATES, CANDIDATES))
+    return _scan(folder / tokens[0], tokens[1], access), _scan(folder / lists[0], lists[1], access)
+
+
 def read_documents(folder: Path, access: Access) -> Documents:
     """The summary and the record of a finished run, of whatever version wrote them.
 

@@ -30,10 +30,15 @@ def headline(summary: Summary) -> Rows:
 
 
 def _divergence_text(divergence: Divergence) -> str:
-    text = _estimate_text(divergence.estimate)
-    if divergence.estimate.value is None and divergence.lower.value is None:
+    return bounded_text(divergence.estimate, divergence.lower, divergence.plausible_upper)
+
+
+def bounded_text(estimate: Estimate, least: Estimate, most: Estimate) -> str:
+    """An estimate with its interval, and what truncated lists leave certain and plausible."""
+    text = _estimate_text(estimate)
+    if estimate.value is None and least.value is None:
         return text
-    lower, upper = divergence.lower.value, divergence.plausible_upper.value
+    lower, upper = least.value, most.value
     low = "not known" if lower is None else at_least(lower)
     high = "not identified" if upper is None else at_most(upper)
     return f"{text}; truncation: lower {low}, plausible upper {high}"

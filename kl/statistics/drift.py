@@ -62,7 +62,12 @@ class Change:
         return "up" if self.low > 0 else "down"
 
 
-def change(run: pl.DataFrame, reference: pl.DataFrame | None, level: float) -> Change:
+def change(
+    run: pl.DataFrame,
+    reference: pl.DataFrame | None,
+    level: float,
+    names: tuple[str, str] = ("this run", "the reference"),
+) -> Change:
     """The change of the KL per token from one run to another, with its interval.
 
     ``θ = ΣN/ΣD`` in each run, with the linearised residual ``e = (N - θD)/ΣD`` of each prompt, scaled by
@@ -78,6 +83,8 @@ def change(run: pl.DataFrame, reference: pl.DataFrame | None, level: float) -> C
         Response tables (`kl.tables.responses.RESPONSES`).
     level : float
         Two-sided confidence of the interval, such as 0.99.
+    names : tuple of str
+        What the two are called where there is no interval.
 
     Returns
     -------
@@ -99,9 +106,9 @@ def change(run: pl.DataFrame, reference: pl.DataFrame | None, level: float) -> C
     totals = prompt_totals(run)
     others = totals.clear() if reference is None else prompt_totals(reference)
     pairs = totals.join(others, on="prompt_id", how="full", coalesce=True, suffix="_reference").sort("prompt_id")
-    why = _obstacle("this run", run, totals)
+    why = _obstacle(names[0], run, totals)
     if why is None and reference is not None:
-        why = _obstacle("the reference", reference, others)
+        why = _obstacle(names[1], reference, others)
     return _interval(_Pairs.of(pairs), level, why, alone=reference is None)
 
 

@@ -71,6 +71,10 @@ class AskedTwice:
             self.totals.append(batch_totals(rows))
             self.missing.update(missing_by_reason(rows.lazy()))
 
+    def rows(self) -> pl.DataFrame | None:
+        """The response table (`kl.tables.responses.RESPONSES`) of the two answers; None if none was to be asked."""
+        return response_rows(merge_totals(self.totals), info_frame(())) if self.totals else None
+
     def add(self, other: AskedTwice) -> None:
         """Take in what the next responses gave."""
         self.totals += other.totals
@@ -95,7 +99,7 @@ def noise_floor(twice: AskedTwice, rows_q: pl.DataFrame, prior_var: float | None
         return None
     totals = merge_totals(twice.totals)
     floor = per_token(totals, "kl_estimate")
-    found = change(rows_q, response_rows(totals, info_frame(())), CONFIDENCE)
+    found = change(rows_q, twice.rows(), CONFIDENCE)
     return NoiseFloor(
         of="both" if len(twice.of) > 1 else "q" if "q" in twice.of else "p",
         models=sorted(twice.models),

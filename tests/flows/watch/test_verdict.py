@@ -9,7 +9,9 @@ import pytest
 
 from flows.config.alert import AlertConfig
 from flows.watch.reference import Reference
-from flows.watch.verdict import decide, undecided
+from flows.watch.verdict import decide, decide_q, undecided
+from kl.finished.between import Between
+from kl.statistics.intervals import Estimate
 from kl.tables.responses import summarise_responses
 from tests.kl.conftest import Answer, build_tokens
 
@@ -46,3 +48,33 @@ def test_a_fall_is_measured_by_its_size() -> None:
 def test_without_a_run_to_compare_with_nothing_is_below() -> None:
     found = replace(undecided(ALERT, "no earlier run"), noise_floor=0.02)
     assert (found.below_noise_floor, found.message) == (None, "undecided: no earlier run")
+
+
+def between(kl: float, *, n_only_second: int = 0) -> Between:
+    rows = responses(kl)
+    known = Estimate(kl, 0.001, kl - 0.002, kl + 0.002, 12, 0, 6, None, None)
+    return Between(known, known, known, known, known, 12, 12, 0, n_only_second, "f#0 position 3", {}, rows)
+
+
+OF_Q = AlertConfig(kl_per_token=0.0, of="q", compared_with="previous")
+
+
+@pytest.mark.parametrize(("floor", "decision"), [(0.02, "drift"), (0.05, "no drift"), (0.06, "no drift")])
+def test_q_then_against_now_counts_above_what_q_is_from_itself(floor: float, decision: str) -> None:
+    found = decide_q(OF_Q, between(0.05), responses(floor), Reference("previous", "earlier", responses(0.1)))
+    assert (found.decision, found.warnings) == (decision, [])
+    assert f"Q's noise floor of {floor + 0.00125:g}" in found.message
+    assert "certainly 0.05 or more from the previous run in earlier" in found.message
+    written = found.to_json()
+    assert (written["of"], written["then_against_now"]["per_token"]["value"]) == ("q", 0.05)
+    assert [label for label, _ in found.rows] == ["KL(Q then‖Q now) per token", "Drift"]
+
+
+def test_without_a_floor_and_with_other_contexts_the_verdict_says_so() -> None:
+    found = decide_q(OF_Q, between(0.05, n_only_second=7), None, Reference("baseline", "earlier", responses(0.1)))
+    assert found.decision == "drift"
+    assert "no noise floor of Q was measured" in found.message
+    unrest, alone = found.warnings
+    assert "noise_floor" in unrest
+    assert "12 contexts were asked in both runs; 7 positions of this run and 0 of the other" in alone
+    assert "f#0 position 3" in alone
