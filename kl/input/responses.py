@@ -1,4 +1,4 @@
-"""Reads files of P's responses.
+"""Reads files of P's responses; ``schema.json`` beside this file and docs/input-format.md say what they may hold.
 
 Nothing that is wrong with a file or a response raises or stops the others: it is an `InputProblem`, and the response is
 among the ``unreadable`` ones with its reason.
@@ -24,7 +24,7 @@ from kl.input.logprobs import read_positions
 from kl.input.problems import InputProblem, Notes, as_list, as_plain, encodable, is_encodable, show
 from kl.input.prompts import read_prompt, read_sampling
 from kl.input.shapes.answers import as_response
-from kl.input.shapes.requests import RENDERED
+from kl.input.shapes.requests import RENDERED, TOOLS
 from kl.input.shapes.rows import ids_beside
 from kl.input.sources import read_document
 from kl.input.texts import Settled, settle_text
@@ -160,6 +160,9 @@ def parse_responses(data: bytes, source_file: str, *, in_columns: bool = True) -
     prompt = None if notes.first_defect else read_prompt(document, notes)
     if as_plain(document.get("continues")) is not None:
         notes.defect("continues-prefix", "the responses go on from a prefix, which is not part of them (`continues`)")
+    foreign = next((name for name in TOOLS if document.get(name)), None)
+    if foreign is not None:
+        notes.defect("foreign-prompt-part", f"the file has `{foreign}`, which the model was given beside the prompt")
     items = _read_list(document, notes)
     model = _read_name(document, "model", None, notes)
     version = _read_name(document, "model_version", None, notes)

@@ -23,8 +23,9 @@ _OTHER_NAMES = {
     "frequencyPenalty": "frequency_penalty",
     "repeat_penalty": "repetition_penalty",
 }
+TOOLS = ("tools", "functions")  # what a model was given beside the turns
 # The last one takes a part of the prompt away.
-_PARTS_OF_A_PROMPT = ("tools", "functions", "previous_response_id", "conversation", "cachedContent", "cached_content",
+_PARTS_OF_A_PROMPT = (*TOOLS, "previous_response_id", "conversation", "cachedContent", "cached_content",
                       "truncate_prompt_tokens")  # fmt: skip
 _BESIDE = ("prompt", "messages", "system")  # where the prompt stands beside an answer
 
