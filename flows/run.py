@@ -31,7 +31,8 @@ def kl_divergence(config: RunConfig) -> RunReport | State[RunReport] | State[Pen
     try:
         with open_run(config) as run:
             with run.asking(read(run)) as plan:
-                run.take(score.map(plan.groups, unmapped(run.scorer)))
+                for groups in run.waves(plan):
+                    run.take(groups, score.map(groups, unmapped(run.scorer)))
             measured = measure(run, plan)
             return run.end(write(run, measured))
     except (RunEndedError, TokenKLError, OSError) as error:

@@ -29,7 +29,7 @@ kl.tables               context_counts schemas / totals / responses / pairs / ca
 kl.tables               spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
-kl.output               atomic digits / kl_json / files headline
+kl.output               room / atomic digits / kl_json / files headline
 kl.output.report.drawing scales svg / axes
 kl.output.report        comparisons markup movers selection spread verdict visible / charts lists payload sections
 kl.finished             names lists shown worst / between run / reading
@@ -59,7 +59,7 @@ flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling
-flows.folder            layout / finished lock refusals
+flows.folder            room layout / finished lock refusals
 flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks

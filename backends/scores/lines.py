@@ -6,10 +6,12 @@ import io
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from backends.scores.chunk_log import ChunkLog
 from backends.storage import is_remote
+from kl.output.room import named_when_refused
 
 SUFFIX = ".jsonl"
 _SYNC_INTERVAL_S = 1.0
@@ -43,13 +45,14 @@ class LocalLines:
         self._synced = 0.0
 
     def append(self, line: bytes) -> None:
-        """Add a line, with its end."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
-            self._synced = time.monotonic()
-        self._file.write(line)
-        self._file.flush()
+        """Add a line, with its end. One that the disk refuses is added with the next."""
+        with named_when_refused(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab")
+                self._synced = time.monotonic()
+            self._file.write(line)
+            self._file.flush()
         if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -57,7 +60,8 @@ class LocalLines:
     def clear(self) -> None:
         """Forget the lines."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what the disk refused is still to be written, and is not wanted any more
+                self._file.close()
             self._file = None
         self._path.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from typing import Any
 from backends.storage.locations import is_google, is_remote
 from backends.storage.parallel import in_parallel
 from backends.storage.remote import checked, key_of, no_bucket, system_of, translated, version_of
+from kl.output.room import named_when_refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,14 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         with translated("write", path):
             system_of(path).pipe_file(key_of(path), data, **checked(path))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with named_when_refused(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):
@@ -96,8 +98,9 @@ def publish(local: Path, target: Path) -> None:
 def _move_between_disks(local: Path, target: Path) -> None:
     temporary = _temporary(target)
     try:
-        shutil.copyfile(local, temporary)
-        _sync(temporary)
+        with named_when_refused(target):
+            shutil.copyfile(local, temporary)
+            _sync(temporary)
         os.replace(temporary, target)
     finally:
         with suppress(FileNotFoundError):

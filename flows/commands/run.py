@@ -100,6 +100,7 @@ def _run_flow(
 
     from httpx import HTTPError
 
+    from flows.folder.room import NoRoomError
     from flows.runtime.interrupts import InterruptedRunError
 
     before = last_written()
@@ -111,8 +112,12 @@ def _run_flow(
             raise
         _leave_without_server(error, comparison.folder, server)
     stopped = returned(state)
-    if isinstance(stopped, InterruptedRunError):
+    if isinstance(stopped, InterruptedRunError | NoRoomError):
         command = shlex.join([*command_words("run"), *arguments, *pinning_flags(config, stopped.config)])
+    if isinstance(stopped, NoRoomError):
+        print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
+    if isinstance(stopped, InterruptedRunError):
         stored = f"every answer that arrived is in {OutputFolder(stopped.config.output_dir).scores}"
         print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED

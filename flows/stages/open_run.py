@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from flows.folder.layout import Stores
 from flows.folder.lock import FolderInUseError, run_lock
 from flows.folder.output import prepare_output
 from flows.folder.refusals import Refusal, note_refusals
+from flows.folder.room import DiskRefusedError, Reserve, one_line_on_room
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.progress import ProgressReporter
 from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import parsed_files_kept
+from flows.stages.passes import FEWEST_JUDGED, check_first_answers
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
 from flows.stages.prompts import rendered_before, rendered_prompts
@@ -94,6 +97,7 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
         stack.enter_context(run_logging())
         stack.enter_context(parsed_files_kept())
         run.cluster = stack.enter_context(cluster_of(written.task_runner))
+        stack.enter_context(one_line_on_room(comparison.folder.path, comparison.folder.scores, comparison.config))
         if is_remote(comparison.folder.path):
             run.token_parts = stack.enter_context(scratch_folder())
         run.begin()
@@ -267,14 +271,42 @@ class OpenRun:
                 with self.cluster.get().tasks():
                     yield
                 return
-            self.scorer = StoringScorer(self.comparison, self.stores, session, on_result)
+            reserve = Reserve(comparison.folder.scores)
+            self.scorer = StoringScorer(self.comparison, self.stores, session, on_result, reserve)
             workers = max(1, min(len(plan.groups), self.backend.parallel_groups()))
-            with ThreadPoolTaskRunner(workers) as runner, tasks_run_by(runner):
+            with (
+                reserve.kept() if plan.n_to_ask else nullcontext(),
+                ThreadPoolTaskRunner(workers) as runner,
+                tasks_run_by(runner),
+            ):
                 yield
 
-    def take(self, futures: list[PrefectFuture[Any]]) -> None:
-        """Take home what each group's task found, as it ends."""
-        groups, session = self._plan.groups, self._session
+    def waves(self, plan: Plan) -> Iterator[list[Group]]:
+        """The groups that are asked together: all, or the first alone where it can be judged before the rest is bought.
+
+        Jobs take as long for one group as for all, so that a backend with jobs makes them at once.
+        """
+        groups, backend = plan.groups, self.comparison.backend.capabilities
+        n_first = 0
+        if backend.remote and not backend.deferred and not self.comparison.config.force:
+            n_first = _first_to_judge(groups)
+        if n_first == len(groups):
+            n_first = 0
+        if n_first:
+            yield groups[:n_first]
+            if self._error is not None or self._session is None or self._session.cancelled:
+                return
+            files = {selection.file: None for group in groups[:n_first] for selection in group.selections}
+            try:
+                check_first_answers(list(files), self.comparison, self.comparison.folder.stores())
+            except ConfigError as error:
+                self._error = error
+                return
+        yield groups[n_first:]
+
+    def take(self, groups: Sequence[Group], futures: list[PrefectFuture[Any]]) -> None:
+        """Take home what the task of each group found, as it ends."""
+        session = self._session
         for number, result in results_of(futures, lambda: session is not None and session.cancelled):
             if isinstance(result, Exception):
                 self._note_failure(groups[number], result)
@@ -284,6 +316,11 @@ class OpenRun:
     def _note_failure(self, group: Group, error: Exception) -> None:
         if isinstance(error, SessionClosedError):
             return  # the user stopped the run, or another group has the reason
+        if isinstance(error, DiskRefusedError):
+            if isinstance(self._error, DiskRefusedError):
+                error.n_lost += self._error.n_lost
+            self._error = error  # the scorer ends the others, when they have what is in flight
+            return
         if isinstance(error, ConfigError | OSError):
             self._error = self._error or error  # it holds for every group
             self.stop()
@@ -334,6 +371,12 @@ class OpenRun:
         """Show what was found; gives what the flow returns."""
         show_report(outcome.report, self.comparison.config, self.spent())
         return outcome.result
+
+
+def _first_to_judge(groups: Sequence[Group]) -> int:
+    """How many groups have enough contexts that their answers can be judged: one, if responses are not tiny."""
+    asked = accumulate(group.n_positions for group in groups)
+    return next((number for number, n in enumerate(asked, start=1) if n >= FEWEST_JUDGED), 0)
 
 
 def _log_plan(plan: Plan) -> None:

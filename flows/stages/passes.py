@@ -30,10 +30,12 @@ from flows.folder.layout import Stores
 from flows.runtime.progress import ProgressReporter
 from flows.stages.inputs import InputFile
 from flows.stages.measuring import Measured, MeasuredPart, Priors, Survey, Surveyed, measure_part, survey_part
+from kl.estimators.diagnostic import AlignmentDiagnostic
 
 PART_BYTES, PART_FILES = 6_000_000, 256  # of input that is worked on at once: some thousand positions
 _AT_ONCE = min(4, os.cpu_count() or 1)
 CLUSTER_PART_FILES = 32  # so that there is work for all
+FEWEST_JUDGED = 20  # positions of which the overlap of their lists says something
 _MOST_IN_MEMORY = 150_000  # positions of what the first pass leaves, about two kilobytes each
 
 
@@ -68,17 +70,36 @@ def measure_files(
     with ProgressReporter("files surveyed", len(files)) as progress:
         survey = Survey.total(passes.surveys(progress))
     diagnostic = survey.diagnostic()
-    verdict = diagnostic.verdict()
-    if verdict.level == "refuse" and not comparison.config.force:
-        raise ConfigError(
-            f"the models cannot be compared token by token: {verdict.reasons[0]} What was bought is kept; --force "
-            "measures all the same, and only the bounds then mean something."
-        )
+    _check_alignment(diagnostic, comparison, "measures all the same")
     measured = Measured(list(files), survey.priors(), diagnostic)
     with ProgressReporter("files measured", len(files)) as progress:
         for part in passes.measured(measured.priors, progress):
             measured.add(part)
     return measured
+
+
+def check_first_answers(files: Sequence[InputFile], comparison: Comparison, stores: Stores) -> None:
+    """Judge the rest by what is answered of some files, before it is bought; too few answers say nothing.
+
+    Raises
+    ------
+    ConfigError
+        If their lists say that the models cannot be compared.
+    """
+    survey, _ = survey_part(files, comparison, stores, _nothing)
+    diagnostic = survey.diagnostic()
+    if diagnostic.n_positions >= FEWEST_JUDGED:
+        asked = f"asks for the rest, too (these are {diagnostic.n_positions} positions, the first that were asked)"
+        _check_alignment(diagnostic, comparison, asked)
+
+
+def _check_alignment(diagnostic: AlignmentDiagnostic, comparison: Comparison, forced: str) -> None:
+    verdict = diagnostic.verdict()
+    if verdict.level == "refuse" and not comparison.config.force:
+        raise ConfigError(
+            f"the models cannot be compared token by token: {verdict.reasons[0]} What was bought is kept; --force "
+            f"{forced}, and only the bounds then mean something."
+        )
 
 
 def _parts(files: Sequence[InputFile], most_files: int) -> Iterator[Part]:

@@ -7,19 +7,26 @@ be computed again: it travels, and its answers come home.
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from prefect.states import Failed, State
 
 from backends.errors import BackendError, ConfigError, TokenKLError
-from backends.session import BackendSession
+from backends.session import BackendSession, SessionClosedError
 from flows.config.comparison import Comparison
 from flows.folder.layout import Stores
+from flows.folder.room import DiskRefusedError, Reserve
 from flows.stages.plan import Group, requests_of
 from flows.stages.scoring import GroupOutcome, OnResult, store_answers
 from kl.records import Score, ScoreFailure
+
+logger = logging.getLogger("flows.run")
+
+_IN_FLIGHT_S = 30.0  # how long answers in flight are waited for when the disk takes no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +49,59 @@ class StoringScorer:
     session : BackendSession
     on_result : callable
         Told each context that is settled, as of `flows.stages.scoring.store_answers`.
+    reserve : Reserve
+        Given up when the disk takes no more.
     """
 
-    def __init__(self, comparison: Comparison, stores: Stores, session: BackendSession, on_result: OnResult) -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        stores: Stores,
+        session: BackendSession,
+        on_result: OnResult,
+        reserve: Reserve,
+    ) -> None:
         self._comparison, self._stores, self._session = comparison, stores, session
-        self._on_result = on_result
+        self._on_result, self._reserve = on_result, reserve
+        self._refusing = threading.Lock()
+        self._refused: bool | None = None  # whether what is in flight is waited for
 
     def score(self, group: Group) -> GroupOutcome | State[GroupOutcome]:
         """Have a group answered; every answer is on disk before this returns."""
+        if self._refused is not None:
+            return Failed(message="the disk takes no more", data=SessionClosedError("the disk takes no more"))
         asked = list(requests_of(group, self._comparison))
         backend, stage = self._session.backend, self._comparison.config.stage
         ask = {"run": backend.score, "submit": backend.submit, "collect": backend.collect}[stage]
         results = ask([request for _, request in asked])
-        work = store_answers(results, asked, self._stores, self._on_result, only_looks=stage == "collect")
+        work = store_answers(
+            results, asked, self._stores, self._on_result, only_looks=stage == "collect", on_refused=self._stop_asking
+        )
         try:
             return self._session.run(work)
+        except DiskRefusedError as error:
+            if not self._refused:
+                self._session.cancel()
+            return Failed(message=str(error), data=error)
         except (ConfigError, OSError) as error:
-            # It holds for every group: no rights, no credentials, a full disk. The others must not go on buying.
+            # It holds for every group: no rights, no credentials, a disk that fails. The others must not go on buying.
             self._session.cancel()
             return Failed(message=str(error), data=error)
         except TokenKLError as error:
             return Failed(message=str(error), data=error)
+
+    def _stop_asking(self, error: OSError) -> bool:
+        """Ask for nothing more, and have what is in flight stored where room was kept for it."""
+        with self._refusing:
+            if self._refused is None:
+                self._reserve.give_up()
+                self._refused = self._session.backend.stop_asking(f"the disk takes no more: {error}")
+                if self._refused:
+                    logger.error("%s: no more is asked; answers in flight are waited for", error)
+                    timer = threading.Timer(_IN_FLIGHT_S, self._session.cancel)
+                    timer.daemon = True
+                    timer.start()
+            return self._refused
 
     def keep(self, group: Group, outcome: GroupOutcome) -> GroupOutcome:
         """What the task returned is on disk already."""

@@ -15,6 +15,8 @@ from backends.base import WAITING, ScoreRequest
 from backends.errors import BackendError, ModelNotUsableError
 from backends.scores.store import ScoreJournal
 from flows.folder.layout import Stores
+from flows.folder.room import DiskRefusedError
+from kl.output.room import refusal_of
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger(__name__)
@@ -41,11 +43,18 @@ class GroupOutcome:
 
 @dataclass(slots=True)
 class _Incoming:
-    """Results that are not in the table yet, and what is still expected."""
+    """Results that are not in the table yet, and what is still expected.
+
+    When the disk refuses one, ``on_refused`` is called, once, and says whether what is in flight will still come; then
+    it is all taken in before the refusal is raised.
+    """
 
     stores: Stores
     where: dict[str, tuple[str, str]]  # key → prompt id, model
     journal: ScoreJournal
+    on_refused: Callable[[OSError], bool]
+    refusal: OSError | None = None
+    n_in_memory: int = 0  # answers that are in no file
     waiting: list[Score | ScoreFailure] = field(default_factory=list[Score | ScoreFailure])
     n_bytes: int = 0
     n_scored: int = 0
@@ -63,7 +72,11 @@ class _Incoming:
         self.open_keys.discard(result.key)
         prompt_id, model = self.where[result.key]
         self.waiting.append(result)  # first: what the journal refuses may still become a part
-        self.journal.add(prompt_id, model, result)
+        try:
+            self.journal.add(prompt_id, model, result)
+        except OSError as error:
+            self.n_in_memory += 1
+            self._refused(error)
         if isinstance(result, ScoreFailure):
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
             return
@@ -86,16 +99,41 @@ class _Incoming:
     def full(self) -> bool:
         return self.n_bytes > _PART_BYTES or len(self.waiting) >= _PART_ROWS
 
+    def _refused(self, error: OSError) -> None:
+        if refusal_of(error) is None:
+            raise error
+        if self.refusal is None:
+            self.refusal = error
+            if not self.on_refused(error):
+                raise error
+
     def write(self) -> None:
+        """Make a part of what waits; tried again where room was kept for that."""
+        try:
+            self._write()
+        except OSError as error:
+            self._refused(error)
+            self._write()
+
+    def check(self) -> None:
+        """Raise what the disk refused, if it did, with how many answers are nowhere."""
+        if self.refusal is not None:
+            number = refusal_of(self.refusal)
+            assert number is not None
+            lost = self.n_in_memory if self.waiting else 0
+            raise DiskRefusedError(number, str(self.refusal.filename), lost) from self.refusal
+
+    def _write(self) -> None:
         by_place: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
         for result in self.waiting:
             by_place.setdefault(self.where[result.key], []).append(result)
         for (prompt_id, model), batch in by_place.items():
             self.stores.scores.append(prompt_id, model, batch)
-            failed = [result for result in batch if isinstance(result, ScoreFailure)]
-            self.stores.failures.append(prompt_id, model, failed)
+            if self.refusal is None:  # else they are of no use, and there is no room
+                failed = [result for result in batch if isinstance(result, ScoreFailure)]
+                self.stores.failures.append(prompt_id, model, failed)
         # Only now: if the disk refused a part, the answers must stay in the journal.
-        self.waiting, self.n_bytes = [], 0
+        self.waiting, self.n_bytes, self.n_in_memory = [], 0, 0
         self.journal.clear()
 
 
@@ -106,6 +144,7 @@ async def store_answers(
     on_result: OnResult,
     *,
     only_looks: bool = False,
+    on_refused: Callable[[OSError], bool] = lambda _: False,
 ) -> GroupOutcome:
     """Put each answer on disk the moment it arrives, and a failure for each context that gets none.
 
@@ -119,9 +158,17 @@ async def store_answers(
         Told each context that is settled: the model that was asked, and what came of it.
     only_looks : bool
         That nothing was to be waited for: where the look fails, the jobs may still have the answers.
+    on_refused : callable
+        Told once that the disk takes no more, perhaps in another thread: it stops the asking and makes what room it
+        can. Says whether the iterator will end by itself, with what is in flight; default: it will not.
+
+    Raises
+    ------
+    DiskRefusedError
+        At the end, if the disk refused something.
     """
     where = {key: (prompt_id, request.model) for prompt_id, request in asked for key in request.keys}
-    incoming = _Incoming(stores, where, stores.scores.journal(uuid.uuid4().hex))
+    incoming = _Incoming(stores, where, stores.scores.journal(uuid.uuid4().hex), on_refused)
     try:
         async with _closing(results):
             async for result in results:
@@ -136,7 +183,10 @@ async def store_answers(
         waits = only_looks and not isinstance(error, ModelNotUsableError)
         _fail_rest(incoming, WAITING if waits else _reason(error), str(error), on_result)
     finally:
-        incoming.write()
+        try:
+            incoming.write()
+        finally:
+            incoming.check()
     if incoming.open_keys:
         message = f"the backend gave no result for {len(incoming.open_keys)} of {len(where)} contexts."
         logger.error("%s", message)

@@ -35,6 +35,7 @@ from kl.output.files import result_paths, write_candidates, write_responses, wri
 from kl.output.headline import headline
 from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
 from kl.output.report.page import prompt_text, write_report
+from kl.output.room import refusal_of
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts, Summary
 from kl.tables.responses import ResponseInfo, summarise_responses
@@ -95,7 +96,9 @@ def _write_page(run: Run, target: Path, measured: Measured) -> bool:
 
     try:
         write_report(run, target, prompts=prompts)
-    except Exception:
+    except Exception as error:
+        if refusal_of(error) is not None:
+            raise
         logger.exception("report.html is not written; the other results are whole")
         return False
     return True

@@ -26,6 +26,7 @@ from flows.watch.reference import Reference, load_baseline, load_previous
 from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE, RunReport
 from flows.watch.verdict import Verdict, decide, decide_q, undecided
 from kl.finished.between import kl_between
+from kl.output.room import refusal_of
 from kl.tables.totals import TokenTableError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ def finish_run(context: DriftContext, results: Results) -> RunOutcome:
     except ConfigError as error:
         raise ConfigError(f"the results are in {config.output_dir}, but {error}") from error
     except OSError as error:
+        if refusal_of(error) is not None:
+            raise
         raise OSError(
             f"the results are in {config.output_dir}, but not their row in {config.history}: {error}"
         ) from error

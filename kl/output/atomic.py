@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kl.output.room import named_when_refused
+
 _SETTLING = 16  # files at once; a journal commits them together
 
 
@@ -63,10 +65,11 @@ def _settled(target: Path, settling: Future[None]) -> Path:
 
 
 def _written(target: Path, write: Callable[[Path], Any]) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
-        write(temporary)
+        with named_when_refused(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -75,7 +78,8 @@ def _written(target: Path, write: Callable[[Path], Any]) -> Path:
 
 def _settle(temporary: Path, target: Path) -> None:
     try:
-        _sync(temporary)
+        with named_when_refused(target):
+            _sync(temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -258,3 +258,28 @@ def test_a_disk_that_refuses_results_stops_the_run_in_one_line(run_batch, vertex
     assert run_batch("--backend", "vertex_online").code == 0
     counts = sorted(vertex_world.rows_bought.values())
     assert counts[:-2] == [1] * (len(counts) - 2), "what the first run bought was in its journal"
+
+
+def test_models_of_other_tokens_are_found_out_before_the_second_response_is_bought(
+    run_batch, vertex_world: VertexWorld, tmp_path: Path
+) -> None:
+    online = ("--backend", "vertex_online")
+    vertex_world.write_responses(tmp_path / "in", P, PROMPTS, n=1, max_tokens=40, seed=5)
+    for path in (tmp_path / "in").glob("*.json"):
+        document = json.loads(path.read_text())
+        (response,) = document["responses"]
+        for number, item in enumerate(response["logprobs"]["content"]):
+            for entry in (item, *item["top_logprobs"]):
+                entry["token"], entry["token_id"] = f"~{entry['token']}", 900_000 + entry["token_id"]
+            if number == 0:
+                first = item
+        response["text"] = "".join(item["token"] for item in response["logprobs"]["content"])
+        assert first["token"].startswith("~")
+        path.write_text(json.dumps(document))
+    done = run_batch(*online)
+    assert done.code == 2, done.err
+    assert "error: the models cannot be compared token by token: only" in done.err
+    assert "--force asks for the rest, too" in done.err
+    most = json.loads(min((tmp_path / "in").glob("*.json")).read_text())["responses"][0]["logprobs"]["content"]
+    n_asked = sum("Continue the row" not in str(call.request) for call in vertex_world.online_calls)
+    assert n_asked == len(most)
