@@ -112,6 +112,14 @@ def test_what_is_declared_has_a_version_among_the_constraints() -> None:
     assert names(lines) >= CORE | EXTRAS
 
 
+def test_only_those_who_test_install_what_tests_need() -> None:
+    assert UV["default-groups"] == ["weights"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs/deploying.md").read_text(encoding="utf-8")
+    commands = re.findall(r"uv run [^`\n]*?(?:pytest|ruff|pyright)\b", text)
+    assert len(commands) > 4
+    assert [command for command in commands if "--group dev" not in command] == []
+
+
 # What uv leaves out in this checkout, every other installer brings (tool.uv.override-dependencies).
 
 

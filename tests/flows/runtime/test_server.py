@@ -32,7 +32,7 @@ else:
 def started(home: Path, sleep_s: float, **environment: str) -> subprocess.Popen[str]:
     variables = clean_environment(home, **environment)
     theirs = home / "project"  # whose flows are in a folder of that name, as is usual with Prefect
-    (theirs / "flows").mkdir(parents=True)
+    (theirs / "flows").mkdir(parents=True, exist_ok=True)
     (theirs / "flows" / "__init__.py").write_text("raise AssertionError('the flows of somebody else')")
     return subprocess.Popen(
         [sys.executable, "-P", "-c", ASK, str(sleep_s)],
