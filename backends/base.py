@@ -11,7 +11,7 @@ A backend is built once per process from its validated `Options`, used from one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -225,6 +225,10 @@ class WorkEstimate:
         )
 
 
+def _unlocked() -> None:
+    """Nobody else uses the backend's folder."""
+
+
 class Backend(ABC):
     """A source of log-probabilities. Subclass it, name it in a `register_backends` hook, and that is a plugin.
 
@@ -243,6 +247,9 @@ class Backend(ABC):
         What must be there beside the program, each in a few words for the list of backends.
     run_id : str or None
         The flow run that uses the backend, set before it is entered; a backend with remote jobs records it with them.
+    check_lock : callable
+        Set before it is entered; raises if another process may use ``state_dir`` by now. A backend with remote jobs
+        calls it just before it makes one.
     """
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
@@ -250,6 +257,7 @@ class Backend(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str | None] = None
     run_id: str | None = None
+    check_lock: Callable[[], None] = staticmethod(_unlocked)
 
     def __init__(self, options: BackendOptions, state_dir: Path | None = None) -> None:
         self.options = options
@@ -356,6 +364,10 @@ class Backend(ABC):
 
         All `score` iterators were closed before. It has two seconds.
         """
+        return None
+
+    def going_on(self) -> str | None:
+        """One line on what goes on elsewhere, and is charged, when the session ends; None if nothing does."""
         return None
 
     async def abandoned(self, run_id: str) -> str | None:

@@ -22,6 +22,7 @@ from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.lock import run_lock
 from flows.folder.output import prepare_output
+from flows.folder.room import one_line_on_room
 from flows.runtime.logs import run_logging
 from flows.runtime.terminal import console, print_pairs
 from flows.sampling.asking import Sampler, SampleReport
@@ -38,7 +39,7 @@ def sample(config: SampleConfig) -> SampleReport:
     resolve_sampling(config)
     prepare_output(config.output_dir)
     folder = OutputFolder(SamplingState(config.output_dir).folder)
-    with run_lock(folder) as check_lock:
+    with run_lock(folder) as check_lock, one_line_on_room(config.output_dir, folder.path, config):
         plan = plan_sampling(config, make_identity=True)
         for note in plan.notes:
             logger.warning("%s", note)

@@ -183,10 +183,11 @@ class Lease:
         LeaseLostError
             With the reason.
         """
-        if self._lost is not None:
-            raise LeaseLostError(
-                f"the lock {self._folder} could not be kept ({self._lost}); another run may be at work."
-            )
+        lost = self._lost
+        if lost is None and time.monotonic() - self._renewed_at > self._lease_s:
+            lost = "it was not renewed in time"  # this process was held up, and its own thread does not know yet
+        if lost is not None:
+            raise LeaseLostError(f"the lock {self._folder} could not be kept ({lost}); another run may be at work.")
 
     def release(self) -> None:
         """Let others have the lock; where that cannot be said, it expires."""

@@ -68,7 +68,14 @@ class VertexBatchBackend(GeminiBackend):
         self._bucket = BatchBucket(self._project, self._location, self._bucket_name, options.retry_deadline_s)
         self._ledger.flow_run_id = self.run_id
         self._rounds = JobRounds(
-            options, self._place, self._ledger, self._jobs, self._bucket, self._raw, self._quota_used
+            options,
+            self._place,
+            self._ledger,
+            self._jobs,
+            self._bucket,
+            self._raw,
+            self._quota_used,
+            self.check_lock,
         )
         return self
 
@@ -95,13 +102,21 @@ class VertexBatchBackend(GeminiBackend):
         """Leave the jobs that still run, or cancel them, as ``on_cancel`` says."""
         if self._rounds is None:
             return None
-        running = [str(job["name"]) for job in self._rounds.reported.values() if job["state"] in PENDING_STATES]
+        running = self._running()
         if self.options.on_cancel == "leave" or self._only_looks:
             return _left(running)
         # A job whose creation was under way may have been made.
         looked_up = await asyncio.gather(*map(self._jobs.find, self._rounds.making), return_exceptions=True)
         found = [job.name for answer in looked_up if not isinstance(answer, BaseException) for job in answer]
         return await self._cancel([*running, *found])
+
+    def _running(self) -> list[str]:
+        jobs = self._rounds.reported.values() if self._rounds is not None else ()
+        return [str(job["name"]) for job in jobs if job["state"] in PENDING_STATES]
+
+    def going_on(self) -> str | None:
+        """The jobs that still ran when they were looked at last."""
+        return _left(self._running())
 
     async def abandoned(self, run_id: str) -> str | None:
         """Leave the jobs on record that the run made or waited for, or cancel those that still run."""
@@ -165,8 +180,26 @@ class VertexBatchBackend(GeminiBackend):
         await self._bucket.ensure()
         return version
 
+    def _check_elsewhere(self, keys: Sequence[str]) -> None:
+        """Refuse to buy what jobs at another place, with another location or bucket, were to answer.
+
+        Raises
+        ------
+        ConfigError
+            With that place.
+        """
+        left = self._ledger.left_elsewhere(self._place, keys)
+        if left:
+            n, place = len(set(keys).intersection(*[{key for job in left for key in job.keys}])), left[0].backend_place
+            raise ConfigError(
+                f"{n} of these contexts are in {len(left)} batch jobs in {place} (project/location/bucket) that were "
+                f"not read yet; in {self._place} they would be bought again. Run with that project, location and "
+                f"bucket to take them in, or move their records ({self._ledger.folder / left[0].job_key}.json …) away."
+            )
+
     async def _results(self, rows: RowSet[A], stage: Stage) -> AsyncGenerator[A | ScoreFailure]:
         assert self._rounds is not None, "enter the backend first"
+        self._check_elsewhere(rows.keys)
         await self._bucket.ensure()
         work = [self._rounds.results(part) for part in self._rounds.work(rows, stage)]
         async with aclosing(merged(work)) as results:
@@ -178,4 +211,7 @@ def _left(names: Sequence[str]) -> str | None:
     """What is said of jobs that go on; None if there are none."""
     if not names:
         return None
-    return f"{len(names)} batch jobs go on and are charged; the next run fetches them: {', '.join(names)}"
+    return (
+        f"{len(names)} batch jobs go on and are charged; the same command, run again, takes in what they answer: "
+        f"{', '.join(names)}"
+    )

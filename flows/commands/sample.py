@@ -59,12 +59,17 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     sample_responses = load_with_server(load_flow, server)
     start_own_server()  # if there is none yet
 
+    from flows.folder.room import NoRoomError
     from flows.runtime.interrupts import InterruptedRunError
 
     state = sample_responses(config, return_state=True)
     stopped = returned(state)
-    if isinstance(stopped, InterruptedRunError):
+    if isinstance(stopped, InterruptedRunError | NoRoomError):
         command = shlex.join([*command_words("sample"), *arguments])
+    if isinstance(stopped, NoRoomError):
+        print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
+    if isinstance(stopped, InterruptedRunError):
         print(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     report: SampleReport | None = result_of(state)

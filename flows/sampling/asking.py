@@ -14,6 +14,7 @@ from backends.base import Backend, Sample, SampleRequest
 from backends.service.breaker import NOT_ASKED
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
+from flows.folder.room import Reserve
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.progress import ProgressReporter
 from flows.sampling.files import Target
@@ -23,6 +24,7 @@ from flows.stages.prompts import prompt_hashes
 from flows.watch.spending import Spending, details_of
 from kl.input.responses import RENDERED
 from kl.input.writer import response_entry
+from kl.output.room import refusal_of
 from kl.records import ScoreFailure
 
 logger = logging.getLogger("flows.sample")
@@ -64,6 +66,8 @@ class Sampler:
         self.failures = dict(plan.failures)
         self._unwritten: set[Target] = set()
         self._unreadable: Counter[str] = Counter()
+        self._reserve = Reserve(plan.state.folder)
+        self._refusal: OSError | None = None
 
     def run(self) -> SampleReport:
         """Ask for what is missing; gives what is there at the end.
@@ -89,7 +93,7 @@ class Sampler:
     def _ask(self) -> None:
         config, session = self.plan.config, BackendSession(self.plan.build_backend())
         with session:
-            with stop_on_signal(session) as stopped:
+            with self._reserve.kept(), stop_on_signal(session) as stopped:
                 try:
                     session.run(self._rounds(session.backend))
                 except SessionClosedError:
@@ -118,10 +122,10 @@ class Sampler:
                     )
                 async for result in backend.sample(left):
                     spending.note(self.plan.places[result.key][0].model, result)
-                    target = await asyncio.to_thread(self._take, result)
-                    if target is not None and not target.missing:
-                        await asyncio.to_thread(self._write, target)
+                    await self._store(result, backend)
                     progress.advance(int(isinstance(result, Sample)))
+                if self._refusal is not None:
+                    raise self._refusal
                 left = [request for request in left if self._may_ask_again(request)]
                 limit = config.max_cost_usd
                 spent += self.plan.estimate(left).cost_usd or 0.0
@@ -136,6 +140,28 @@ class Sampler:
                         limit,
                     )
                     return
+
+    async def _store(self, result: Sample | ScoreFailure, backend: Backend) -> None:
+        """Put a result on disk, and in its file with the last of the file; where that is refused, no more is asked.
+
+        What is in flight then is stored in the room that was kept for it.
+        """
+        stored = False
+        try:
+            target = await asyncio.to_thread(self._take, result)
+            stored = True
+            if self._refusal is None and target is not None and not target.missing:
+                await asyncio.to_thread(self._write, target)
+        except OSError as error:
+            if refusal_of(error) is None or self._refusal is not None:
+                raise
+            self._refusal = error
+            self._reserve.give_up()
+            if not backend.stop_asking(f"the disk takes no more: {error}"):
+                raise
+            logger.error("%s: no more is asked; responses in flight are waited for", error)
+            if not stored:
+                await asyncio.to_thread(self._take, result)
 
     def _may_ask_again(self, request: SampleRequest) -> bool:
         failure = self.failures.get(request.key)

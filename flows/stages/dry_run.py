@@ -85,12 +85,18 @@ def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
     cost = plan.estimate.cost_usd
     if max_cost_usd is None or not plan.n_to_ask:
         return
+    left = ""
+    if plan.n_in_flight:
+        left = (
+            f" {plan.n_in_flight} contexts are in jobs of an earlier run, which are charged whatever this one does: "
+            "--stage collect takes in what they answer and buys nothing new."
+        )
     if cost is None:
-        raise ConfigError(f"max_cost_usd is {max_cost_usd:g}, but {_unpriced_text(plan)}.")
+        raise ConfigError(f"max_cost_usd is {max_cost_usd:g}, but {_unpriced_text(plan)}.{left}")
     if cost > max_cost_usd:
         raise ConfigError(
             f"the estimated cost of {cost:.4f} USD is above max_cost_usd = {max_cost_usd:g}. Raise it, or measure less "
-            "(--max-files)."
+            f"(--max-files).{left}"
         )
 
 

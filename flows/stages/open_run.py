@@ -155,6 +155,7 @@ class OpenRun:
         self._outcomes: list[GroupOutcome] = []
         self._error: Exception | None = None
         self._report: dict[str, Any] = {}
+        self._going_on: str | None = None
         self._was_unfinished = False
         self._prompts: dict[str, Any] | None = None
 
@@ -166,6 +167,7 @@ class OpenRun:
         self.comparison = discovered(without_refused(self.comparison), call=True)
         self.stores = self.comparison.folder.stores()
         self.backend = self.comparison.build_backend(flow_run.id)
+        self.backend.check_lock = self.check_lock
         for note in self.comparison.notes:
             logger.warning("%s", note)
         self.context = drift_context(self.comparison)
@@ -207,6 +209,7 @@ class OpenRun:
                     line = session.interrupt() or "nothing goes on elsewhere."
                     raise InterruptedRunError(line, self.comparison.config)
             self._report = self.backend.report()
+            self._going_on = self.backend.going_on()
         if self._error is not None:
             raise self._error
         self.check_lock()
@@ -352,6 +355,7 @@ class OpenRun:
             "preflight_version": self._proven,
             "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
             "backend_report": self._report,
+            "going_on": self._going_on,
             "rendered_prompts": self._prompts,
             "spent": self.spent(),
             "folders": folder_record(comparison.written, comparison.config),

@@ -206,6 +206,7 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]
     warnings += difference(record)
+    warnings += [record["going_on"]] if record.get("going_on") else []
     proven = record.get("preflight_version")
     versions = measured.versions_q | ({proven} if isinstance(proven, str) else set())
     if len(versions) > 1:

@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from tests.disks import Resize, small_disk
 from tests.programs import Done, Run
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.world import VertexWorld
 
-__all__ = ["make_vertex_world"]
+__all__ = ["make_vertex_world", "small_disk"]
 
 pytestmark = pytest.mark.slow
 
 P, Q = "gemini-2.5-flash-lite", "gemini-2.5-flash"
 RESERVE = 4_000_000
 N_PROBES = 2  # the tiny requests of each run that asks, which prove the model usable
-Resize = Callable[[int], None]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Resize]]:
-    """A file system of its own, and what gives it another size in bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
-
-    def resize(size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-
-    yield folder, resize
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_disk_that_fills_up_costs_no_answer(

@@ -93,6 +93,12 @@ class JobLedger:
         with self._mutex:
             return dict(self._latest.get(place, {}))
 
+    def left_elsewhere(self, place: str, keys: Iterable[str]) -> list[JobEntry]:
+        """The jobs at other places that were to answer some of the keys and were not read to their end."""
+        others = [entry for entry in self.entries() if entry.backend_place != place and not entry.ended]
+        asked = set(keys) if others else set[str]()
+        return [entry for entry in others if not asked.isdisjoint(entry.keys)]
+
     def newest(self, place: str, key: str) -> JobEntry | None:
         """The newest job at ``place`` that was to answer a score key."""
         job_key = self._latest.get(place, {}).get(key)

@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _FIRST_POLL_S = 1.0
 _POLL_SHARE = 0.125
 _OUTPUT_POLL_S = 2.0
+# In looks, before a job for rows of which the last one answered none: the service may be setting itself up.
+_FIRST_PAUSE, _LONGEST_PAUSE = 3, 30
 _UPLOAD_NAMES = 5
 # What passes by itself: a later look may find an answer.
 _PASSING_REASONS = frozenset({"daily-quota", "deadline", "unknown-state", "service-error", "refused", NOT_ASKED})
@@ -56,6 +58,8 @@ class JobRounds:
         Keeps every row as it came.
     quota_used : dict
         Base model → how the service said that its daily quota is used up: no further job asks it in this run.
+    check_lock : callable
+        Raises if another process may be making the same jobs by now.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class JobRounds:
         bucket: BatchBucket,
         raw: RawLog | None,
         quota_used: dict[str, str],
+        check_lock: Callable[[], None],
     ) -> None:
         self.options = options
         self.place = place
@@ -80,6 +85,7 @@ class JobRounds:
         self._raw = raw
         self._slots = asyncio.Semaphore(options.max_jobs_in_flight)
         self._quota_used = quota_used
+        self._check_lock = check_lock
         self._n_refused = 0
         self._refused: str | None = None
 
@@ -100,6 +106,7 @@ class JobRounds:
     async def results(self, work: BatchWork[A]) -> AsyncGenerator[A | ScoreFailure]:
         """Every row's result; what befalls one job is a failure of its rows and of no others."""
         while work.rows.keys and not work.given_up:
+            await self._pause(work)
             async with self._slots:
                 try:
                     async with aclosing(self._round(work)) as results:
@@ -111,6 +118,15 @@ class JobRounds:
                     self._give_up(work, error)
         for failure in work.unanswered():
             yield failure
+
+    async def _pause(self, work: BatchWork[A]) -> None:
+        """Before rows are asked again of which the last job answered none."""
+        is_last = work.attempts == self.options.max_attempts or model_id(work.rows.model) in self._quota_used
+        if not work.barren or work.stage != "run" or is_last:
+            return
+        pause_s = self.options.poll_interval_s * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (work.barren - 1))
+        logger.info("%s: the last job answered none of its rows; the next is made in %g s", work.rows.name, pause_s)
+        await asyncio.sleep(pause_s)
 
     async def _round(self, work: BatchWork[A]) -> AsyncGenerator[A | ScoreFailure]:
         """Read the jobs that are to answer these rows, or make one; what they leave out stays in ``work``."""
@@ -269,6 +285,7 @@ class JobRounds:
         try:
             uri = await self._upload(entry, rows)
             self._check_allowed()  # others may have been refused meanwhile
+            self._check_lock()  # an upload may take longer than a lock is kept for a process that was held up
             destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
             job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
         except StatusError as error:
@@ -345,6 +362,7 @@ class JobRounds:
                     local.unlink()
         finally:  # what one file answered is answered, though the next cannot be had
             work.rows = work.rows.without(answered)
+        work.barren = 0 if answered else work.barren + 1
         reader.log_oddities(job.name)
         work.note_end(job, entry.keys)
 

@@ -26,7 +26,8 @@ class BatchWork(Generic[A]):
 
     ``stage`` says whether jobs are waited for (``run``), only made (``submit``), or looked at once (``collect``).
     ``given_up`` that nothing more is done for the rows now; ``closed`` are rows for which that was settled before,
-    ``refused`` those that their last job refused for good. ``read`` are the jobs whose output was looked through.
+    ``refused`` those that their last job refused for good. ``read`` are the jobs whose output was looked through,
+    the last ``barren`` of which answered none of the rows.
     """
 
     rows: RowSet[A]
@@ -37,6 +38,7 @@ class BatchWork(Generic[A]):
     closed: list[ScoreFailure] = field(default_factory=list[ScoreFailure])
     refused: set[str] = field(default_factory=set[str])
     read: set[str] = field(default_factory=set[str])
+    barren: int = 0
 
     def open_failures(self) -> Iterator[ScoreFailure]:
         """Why the open rows have no answer."""

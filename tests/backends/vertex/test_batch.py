@@ -14,9 +14,11 @@ import pytest
 
 from backends.base import ScoreRequest
 from backends.errors import ConfigError, RetryableBackendError
+from backends.storage import Lease, LeaseLostError, as_location
 from backends.vertex.batch import VertexBatchBackend, VertexBatchOptions
 from backends.vertex.jobs.ledger import JobLedger
 from backends.vertex.jobs.rows import score_rows
+from kl.input.responses import read_responses
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
 from tests.vertex_world.language_model import prompt_turns
@@ -480,3 +482,75 @@ def test_one_output_file_that_cannot_be_had_takes_nothing_from_the_others(in_ver
     in_vertex_world.faults.http_script = {}
     assert all_scored(score(asked))
     assert len(in_vertex_world.jobs) == 1
+
+
+def test_a_job_whose_rows_were_all_refused_for_now_has_a_pause_before_the_next(
+    in_vertex_world, responses, score
+) -> None:
+    in_vertex_world.faults.provision_first_job = True
+    began = time.monotonic()
+    assert all_scored(score(responses(prompts=1, n=1, max_tokens=3), poll_interval_s=0.5))
+    assert time.monotonic() - began > 1.0 + 3 * 0.5, "a look at each job, and three looks between"
+    assert len(in_vertex_world.jobs) == 2
+
+
+@pytest.mark.parametrize("stage", ["score", "collect"])
+def test_contexts_that_jobs_of_another_location_or_bucket_answer_are_not_bought_here(
+    stage: str, in_vertex_world, responses, tmp_path: Path
+) -> None:
+    (response,) = responses(prompts=1, n=1, max_tokens=3)
+    request = request_for(response, VertexBatchBackend, options())
+
+    async def ask(how: str, **settings: Any) -> list[Any]:
+        async with VertexBatchBackend(options(**settings), tmp_path / "state") as backend:
+            return [result async for result in getattr(backend, how)([request])]
+
+    asyncio.run(ask("submit"))
+    with pytest.raises(ConfigError, match=r"3 of these contexts are in 1 batch jobs in stand-in-project/us-central1/"):
+        asyncio.run(ask(stage, location="europe-west4"))
+    with pytest.raises(ConfigError, match="Run with that project, location and bucket to take them in"):
+        asyncio.run(ask(stage, bucket_name="another"))
+    assert len(in_vertex_world.jobs) == 1
+    assert all_scored({result.key: result for result in asyncio.run(ask("score"))})
+    asyncio.run(ask("submit", bucket_name="another"))  # they are in: whoever asks anew means it
+    assert len(in_vertex_world.jobs) == 2
+
+
+def test_a_lock_that_was_lost_during_an_upload_makes_no_job(in_vertex_world, responses, tmp_path: Path) -> None:
+    in_vertex_world.objects.create_bucket("data")
+    in_vertex_world.faults.http_script = {"storage.upload": ["slow"]}
+    in_vertex_world.faults.slow_s = 0.6
+    lease = Lease(as_location("gs://data/out/.lock"), lease_s=0.4)
+    (response,) = responses(prompts=1, n=1, max_tokens=3)
+    request = request_for(response, VertexBatchBackend, options())
+
+    async def work() -> None:
+        backend = VertexBatchBackend(options(), tmp_path / "state")
+        backend.check_lock = lease.check
+        async with backend:
+            lease.acquire()
+            lease._ended.set()  # the process is held up: nothing renews
+            async for _ in backend.score([request]):
+                pass
+
+    with pytest.raises(LeaseLostError, match="it was not renewed in time"):
+        asyncio.run(work())
+    assert in_vertex_world.jobs == []
+
+
+def test_what_goes_on_at_the_end_is_said(make_vertex_world, monkeypatch, tmp_path: Path) -> None:
+    world = make_vertex_world(job_seconds=3600.0)
+    for name, value in world.environment().items():
+        monkeypatch.setenv(name, value)
+    (path,) = world.write_responses(tmp_path / "in", P, ["Hello"], n=1, max_tokens=3, seed=1)
+    request = request_for(read_responses(path, path.name).responses[0], VertexBatchBackend, options())
+
+    async def work() -> str | None:
+        async with VertexBatchBackend(options(wait_deadline_s=0.2), tmp_path / "state") as backend:
+            results = [result async for result in backend.score([request])]
+            assert {result.reason for result in results} == {"deadline"}
+            return backend.going_on()
+
+    said = asyncio.run(work())
+    assert said is not None
+    assert said.startswith("1 batch jobs go on and are charged; the same command, run again, takes in what they answer")

@@ -18,7 +18,10 @@ from flows.sampling.files import SAMPLED_BY
 from flows.sampling.plan import SamplePlan, plan_rows, plan_sampling
 from kl.input.responses import RENDERED, prompt_sha256
 from kl.records import Candidate, Position, Prompt, Response, ScoreFailure
+from tests.disks import Resize, small_disk
 from tests.flows.sampling.test_plan import config
+
+__all__ = ["small_disk"]
 
 
 class Plugin(Backend):
@@ -130,3 +133,43 @@ def test_prompts_are_noted_before_anything_is_bought_and_a_failure_once(
     monkeypatch.setattr(Plugin, "template", False)
     assert Sampler(planned(tmp_path / "other")).run().complete
     assert caplog.text.count("how prompts are written is not known: no template") == 1
+
+
+class Filling(Plugin):
+    """Fills the disk when one response is there; when it is to stop, three are in flight."""
+
+    name = "plugin"
+    full: ClassVar[Path]
+    in_flight: ClassVar[int | None]
+    written: ClassVar[int]
+
+    def stop_asking(self, why: str) -> bool:
+        type(self).in_flight = 3
+        return True
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
+        kind = type(self)
+        for number, request in enumerate(requests):
+            if number == 1:
+                self.full.write_bytes(b"x" * (shutil.disk_usage(self.full.parent).free // 4096 * 4096))
+            if kind.in_flight == 0:
+                yield ScoreFailure(request.key, "not-asked", "the disk takes no more.")
+                continue
+            kind.in_flight = None if kind.in_flight is None else kind.in_flight - 1
+            kind.written += 1
+            yield Sample(request.key, response(request))
+
+
+def test_responses_in_flight_are_stored_when_the_disk_is_full(
+    small_disk: tuple[Path, Resize], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, resize = small_disk
+    resize(6_000_000)
+    for name, value in (("full", folder / "filler"), ("in_flight", None), ("written", 0)):
+        monkeypatch.setattr(Filling, name, value, raising=False)
+    plan = replace(planned(folder, num_responses=50), backend=Filling)
+    with pytest.raises(OSError, match="No space left on device"):
+        Sampler(plan).run()
+    assert 3 < Filling.written < 50
+    (folder / "filler").unlink()
+    assert len(planned(folder, num_responses=50).requests) == 100 - Filling.written
