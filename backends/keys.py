@@ -13,6 +13,7 @@ from kl.columns import TopLists
 from kl.records import Prompt
 
 KEY_HEX_DIGITS = 32
+_SHORT_BYTES = 8
 _FORMAT = "tokenkl-score-1"
 _WANTED_FORMAT = "tokenkl-wanted-1"
 
@@ -47,6 +48,11 @@ def context_keys(
         running.update(token.encode("utf-8"))
         if token_ids is not None:
             running.update(b"\x00%d\x00" % token_ids[index])
+
+
+def short_key(key: str) -> int:
+    """The first 64 bits of a key, by which many are told apart in little memory."""
+    return int(key[: 2 * _SHORT_BYTES], 16)
 
 
 def wanted_keys(keys: Sequence[str], wanted: TopLists) -> list[str]:

@@ -26,6 +26,7 @@ from flows.config.backend import resolve_backend
 from flows.config.models import CommonConfig, RunConfig
 from flows.config.sampling import SampleConfig
 from flows.folder.layout import OutputFolder
+from flows.folder.members import store_of
 from flows.runtime.environment import prepare_environment
 from flows.runtime.progress import ProgressReporter
 from flows.sampling.state import SamplingState
@@ -80,6 +81,11 @@ class CleanConfig(CommonConfig):
     output_dir: tuple[Location, ...] = Field(
         default=(), description="Output folder of a run whose unread batch output must stay; may be repeated."
     )
+    scores_dir: tuple[Location, ...] = Field(
+        default=(),
+        description="Store that runs share, whose unread batch output must stay, whichever of them it is for; may be "
+        "repeated. That of an --output-dir is known.",
+    )
     set_lifecycle: bool = Field(
         default=False,
         description="Also give the bucket a lifecycle rule that deletes everything below the two prefixes after "
@@ -103,10 +109,10 @@ class CleanConfig(CommonConfig):
             logger.info("settings of a run, of no use here: %s", ", ".join(unused))
         return {name: value for name, value in values.items() if name not in unused}
 
-    @field_validator("output_dir", mode="before")
+    @field_validator("output_dir", "scores_dir", mode="before")
     @classmethod
     def _one_folder(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | Path) else value
+        return () if value is None else (value,) if isinstance(value, str | Path) else value
 
     @field_validator("older_than")
     @classmethod
@@ -137,8 +143,8 @@ def parse_duration(text: str) -> timedelta:
     return duration
 
 
-def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
-    """Keys of the jobs that runs have on record and have not read to the end, each with its output folder.
+def unread_jobs(output_dirs: Sequence[Path], stores: Sequence[Path] = ()) -> dict[str, str]:
+    """Keys of the jobs that runs have on record and have not read to the end, each with its folder or shared store.
 
     Raises
     ------
@@ -146,8 +152,19 @@ def unread_jobs(output_dirs: Sequence[Path]) -> dict[str, str]:
         If a folder holds no records, which would protect nothing, or one that cannot be read.
     """
     unread: dict[str, str] = {}
-    for output_dir in output_dirs:
-        places = (OutputFolder(output_dir).jobs, SamplingState(output_dir).jobs)
+    places_of = {
+        output_dir: (OutputFolder(output_dir, store_of(output_dir)).jobs, SamplingState(output_dir).jobs)
+        for output_dir in output_dirs
+    }
+    for place in stores:
+        jobs = OutputFolder(place, place).jobs
+        if not (exists(jobs) if is_remote(jobs) else jobs.is_dir()):
+            raise ConfigError(
+                f"--scores-dir {place}: there are no job records ({jobs}), hence nothing to protect. Give a store that "
+                "runs with vertex_batch share, or leave it out."
+            )
+        places_of[place] = (jobs,)
+    for output_dir, places in places_of.items():
         found = [folder for folder in places if (exists(folder) if is_remote(folder) else folder.is_dir())]
         if not found:
             raise ConfigError(
@@ -171,18 +188,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     prepare_environment()
     config = parse_config(_parser(), CleanConfig, _joined(arguments))
-    unread = unread_jobs(config.output_dir)
+    unread = unread_jobs(config.output_dir, config.scores_dir)
     return asyncio.run(_clean(_cleaner(config), config, unread))
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = ("backend", "max_concurrent", "older_than", "output_dir", "set_lifecycle", "yes")
+    own = ("backend", "max_concurrent", "older_than", "output_dir", "scores_dir", "set_lifecycle", "yes")
     parser = make_parser(" ".join(command_words("clean")), _DESCRIPTION, CleanConfig, skip=own)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     text = {name: CleanConfig.model_fields[name].description or "" for name in own}
     parser.add_argument("--older-than", metavar="DURATION", help=f"{text['older_than']} Default: 7d.")
     parser.add_argument("--output-dir", metavar="DIR", action="append", help=text["output_dir"])
+    parser.add_argument("--scores-dir", metavar="DIR", action="append", help=text["scores_dir"])
     parser.add_argument("--set-lifecycle", action="store_true", default=None, help=text["set_lifecycle"])
     parser.add_argument("--yes", action="store_true", default=None, help=text["yes"])
     return parser
@@ -286,8 +304,8 @@ def _show_inventory(bucket: str, location: str, inventory: Inventory, config: Cl
         _say(f"kept: {_amount(inventory.foreign)}: not named as vertex_batch names its files (such as {example})")
     if not inventory.total(Action.DELETE).files:
         _say(f"nothing to delete that is older than {config.older_than}.")
-    elif not config.output_dir:
-        _say("note: without --output-dir, output that a run has not read yet is not spared.")
+    elif not (config.output_dir or config.scores_dir):
+        _say("note: without --output-dir or --scores-dir, output that a run has not read yet is not spared.")
 
 
 def _amount(totals: Totals) -> str:

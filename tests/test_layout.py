@@ -59,7 +59,7 @@ flows.config            runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling
-flows.folder            room layout / finished lock refusals
+flows.folder            room layout / finished lock refusals / members
 flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks

@@ -75,10 +75,13 @@ class ScoreStore:
         one is listed when it is read first: make another store to see what other processes wrote since.
     every_failure : bool
         Also keep failures that may pass: for the record of one run, never where it is decided what is bought.
+    journals : Path, optional
+        Where answers are kept at first; each of several runs that use one store has a place of its own.
     """
 
-    def __init__(self, root: Path, *, every_failure: bool = False) -> None:
+    def __init__(self, root: Path, *, every_failure: bool = False, journals: Path | None = None) -> None:
         self.root = root
+        self._journals = root / _JOURNALS if journals is None else journals
         self._every_failure = every_failure
         self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
 
@@ -165,11 +168,11 @@ class ScoreStore:
 
     def journal(self, name: str) -> ScoreJournal:
         """A journal for the answers of one group; ``name`` must be free among those open."""
-        return ScoreJournal(self.root / _JOURNALS, name)
+        return ScoreJournal(self._journals, name)
 
     def recover(self) -> int:
-        """Take in what killed runs left in journals; returns how many answers. No other run may be using the folder."""
-        paths = files_in(self.root / _JOURNALS, SUFFIX)
+        """Take in what killed runs left in the journals; returns how many answers. No other run may be using them."""
+        paths = files_in(self._journals, SUFFIX)
         at_once = _JOURNALS_AT_ONCE if is_remote(self.root) else 1
         count = 0
         for start in range(0, len(paths), at_once):

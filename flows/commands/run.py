@@ -118,7 +118,8 @@ def _run_flow(
         print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_ERROR
     if isinstance(stopped, InterruptedRunError):
-        stored = f"every answer that arrived is in {OutputFolder(stopped.config.output_dir).scores}"
+        folder = OutputFolder(stopped.config.output_dir, stopped.config.scores_dir)
+        stored = f"every answer that arrived is in {folder.scores}"
         print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     if isinstance(stopped, PendingReport):

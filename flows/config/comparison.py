@@ -71,13 +71,14 @@ class Comparison:
         backend, options, notes = resolve_backend(written)
         check_capabilities(written, backend)
         config = resolve_folders(written, values)
-        return cls(written, config, backend, options, tuple(notes), OutputFolder(config.output_dir))
+        return cls(written, config, backend, options, tuple(notes), OutputFolder(config.output_dir, config.scores_dir))
 
     def made_absolute(self) -> Comparison:
         """The same for processes that have another working directory."""
-        folders = {name: absolute(getattr(self.config, name)) for name in ("input_dir", "output_dir")}
+        names = ("input_dir", "output_dir", "scores_dir")
+        folders = {name: absolute(path) for name in names if (path := getattr(self.config, name)) is not None}
         config = self.config.model_copy(update=folders)
-        return replace(self, config=config, folder=OutputFolder(config.output_dir))
+        return replace(self, config=config, folder=OutputFolder(config.output_dir, config.scores_dir))
 
     def without(self, refused: Mapping[str, Refusal], unasked: Iterable[str] = ()) -> Comparison:
         """The same, with Q asked twice in the place of refused models, and others not asked again for now."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from backends.storage import Location, resolved
+from backends.storage import Location, is_within, resolved
 from flows.config.alert import AlertConfig
 from flows.config.runner import TaskRunnerConfig
 from flows.config.templates import check_history_template, check_template
@@ -71,7 +71,7 @@ class CommonConfig(BaseModel):
             raise ValueError("a yes or no is not allowed here")
         return value
 
-    @field_validator("input_dir", "output_dir", "reuse_raw", "history", mode="before", check_fields=False)
+    @field_validator("input_dir", "output_dir", "scores_dir", "reuse_raw", "history", mode="before", check_fields=False)
     @classmethod
     def _path(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():
@@ -124,6 +124,11 @@ class RunConfig(CommonConfig):
     output_dir: Location = Field(
         description="Folder for results, on a disk or in a bucket; scores that were bought are kept in it. May have "
         "fields such as {date}, as input_dir may."
+    )
+    scores_dir: Location | None = Field(
+        default=None,
+        description="Store of what was bought that several runs share, also at the same moment: on a disk that all of "
+        "them see, or in a bucket. Default: OUTPUT_DIR/scores, for this folder's runs alone.",
     )
     model2: str = Field(min_length=1, description="Model Q, as its backend names it.")
     top_logprobs: Annotated[int, Field(ge=1, le=_LONGEST_LIST)] | Literal["full"] = Field(
@@ -248,6 +253,13 @@ class RunConfig(CommonConfig):
     def _separate_folders(self) -> RunConfig:
         if resolved(self.input_dir) == resolved(self.output_dir):
             raise ValueError(f"output_dir is the input_dir ({self.input_dir}); results would be read as responses")
+        if self.scores_dir is None:
+            return self
+        for name, folder in (("input_dir", self.input_dir), ("output_dir", self.output_dir)):
+            if is_within(self.scores_dir, folder):
+                raise ValueError(f"scores_dir is in the {name} ({folder}); a store that runs share has its own place")
+        if {"{", "}"} & set(str(self.scores_dir)):
+            raise ValueError(f"scores_dir has no fields such as {{date}}, but is {str(self.scores_dir)!r}")
         return self
 
     @property

@@ -16,11 +16,22 @@ class OutputFolder:
     """The places in an output folder, on a disk or in a bucket."""
 
     path: Path
+    shared: Path | None = None  # a store of scores that several runs use, in the place of this folder's own
 
     @property
     def scores(self) -> Path:
         """What was bought; the backend keeps beside it what must survive a crash."""
+        return self.own_scores if self.shared is None else self.shared
+
+    @property
+    def own_scores(self) -> Path:
+        """What was bought, unless the folder's runs use a shared store."""
         return self.path / "scores"
+
+    @property
+    def shared_note(self) -> Path:
+        """The address of the shared store that the folder's runs use."""
+        return self.path / ".scores_dir"
 
     @property
     def raw(self) -> Path:
@@ -82,9 +93,10 @@ class OutputFolder:
         """The record of the run, which is written last."""
         return self.path / names.RECORD
 
-    def stores(self) -> Stores:
-        """Where answers go."""
-        return Stores(ScoreStore(self.scores), ScoreStore(self.unfinished / "failures", every_failure=True))
+    def stores(self, journals: Path | None = None) -> Stores:
+        """Where answers go; ``journals`` is where they are kept at first, by default in the store."""
+        failures = ScoreStore(self.unfinished / "failures", every_failure=True)
+        return Stores(ScoreStore(self.scores, journals=journals), failures)
 
 
 @dataclass(frozen=True, slots=True)

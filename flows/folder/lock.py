@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,25 +37,41 @@ def run_lock(folder: OutputFolder, on_lost: Callable[[], None] = lambda: None) -
     FolderInUseError
         If another run holds it.
     """
-    if is_remote(folder.path):
-        lease = Lease(folder.lock, on_lost=on_lost)
+    with ExitStack() as stack:
         try:
-            lease.acquire()
+            check = stack.enter_context(held(folder.lock, on_lost))
         except LeaseHeldError as error:
-            raise _in_use(folder.path, f" ({error})") from error
+            raise _in_use(folder.path, f" ({error})" if str(error) else "") from error
+        yield check
+
+
+@contextmanager
+def held(lock: Path, on_lost: Callable[[], None] = lambda: None) -> Generator[Callable[[], None]]:
+    """While this is entered, ``lock`` is this process's: of the operating system on a disk, a lease in a bucket.
+
+    Yields as `run_lock` does.
+
+    Raises
+    ------
+    LeaseHeldError
+        If somebody who lives holds it; says who, where that is known.
+    """
+    if is_remote(lock):
+        lease = Lease(lock, on_lost=on_lost)
+        lease.acquire()
         with _released(lease):
             yield lease.check
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
     try:
-        lock.acquire(timeout=0)
+        file.acquire(timeout=0)
     except Timeout as error:
-        raise _in_use(folder.path) from error
+        raise LeaseHeldError("") from error
     try:
         yield _kept
     finally:
-        lock.release()
+        file.release()
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from backends.storage import PARALLEL, in_order, is_remote, publish, remove, scr
 from kl.output.atomic import write_json_atomic
 
 
-def prepare_output(folder: Path, *, inside: str | None = None) -> None:
-    """Make the folder, and one ``inside`` it, and prove that files can be written there.
+def prepare_output(folder: Path, *, inside: str | None = None, flag: str = "--output-dir") -> None:
+    """Make the folder that ``flag`` names, and one ``inside`` it, and prove that files can be written there.
 
     Raises
     ------
@@ -33,10 +33,10 @@ def prepare_output(folder: Path, *, inside: str | None = None) -> None:
         probe.touch()
         probe.unlink()
     except ConfigError as error:
-        raise ConfigError(f"--output-dir: {error}") from error
+        raise ConfigError(f"{flag}: {error}") from error
     except OSError as error:
         reason = "a file has that name" if isinstance(error, FileExistsError) else error.strerror or str(error)
-        raise ConfigError(f"--output-dir: {target} cannot be written to: {reason}. Choose another folder.") from error
+        raise ConfigError(f"{flag}: {target} cannot be written to: {reason}. Choose another folder.") from error
 
 
 @contextmanager

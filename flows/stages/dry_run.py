@@ -16,6 +16,7 @@ from backends.vertex.prices import PRICES_AS_OF
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.folder.finished import load_run
+from flows.folder.members import check_store
 from flows.folder.refusals import refused_models
 from flows.stages.inputs import find_inputs
 from flows.stages.plan import Plan, make_plan
@@ -31,6 +32,7 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     """The plan of a run, from files alone; the backend is built and never entered."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
+    check_store(comparison.folder)
     comparison = discovered(without_refused(comparison), call=False)
     scores = comparison.folder.stores().scores
     scores.prefetch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +29,7 @@ from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import Stores
 from flows.folder.lock import FolderInUseError, run_lock
+from flows.folder.members import Member, check_store, member_of, note_store
 from flows.folder.output import prepare_output
 from flows.folder.refusals import Refusal, note_refusals
 from flows.folder.room import DiskRefusedError, Reserve, one_line_on_room
@@ -36,7 +37,7 @@ from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import run_logging
 from flows.runtime.progress import ProgressReporter
 from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
-from flows.stages.inputs import parsed_files_kept
+from flows.stages.inputs import InputFile, parsed_files_kept
 from flows.stages.passes import FEWEST_JUDGED, check_first_answers
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
@@ -85,7 +86,10 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
     if written.dry_run:
         with run_logging(), parsed_files_kept():
             raise RunEndedError(_dry_run(comparison))
-    prepare_output(comparison.folder.path, inside=comparison.folder.scores.name)
+    folder = comparison.folder
+    prepare_output(folder.path, inside=None if folder.shared else folder.own_scores.name)
+    if folder.shared is not None:
+        prepare_output(folder.shared, flag="--scores-dir")
     run = OpenRun(comparison)
     with ExitStack() as stack:
         try:
@@ -95,6 +99,10 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
                 raise RunEndedError(skipped_state(error)) from error
             raise
         stack.enter_context(run_logging())
+        check_store(folder)
+        note_store(folder)
+        if folder.shared is not None:
+            run.member = stack.enter_context(member_of(folder.shared, run.stop))
         stack.enter_context(parsed_files_kept())
         run.cluster = stack.enter_context(cluster_of(written.task_runner))
         stack.enter_context(one_line_on_room(comparison.folder.path, comparison.folder.scores, comparison.config))
@@ -136,6 +144,8 @@ class OpenRun:
         On this machine's disk.
     check_lock : callable
         Raises `backends.storage.LeaseLostError` if the folder is not this run's any more.
+    member : Member or None
+        This run among those that use a shared store of scores.
     """
 
     stores: Stores
@@ -147,6 +157,7 @@ class OpenRun:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.cluster: LazyCluster | None = None
+        self.member: Member | None = None
         self.token_parts: Path = comparison.folder.token_parts
         self._session: BackendSession | None = None
         self._started = datetime.now(UTC)
@@ -165,15 +176,36 @@ class OpenRun:
         Only when the folder's lock is held: a run that had it before may have written until then.
         """
         self.comparison = discovered(without_refused(self.comparison), call=True)
-        self.stores = self.comparison.folder.stores()
-        self.backend = self.comparison.build_backend(flow_run.id)
-        self.backend.check_lock = self.check_lock
+        self._look()
         for note in self.comparison.notes:
             logger.warning("%s", note)
         self.context = drift_context(self.comparison)
         unfinished = self.comparison.folder.unfinished
         self._was_unfinished = exists(unfinished)
         remove_folder(unfinished)  # of a run that did not end
+
+    def _look(self) -> None:
+        """See what is on disk and in jobs now."""
+        self.stores = self.comparison.folder.stores(self.member and self.member.journals)
+        self.backend = self.comparison.build_backend(flow_run.id)
+        self.backend.check_lock = self.check_lock
+
+    def plan(self, files: list[InputFile]) -> Plan:
+        """What is to be asked; where others use the store, this run alone asks it: what others ask is waited for.
+
+        A collect waits for nothing: its plan names the other run then.
+        """
+        while True:
+            plan = make_plan(
+                files, self.comparison, self.stores.scores, self.backend.in_flight(), self.backend.parallel_groups()
+            )
+            if self.member is None or self.member.holds(plan.missing):
+                return plan
+            if holders := self.member.claim(plan.missing):
+                if self.comparison.config.stage == "collect":
+                    return replace(plan, in_use=f"another run asks some of its contexts in {self.stores.scores.root}")
+                self.member.wait(plan.missing, holders)
+            self._look()  # others may have written until the claim
 
     def stop(self) -> None:
         """Stop what is being asked; from any thread."""
@@ -193,6 +225,8 @@ class OpenRun:
         InterruptedRunError
             At the end, if the user stopped the run.
         """
+        if plan.in_use is not None:
+            raise RunEndedError(skipped_state(FolderInUseError(plan.in_use)))
         self._check(plan)
         self._session = BackendSession(self.backend)
         with self._session as session:
@@ -213,7 +247,8 @@ class OpenRun:
         if self._error is not None:
             raise self._error
         self.check_lock()
-        self.stores.scores.compact_all()
+        if self.member is None:  # others may be reading the parts
+            self.stores.scores.compact_all()
         self._end_if_pending(plan)
 
     def _check(self, plan: Plan) -> None:
@@ -252,7 +287,7 @@ class OpenRun:
         if refused:
             note_refusals(self.comparison.folder, refused, self.comparison.place)
         self.comparison = self.comparison.without(refused, unasked)
-        plan = make_plan(plan.files, self.comparison, store, in_flight, self.backend.parallel_groups())
+        plan = self.plan(plan.files)
         self._check(plan)
         return plan
 

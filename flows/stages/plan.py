@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import ScoreRequest, WorkEstimate, compares_pairs
+from backends.keys import short_key
 from backends.scores.store import Compared, ScoreStore
 from flows.config.comparison import Comparison, Side
 from flows.stages.inputs import InputFile, read_ahead, read_input, read_inputs
@@ -76,7 +78,8 @@ class Plan:
     ``n_contexts`` the distinct contexts among them (of both models where both are asked, without what is left to a
     later run), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of an earlier run answers.
     ``estimate`` is for the contexts that are not on disk; of the models ``unpriced`` no price is known. ``again`` is
-    the part of all these that asks a model a second time.
+    the part of all these that asks a model a second time. ``missing`` has the contexts that are asked: prompt id → the
+    first 64 bits of each key. ``in_use`` says why none of it may be asked: another run is at it.
     """
 
     files: list[InputFile]
@@ -93,6 +96,8 @@ class Plan:
     estimate: WorkEstimate = field(default_factory=WorkEstimate)
     unpriced: set[str] = field(default_factory=set[str])
     again: AgainPlan = field(default_factory=AgainPlan)
+    missing: dict[str, array[int]] = field(default_factory=dict[str, "array[int]"])
+    in_use: str | None = None
 
     @property
     def n_to_ask(self) -> int:
@@ -139,6 +144,9 @@ def make_plan(
                 if side == "again" and request is not None and _waits(request.model, comparison, in_flight):
                     n_missing, missing = len(missing), [item for item in missing if item[1] in in_flight]
                     plan.n_contexts -= n_missing - len(missing)
+                plan.missing.setdefault(parsed.prompt.prompt_id, array("Q")).extend(
+                    short_key(key) for _, key in missing
+                )
                 jobs = _by_job(missing, in_flight)
                 if request is not None:
                     to_ask = request.only({key for _, key in missing})
@@ -225,7 +233,7 @@ def _missing(request: ScoreRequest | None, stored: _Stored, asked: set[int], pla
     counterparts = request.counterparts or ("",) * len(request.keys)
     for position, key, counterpart in zip(request.positions, request.keys, counterparts, strict=True):
         # One context may be compared with those of several P: then it is asked beside each.
-        short = hash((key, counterpart)) if counterpart else int(key[:16], 16)
+        short = hash((key, counterpart)) if counterpart else short_key(key)
         if short in asked:
             continue
         asked.add(short)

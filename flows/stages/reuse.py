@@ -11,6 +11,7 @@ from backends.scores.raw_log import holds_raw, read_raw
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison
 from flows.folder.layout import OutputFolder
+from flows.folder.members import store_of
 from flows.stages.inputs import InputFile, read_inputs
 from kl.records import Score, ScoreFailure
 
@@ -27,7 +28,7 @@ def check_raw(source: Path) -> Path:
     ConfigError
         If it holds none.
     """
-    folder = OutputFolder(source).raw
+    folder = OutputFolder(source, store_of(source)).raw
     if not holds_raw(folder):
         raise ConfigError(f"{source} holds no raw rows ({folder}/*.jsonl.gz); they are kept with keep_raw: true.")
     return folder

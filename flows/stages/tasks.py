@@ -18,7 +18,7 @@ from flows.stages.inputs import find_inputs
 from flows.stages.measuring import Measured
 from flows.stages.open_run import OpenRun
 from flows.stages.passes import measure_files
-from flows.stages.plan import Group, Plan, make_plan
+from flows.stages.plan import Group, Plan
 from flows.stages.reuse import reuse_raw
 from flows.stages.scorers import Answers, Scorer
 from flows.stages.scoring import GroupOutcome
@@ -38,7 +38,7 @@ def _group_name() -> str:
 @task(cache_policy=NO_CACHE)
 def read(run: OpenRun) -> Plan:
     """Read all responses, find what is on disk already, and plan what is asked."""
-    comparison, scores, backend = run.comparison, run.stores.scores, run.backend
+    comparison, scores = run.comparison, run.stores.scores
     recovered = scores.recover()
     if recovered:
         logger.info("%d scores of a run that was stopped were taken in", recovered)
@@ -46,7 +46,7 @@ def read(run: OpenRun) -> Plan:
     files = find_inputs(comparison.config)
     if comparison.config.reuse_raw is not None:
         reuse_raw(comparison.config.reuse_raw, files, comparison, scores)
-    return make_plan(files, comparison, scores, backend.in_flight(), backend.parallel_groups())
+    return run.plan(files)
 
 
 @task(task_run_name=_group_name, cache_policy=NO_CACHE, persist_result=False)
