@@ -17,6 +17,8 @@ from google.cloud import storage
 from backends.vertex.jobs.ledger import JobLedger
 from flows.clean import CleanConfig, parse_duration
 from flows.config.reading import build_config
+from flows.folder.layout import OutputFolder
+from flows.folder.members import note_store
 from tests import ROOT
 from tests.programs import Done, Run
 from tests.vertex_world.fixtures import in_vertex_world, vertex_world
@@ -259,3 +261,16 @@ def test_without_rights_it_is_one_line_and_exit_code_1(clean: Clean, vertex_worl
     assert (done.code, done.out) == (1, "")
     assert len(done.err.splitlines()) == 1
     assert "roles/storage.objectAdmin" in done.err
+
+
+def test_jobs_that_any_run_of_a_shared_store_has_not_read_are_spared(
+    world: VertexWorld, clean: Clean, tmp_path: Path
+) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    JobLedger(store / "jobs").record(ENDED, "p/l/b", "i", "o", ["k"])
+    note_store(OutputFolder(out, store))
+    for flags in (("--output-dir", out), ("--scores-dir", store)):
+        done = clean("--project-id", "stand-in-project", "--older-than", "0s", *flags, world=world)
+        assert "nothing to delete" in done.out
+        assert str(flags[1]) in done.out
+    assert f"{out}: there are no job records" in clean("--project-id", "p", "--scores-dir", out, world=world).err

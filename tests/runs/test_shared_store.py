@@ -68,11 +68,16 @@ def test_a_run_waits_for_what_another_buys_and_takes_over_when_it_is_killed(
     assert before_kill[0] < n_positions, "the first run was at work until it was killed"
     assert bought(world) <= n_positions + AT_ONCE, "a kill costs the calls in flight"
 
-    before = bought(world)
+    world.write_responses(tmp_path / "in", P, ["New 0", "New 1"], n=1, max_tokens=5, seed=2)
     batch = ("--scores-dir", store, "--set", "backend.poll_interval_s=0.2")
-    third = run_program("flows.run", *flags(tmp_path, "c", *batch), env=world.environment())
-    assert third.code == 0, third.err
-    assert (n_measured(tmp_path / "c"), bought(world), world.jobs) == (n_positions, before, [])
+    submitted = run_program("flows.run", *flags(tmp_path, "c", *batch, "--stage", "submit"), env=world.environment())
+    assert submitted.code == 0, submitted.err
+    assert "10 to ask" in submitted.err
+    jobs = len(world.jobs)
+    fourth = run_program("flows.run", *flags(tmp_path, "d", *batch), env=world.environment())
+    assert fourth.code == 0, fourth.err
+    assert n_measured(tmp_path / "d") > 10
+    assert (jobs, len(world.jobs)) == (2, 2), "a run takes in the jobs that another one made"
     assert list((store / "members").iterdir()) == []
 
     forgotten = run_program("flows.run", *flags(tmp_path, "c"), env=world.environment())

@@ -1,0 +1,96 @@
+"""Runs that share a store: who may ask what, and what becomes of what a killed one had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+import pytest
+
+from backends.errors import ConfigError
+from backends.keys import short_key
+from backends.scores.store import ScoreStore
+from flows.folder.layout import OutputFolder
+from flows.folder.members import check_store, member_of, note_store, store_of
+from kl.records import Candidate, Score
+
+A, B, C = (f"{digit}" * 32 for digit in "abc")
+
+
+def wanted(*keys: str) -> dict[str, array[int]]:
+    return {"prompt": array("Q", map(short_key, keys))}
+
+
+def nothing() -> None:
+    """No lease is lost on a disk."""
+
+
+def test_a_run_claims_all_or_nothing_and_frees_it_when_it_leaves(tmp_path: Path) -> None:
+    with member_of(tmp_path, nothing) as one, member_of(tmp_path, nothing) as two:
+        assert one.claim(wanted(A, B)) == []
+        assert one.holds(wanted(A))
+        assert [path.parent.name for path in two.claim(wanted(B, C))] == ["members"]
+        assert not two.holds(wanted(C)), "or two runs could wait for each other"
+        assert one.claim(wanted(B, C)) == [], "what it claimed before is let go"
+        assert two.claim(wanted(A)) == []
+        one.leave()
+        assert two.claim(wanted(A, B, C)) == []
+    assert list((tmp_path / "members").iterdir()) == []
+
+
+def test_what_is_answered_meanwhile_is_waited_for_no_longer_though_its_run_goes_on(tmp_path: Path) -> None:
+    with member_of(tmp_path, nothing) as one, member_of(tmp_path, nothing) as two:
+        one.claim(wanted(A))
+        ScoreStore(tmp_path).append("prompt", "q", [Score(A, (Candidate("a", -0.1),))])
+        two.wait(wanted(A), two.claim(wanted(A)))
+        assert two.claim(wanted(B)) == []
+
+
+KILLED = """
+import os, sys
+from array import array
+from pathlib import Path
+from backends.scores.store import ScoreStore
+from flows.folder.members import member_of
+from kl.records import Candidate, Score
+keys = sys.argv[2:]
+with member_of(Path(sys.argv[1]), lambda: None) as run:
+    run.claim({"prompt": array("Q", (int(key[:16], 16) for key in keys))})
+    journal = ScoreStore(Path(sys.argv[1]), journals=run.journals).journal("j")
+    journal.add("prompt", "q", Score(keys[0], (Candidate("a", -0.1),)))
+    os._exit(9)
+"""
+
+
+def test_what_a_killed_run_had_claimed_is_free_and_its_answers_are_taken_in(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), A, B], check=False)
+    with member_of(tmp_path, nothing) as run:
+        holders = run.claim(wanted(A, B))
+        assert len(holders) == 1
+        run.wait(wanted(A, B), holders)
+        assert ScoreStore(tmp_path).known_keys("prompt") == {A}
+        assert run.claim(wanted(B)) == []
+
+
+def test_an_output_folder_is_told_when_its_scores_are_elsewhere(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    out = OutputFolder(tmp_path / "out", store)
+    check_store(out)
+    note_store(out)
+    check_store(out)
+    assert store_of(out.path) == store
+    for other in (OutputFolder(out.path), OutputFolder(out.path, tmp_path / "other")):
+        with pytest.raises(ConfigError, match=f"give --scores-dir {store} again"):
+            check_store(other)
+
+
+def test_scores_that_a_shared_store_would_not_have_are_not_bought_again(tmp_path: Path) -> None:
+    own = OutputFolder(tmp_path / "own")
+    own.stores().scores.append("prompt", "q", [Score(A, (Candidate("a", -0.1),))])
+    with pytest.raises(ConfigError, match="Move it there first"):
+        check_store(OutputFolder(own.path, tmp_path / "store"))
+    own.lock.touch()
+    with pytest.raises(ConfigError, match=f"is the store of the output folder {own.path}"):
+        check_store(OutputFolder(tmp_path / "out", own.scores))
