@@ -22,7 +22,7 @@ from flows.watch.report import PendingReport, RunReport
 
 
 @flow(name="kl-divergence", on_cancellation=[settle_jobs], on_crashed=[settle_jobs], on_failure=[settle_jobs])
-def kl_divergence(config: RunConfig) -> RunReport | State[RunReport] | State[PendingReport]:
+def kl_divergence(config: RunConfig) -> State[RunReport] | State[PendingReport]:
     """KL(P‖Q) per token, response and data set, from P's responses on disk and a backend that asks Q.
 
     Ends as Failed, with one line, if nothing could be asked at all; positions that could not be measured are part of a

@@ -23,7 +23,7 @@ from flows.folder.layout import OutputFolder
 from flows.folder.lock import run_lock
 from flows.folder.output import prepare_output
 from flows.folder.room import one_line_on_room
-from flows.runtime.logs import run_logging
+from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.terminal import console, print_pairs
 from flows.sampling.asking import Sampler, SampleReport
 from flows.sampling.plan import check_cost, plan_rows, plan_sampling, resolve_sampling, with_folder
@@ -61,6 +61,7 @@ def sample_responses(config: SampleConfig) -> SampleReport | State[SampleReport]
 
     Responses that cannot be had are part of the result and counted in it.
     """
+    expected_errors_in_one_line()
     try:
         config = with_folder(config, RunValues.of_this_run())
         with run_logging():

@@ -6,8 +6,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+from prefect.client.schemas.objects import StateDetails
 from prefect.context import FlowRunContext
+from prefect.states import Completed, State
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
@@ -23,6 +26,11 @@ def tasks_run_by(runner: TaskRunner[Any]) -> Generator[None]:
     assert run is not None, "inside a flow run"
     with run.model_copy(update={"task_runner": runner}):
         yield
+
+
+def ended(task_run: UUID, name: str) -> State[str]:
+    """A mapped task as what comes after it sees it: one that failed is counted, and no reason to stop."""
+    return Completed(state_details=StateDetails(task_run_id=task_run), data=name)
 
 
 def results_of(futures: list[PrefectFuture[Any]], stopped: Callable[[], bool]) -> Iterator[tuple[int, Any]]:

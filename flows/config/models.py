@@ -6,10 +6,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from backends.storage import Location, is_within, resolved
 from flows.config.alert import AlertConfig
+from flows.config.groups import in_groups
 from flows.config.runner import TaskRunnerConfig
 from flows.config.templates import check_history_template, check_template
 
@@ -35,12 +45,21 @@ class BackendChoice(BaseModel):
         return dict(self.model_extra or {})
 
 
+class _ChoiceInTheForm:
+    """Prefect's form shows a choice with the options of each, not a mapping to write."""
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        from flows.config.form import backend_schema  # late: it loads the options, a command's help needs none
+
+        return backend_schema(handler)
+
+
 class CommonConfig(BaseModel):
     """What every flow that calls a backend is told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: BackendChoice = Field(
+    backend: Annotated[BackendChoice, _ChoiceInTheForm()] = Field(
         default=BackendChoice(),
         description="Where log-probabilities come from: vertex_batch, vertex_online, local, files, or the name of an "
         "installed plugin; in a file also a mapping with 'name' and the backend's options.",
@@ -117,6 +136,8 @@ class PositionsConfig(BaseModel):
 
 class RunConfig(CommonConfig):
     """One comparison: the responses of model P on disk against model Q."""
+
+    model_config = ConfigDict(json_schema_extra=in_groups)
 
     input_dir: Location = Field(
         description="Folder with P's responses, one JSON file per prompt; on a disk or in a bucket (gs://BUCKET/FOLDER)."

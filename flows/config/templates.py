@@ -46,9 +46,13 @@ class RunValues:
             flow_name=flow_run.flow_name,
             deployment_name=deployment.name,
         )
-        if run_id is not None:
-            _known[run_id] = values
+        values.note()
         return values
+
+    def note(self) -> None:
+        """These are the values of their run from now on."""
+        if self.flow_run_id is not None:
+            _known[self.flow_run_id] = self
 
     @classmethod
     def of_a_dry_run(cls) -> RunValues:

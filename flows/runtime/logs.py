@@ -16,7 +16,12 @@ from contextlib import contextmanager
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
+from backends.errors import TokenKLError
+
 _OUR_LOGGERS = ("flows", "backends", "kl")
+# Said when the state with the reason is set already.
+_LAST_WORD = "Engine execution exited with unexpected exception"
+_ENGINE_LOGGERS = ("prefect.engine", "prefect.flow_runs", "prefect.task_runs")
 
 
 class _RunLogHandler(APILogHandler):
@@ -47,6 +52,25 @@ def _sent_by_prefect(name: str) -> bool:
             return True
         logger = logger.parent if logger.propagate else None
     return False
+
+
+class _OneLine(logging.Filter):
+    """Takes the traceback from lines on an error that says in one line what is wrong, where and what to do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or not isinstance(record.exc_info[1], TokenKLError | OSError):
+            return True
+        record.exc_info = record.exc_text = None
+        return not record.getMessage().startswith(_LAST_WORD)
+
+
+_one_line = _OneLine()
+
+
+def expected_errors_in_one_line() -> None:
+    """From now on, Prefect's own lines on a failed task or run have a traceback only for faults of a program."""
+    for name in _ENGINE_LOGGERS:
+        logging.getLogger(name).addFilter(_one_line)
 
 
 @contextmanager

@@ -70,6 +70,14 @@ def is_temporary(url: str) -> bool:
     return url in _temporary
 
 
+def has_server() -> bool:
+    """Whether runs are recorded by a server that stays."""
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    return url is not None and not is_temporary(url)
+
+
 class OwnServer:
     """The server's process, seen from the program. It is ended with the program, after what Prefect does at its end.
 

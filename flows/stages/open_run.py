@@ -20,7 +20,7 @@ from backends.base import Backend
 from backends.errors import BackendError, ConfigError, ModelNotUsableError
 from backends.session import BackendSession, SessionClosedError
 from backends.storage import exists, is_remote, remove_folder, scratch_folder
-from flows.cluster.mapping import results_of, tasks_run_by
+from flows.cluster.mapping import ended, results_of, tasks_run_by
 from flows.cluster.runners import LazyCluster, cluster_of
 from flows.cluster.workers import Needs, check_workers
 from flows.config.comparison import Comparison, absolute
@@ -34,7 +34,7 @@ from flows.folder.output import prepare_output
 from flows.folder.refusals import Refusal, note_refusals
 from flows.folder.room import DiskRefusedError, Reserve, one_line_on_room
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
-from flows.runtime.logs import run_logging
+from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.progress import ProgressReporter
 from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import InputFile, parsed_files_kept
@@ -46,6 +46,7 @@ from flows.stages.scorers import Scorer, StoringScorer, TravellingScorer
 from flows.stages.scoring import GroupOutcome
 from flows.watch.artifacts import progress_artifacts, show_plan, show_report
 from flows.watch.ending import DriftContext, RunOutcome, drift_context
+from flows.watch.naming import name_run
 from flows.watch.report import RunReport
 from flows.watch.spending import Spending, details_of
 from kl.records import Score, ScoreFailure
@@ -82,6 +83,7 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
     ConfigError
         If a setting, a folder or the backend cannot be used.
     """
+    expected_errors_in_one_line()
     comparison = Comparison.of(written, RunValues.of_this_run())
     if written.dry_run:
         with run_logging(), parsed_files_kept():
@@ -142,6 +144,8 @@ class OpenRun:
         What works on tasks that compute; None for this process.
     token_parts : Path
         On this machine's disk.
+    ended : list of State
+        Of the groups' tasks, for the graph that Prefect draws.
     check_lock : callable
         Raises `backends.storage.LeaseLostError` if the folder is not this run's any more.
     member : Member or None
@@ -164,6 +168,7 @@ class OpenRun:
         self._proven: str | None = None
         self._plan: Plan
         self._outcomes: list[GroupOutcome] = []
+        self.ended: list[State[Any]] = []
         self._error: Exception | None = None
         self._report: dict[str, Any] = {}
         self._going_on: str | None = None
@@ -230,6 +235,7 @@ class OpenRun:
         self._check(plan)
         self._session = BackendSession(self.backend)
         with self._session as session:
+            name_run(plan.models_p, self.comparison)
             plan = self._plan = self._preflight(plan, session)
             _log_plan(plan)
             if plan.n_to_ask:
@@ -345,6 +351,7 @@ class OpenRun:
     def take(self, groups: Sequence[Group], futures: list[PrefectFuture[Any]]) -> None:
         """Take home what the task of each group found, as it ends."""
         session = self._session
+        self.ended += [ended(future.task_run_id, group.name) for group, future in zip(groups, futures, strict=True)]
         for number, result in results_of(futures, lambda: session is not None and session.cancelled):
             if isinstance(result, Exception):
                 self._note_failure(groups[number], result)
@@ -406,10 +413,10 @@ class OpenRun:
             spent[model] = {"input_tokens": n_in, "output_tokens": n_out, "cost_usd": cost}
         return spent
 
-    def end(self, outcome: RunOutcome) -> RunReport | State[RunReport]:
+    def end(self, outcome: RunOutcome) -> State[RunReport]:
         """Show what was found; gives what the flow returns."""
         show_report(outcome.report, self.comparison.config, self.spent())
-        return outcome.result
+        return outcome.state
 
 
 def _first_to_judge(groups: Sequence[Group]) -> int:

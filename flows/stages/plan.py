@@ -85,6 +85,7 @@ class Plan:
     files: list[InputFile]
     groups: list[Group] = field(default_factory=list[Group])
     problems: list[InputProblem] = field(default_factory=list[InputProblem])
+    models_p: set[str] = field(default_factory=set[str])
     n_responses: int = 0
     n_unreadable: int = 0
     n_positions: int = 0
@@ -134,6 +135,8 @@ def make_plan(
         asked = seen.setdefault(parsed.prompt.prompt_id, set())
         for response in parsed.responses:
             plan.n_responses += 1
+            if response.model is not None:
+                plan.models_p.add(response.model)
             plan.n_positions += len(response.positions)
             drawn = comparison.drawn(response)
             plan.n_selected += len(response.positions) if drawn is None else int(drawn.selected.sum())

@@ -24,6 +24,7 @@ from flows.stages.scorers import Answers, Scorer
 from flows.stages.scoring import GroupOutcome
 from flows.stages.writing import write_results
 from flows.watch.ending import RunOutcome, finish_run
+from flows.watch.naming import name_run
 from flows.watch.report import note_written
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def measure(run: OpenRun, plan: Plan) -> Measured:
     """Turn both models' lists into a table of tokens per input file: one task here, on a cluster one for each part."""
     run.check_lock()
     if run.cluster is None:
-        return _measure_here(run, plan)
+        return _measure_here(run, plan, wait_for=run.ended)
     return measure_files(plan.files, run.comparison, run.stores, run.token_parts, run.cluster)
 
 
@@ -73,7 +74,8 @@ def write(run: OpenRun, measured: Measured) -> RunOutcome:
     """Write the results: per file, per token, per response, for the data set, and how they stand to earlier ones."""
     run.check_lock()
     results = write_results(measured, run.comparison, run.record())
+    name_run(measured.models_p, run.comparison, results.report.line)  # before the history notes the name
     outcome = finish_run(run.context, results)
     note_written(outcome.report)
-    logger.info("the results are in %s", run.comparison.folder.path)
+    logger.info("%s; the results are in %s", outcome.report.line, run.comparison.folder.path)
     return outcome

@@ -9,7 +9,7 @@ import pickle
 import platform
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, groupby
@@ -26,14 +26,16 @@ from flows.folder.output import made_locally, publish_from
 from flows.stages.measuring import FileTexts, Measured
 from flows.stages.prompts import difference
 from flows.watch.ending import Results
-from flows.watch.report import RunReport
+from flows.watch.report import Excerpt, RunReport
 from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import ESTIMATOR_VERSION
 from kl.finished.run import Run
 from kl.output.atomic import write_many_atomic
 from kl.output.files import result_paths, write_candidates, write_responses, write_summary, write_tokens
+from kl.output.glance import figures, glance
 from kl.output.headline import headline
 from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
+from kl.output.report.charts import certainty_chart
 from kl.output.report.page import prompt_text, write_report
 from kl.output.room import refusal_of
 from kl.statistics.dataset import summarise_dataset
@@ -44,6 +46,7 @@ from kl.tables.totals import token_batches
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 5  # tokens and positions in Prefect
 _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
 
 
@@ -69,7 +72,9 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         report = _report(summary, measured, comparison, record)
         run = {"warnings": report.warnings} | _run_info(measured, config, record)
         lists = pl.scan_parquet(made.candidates, glob=False) if config.candidates else None
-        has_page = _write_page(Run(folder, summary, tokens, rows.lazy(), lists, run), made.report, measured)
+        finished = Run(folder, summary, tokens, rows.lazy(), lists, run)
+        has_page = _write_page(finished, made.report, measured)
+        report = replace(report, excerpt=_excerpt(finished))
         scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
         # What is published is here no more, and the token table is read until the last of the files is written.
         optional = [made.candidates] * config.candidates + [made.report] * has_page
@@ -102,6 +107,12 @@ def _write_page(run: Run, target: Path, measured: Measured) -> bool:
         logger.exception("report.html is not written; the other results are whole")
         return False
     return True
+
+
+def _excerpt(run: Run) -> Excerpt:
+    chart = certainty_chart(run.summary)
+    positions = run.worst_positions(_SHOWN).to_dicts()
+    return Excerpt(run.summary.by_token[:_SHOWN], positions, None if chart is None else chart.svg())
 
 
 def _facts(measured: Measured, config: RunConfig) -> RunFacts:
@@ -226,6 +237,8 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
         missing=dict(summary.counts.missing_by_reason),
         skipped=dict(Counter(_skipped(info) for info in measured.responses if info.reason is not None)),
         repaired=measured.repaired,
+        line=glance(summary),
+        figures=figures(summary),
         headline=headline(summary),
         warnings=warnings,
         paths=[*map(str, paths), f"{place.path}/*_kl.json ({len(measured.files)} files)"],

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
 from uuid import UUID
 
 from httpx import HTTPError
@@ -27,22 +26,21 @@ from prefect.artifacts import (
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
-from prefect.settings import get_current_settings
 
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.runtime.progress import ProgressReporter
-from flows.runtime.server import is_temporary
-from flows.watch.markdown import escaped, one_line
+from flows.runtime.server import has_server
+from flows.watch.page import console_link, markdown_of, page_link, plain
 from flows.watch.report import RunReport
+from kl.output.glance import Figure
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_UPDATES = 10.0
 _LONGEST_WAIT_S = 20.0  # for the last update, when the run goes on
 _LONGEST_KEY = 200
-_LONGEST_LINE = 300
-_LINES_SHOWN = 20  # of warnings, and of reasons
+_HEADS = ("figure", "estimate", "95 % low", "95 % high", "certainly at least")
 
 
 def artifact_key(config: RunConfig, kind: str) -> str:
@@ -57,7 +55,7 @@ def artifact_key(config: RunConfig, kind: str) -> str:
 @contextmanager
 def progress_artifacts(config: RunConfig, progress: ProgressReporter) -> Generator[None]:
     """While work is under way, its share that is done and a table of what else is known, anew every few seconds."""
-    if not progress.total or not _has_server():
+    if not progress.total or not has_server():
         yield
         return
     stop = threading.Event()
@@ -107,7 +105,7 @@ def show_report(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) 
     spent : mapping
         Model → what the service counted in this run, as in ``run.json``.
     """
-    if not _has_server():
+    if not has_server():
         return
     for artifact in _artifacts(report, config, spent):
         if _tried(f"artifact {artifact.key}", lambda artifact=artifact: artifact.create()) is None:
@@ -116,14 +114,9 @@ def show_report(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) 
 
 def show_plan(rows: Sequence[tuple[str, str]], config: RunConfig) -> None:
     """Put what a dry run found before whoever looks at it in Prefect."""
-    if _has_server():
+    if has_server():
         key = artifact_key(config, "plan")
         _tried("plan", lambda: TableArtifact(key=key, description="Dry run", table=_table(rows)).create())
-
-
-def _has_server() -> bool:
-    url = get_current_settings().api.url
-    return url is not None and not is_temporary(url)
 
 
 def _tried(what: str, make: Callable[[], Any]) -> Any:
@@ -139,15 +132,13 @@ def _tried(what: str, make: Callable[[], Any]) -> Any:
 
 
 def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -> Iterable[Artifact]:
-    about = f"{_share(report)}, model Q = {_plain(config.model2)}"
-    first = [("Before any number", alarm) for alarm in report.alarms]
-    table = _table([*first, *report.headline, *_spent_rows(spent)])
-    yield TableArtifact(key=artifact_key(config, "summary"), description=about, table=table)
+    about = f"{report.line}; model Q = {plain(config.model2)}"
+    yield TableArtifact(key=artifact_key(config, "summary"), description=about, table=summary_table(report, spent))
     yield MarkdownArtifact(key=artifact_key(config, "report"), description=about, markdown=markdown_of(report, config))
     link = console_link(str(config.output_dir))
     if link is not None:
         text = str(config.output_dir)
-        yield LinkArtifact(key=artifact_key(config, "results"), description=about, link=link, link_text=_plain(text))
+        yield LinkArtifact(key=artifact_key(config, "results"), description=about, link=link, link_text=plain(text))
     page = next(filter(None, map(page_link, report.paths)), None)
     if page is not None:
         yield LinkArtifact(key=artifact_key(config, "page"), description=about, link=page, link_text="report.html")
@@ -155,23 +146,21 @@ def _artifacts(report: RunReport, config: RunConfig, spent: Mapping[str, Any]) -
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     # Cells are Markdown to the user interface, as descriptions are.
-    return [{"figure": _plain(label), "value": _plain(text)} for label, text in rows]
+    return [{"figure": plain(label), "value": plain(text)} for label, text in rows]
 
 
-def console_link(address: str) -> str | None:
-    """Where a browser shows a folder ``gs://…``; None for any other place."""
-    bucket_and_folder = address.removeprefix("gs://")
-    if bucket_and_folder == address:
-        return None
-    return f"https://console.cloud.google.com/storage/browser/{quote(bucket_and_folder.strip('/'))}"
-
-
-def page_link(address: str) -> str | None:
-    """Where a browser opens a page ``gs://…/NAME.html``, for those who may read the bucket; None for anything else."""
-    bucket_and_name = address.removeprefix("gs://")
-    if bucket_and_name == address or not address.endswith(".html"):
-        return None
-    return f"https://storage.cloud.google.com/{quote(bucket_and_name)}"
+def summary_table(report: RunReport, spent: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures in columns; below them what is read before any number, the verdict on drift, and what was spent."""
+    rows = [figure._asdict() for figure in report.figures]
+    words = [
+        *(("read first", alarm) for alarm in report.alarms),
+        ("positions measured", f"{report.n_measured:,} of {report.n_positions:,}"),
+        *report.verdict,
+        *_spent_rows(spent),
+    ]
+    rows += [Figure(label, text, "", "", "")._asdict() for label, text in words]
+    heads = dict(zip(Figure._fields, _HEADS, strict=True))
+    return [{heads[name]: plain(text) for name, text in row.items()} for row in rows]
 
 
 def _spent_rows(spent: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -183,41 +172,3 @@ def _spent_rows(spent: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"Asked now: {model}", f"{price}, {counts['input_tokens']:,} + {counts['output_tokens']:,} tokens")
         )
     return rows
-
-
-def markdown_of(report: RunReport, config: RunConfig) -> str:
-    """The report as a page: what was found, what to be careful about, what is missing, where the files are."""
-    parts = [
-        f"# KL(P‖Q), Q = {_plain(config.model2)}",
-        _share(report),
-        _section("Before any number", report.alarms),
-        "| | |\n|---|---|\n" + "\n".join(f"| {_plain(label)} | {_plain(text)} |" for label, text in report.headline),
-        _section("Warnings", [warning for warning in report.warnings if warning not in report.alarms]),
-        _section("Positions not measured", _counts(report.missing)),
-        _section("Responses or files skipped", _counts(report.skipped)),
-        _section("Places in the input repaired", _counts(report.repaired)),
-        _section("Results", report.paths),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _share(report: RunReport) -> str:
-    return f"{report.n_measured:,} of {report.n_positions:,} positions measured"
-
-
-def _counts(counts: Mapping[str, int]) -> list[str]:
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [f"{count:,}: {reason}" for reason, count in ranked]
-
-
-def _section(title: str, lines: list[str]) -> str:
-    if not lines:
-        return ""
-    shown = [f"- {_plain(line)}" for line in lines[:_LINES_SHOWN]]
-    if len(lines) > _LINES_SHOWN:
-        shown.append(f"- … and {len(lines) - _LINES_SHOWN:,} more")
-    return "\n".join([f"## {title}", *shown])
-
-
-def _plain(text: str) -> str:
-    return escaped(one_line(text, _LONGEST_LINE))

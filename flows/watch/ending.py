@@ -73,10 +73,10 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """The report with what was added to it, and what the flow returns."""
+    """The report with what was added to it, and how the flow ends."""
 
     report: RunReport
-    result: RunReport | State[RunReport]
+    state: State[RunReport]
 
 
 def drift_context(comparison: Comparison) -> DriftContext:
@@ -169,9 +169,9 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
     record_row(history, row)
     concluded["recorded"] = True
     if verdict is None:
-        return RunOutcome(report, report)
+        return RunOutcome(report, Completed(message=report.line, data=report))
     report = _with_verdict(report, verdict)
-    return RunOutcome(report, _state(report, verdict, config) if drifted else report)
+    return RunOutcome(report, _state(report, verdict, config))
 
 
 def _identity(responses: ResponseTableFile, report: RunReport) -> Row:
@@ -281,13 +281,16 @@ def _drift_columns(verdict: Verdict | None) -> Row:
 
 def _with_verdict(report: RunReport, verdict: Verdict) -> RunReport:
     rows = [*report.headline, *verdict.rows]
-    return replace(report, headline=rows, warnings=[*report.warnings, *verdict.warnings])
+    return replace(report, headline=rows, verdict=verdict.rows, warnings=[*report.warnings, *verdict.warnings])
 
 
 def _state(report: RunReport, verdict: Verdict, config: RunConfig) -> State[RunReport]:
+    if verdict.decision != "drift":
+        return Completed(message=f"{report.line}; {verdict.message}", data=report)
+    message = f"{verdict.message}; KL(P‖Q) {report.line}"
     if not config.fail_on_drift:
-        return Completed(name=DRIFTED, message=verdict.message, data=report)
+        return Completed(name=DRIFTED, message=message, data=report)
     # The process of a deployment's run ends with what a failed state holds as its error; elsewhere it is the result.
     by_hand = RunValues.of_this_run().deployment_name is None
-    data = report if by_hand else DriftedRunError(verdict.message)
-    return Failed(name=DRIFTED, message=verdict.message, data=data)
+    data = report if by_hand else DriftedRunError(message)
+    return Failed(name=DRIFTED, message=message, data=data)

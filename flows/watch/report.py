@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from flows.config.models import RunConfig
+from kl.output.glance import Figure
 
 EXIT_COMPLETE = 0
 EXIT_ERROR = 1
@@ -23,12 +24,26 @@ EXIT_CODES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Excerpt:
+    """What is shown of the results where there is room for little: the largest tokens and positions, and a chart.
+
+    ``tokens`` are rows of `kl.statistics.summary.Summary.by_token`, ``positions`` those of
+    `kl.finished.run.Run.worst_positions`, ``picture`` is SVG, or None if there is nothing to draw.
+    """
+
+    tokens: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    positions: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    picture: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What was measured, what is missing and why, where the results are.
 
-    ``headline`` are (label, text) rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
+    ``line`` says the KL per token, ``figures`` have it and others with their intervals. ``headline`` are (label, text)
+    rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
     files by kind of defect, ``repaired`` what was mended in the input. ``alarms`` are the first of the ``warnings``,
-    which come before any number.
+    which come before any number. ``verdict`` are the last rows of the headline: how the run stands to an earlier one.
     """
 
     n_positions: int
@@ -39,7 +54,11 @@ class RunReport:
     headline: list[tuple[str, str]]
     warnings: list[str]
     paths: list[str]
+    line: str
+    figures: list[Figure]
     alarms: list[str] = field(default_factory=list[str])
+    excerpt: Excerpt = Excerpt()
+    verdict: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     @property
     def complete(self) -> bool:
