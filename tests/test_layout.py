@@ -29,7 +29,7 @@ kl.tables               context_counts schemas / totals / responses / pairs / ca
 kl.tables               spreads
 kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
-kl.output               room / atomic digits / kl_json / files headline
+kl.output               room / atomic digits / kl_json / files glance headline
 kl.output.report.drawing scales svg / axes
 kl.output.report        comparisons markup movers selection spread verdict visible / charts lists payload sections
 kl.finished             names lists shown worst / between run / reading
@@ -55,7 +55,7 @@ backends.vertex         online / batch
 backends.vertex.cleaning inventory / lifecycle / cleaner
 
 flows.runtime           environment logs server terminal / progress
-flows.config            runner / reading templates
+flows.config            form groups runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling
@@ -63,7 +63,8 @@ flows.folder            room layout / finished lock refusals / members
 flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
-flows.watch             markdown spending / report / artifacts / history / events reference / verdict / ending
+flows.watch             markdown spending / naming report / page / artifacts / history / events reference / verdict
+flows.watch             ending
 flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking

@@ -12,6 +12,7 @@ from flows.watch.markdown import escaped, one_line
 from flows.watch.report import Excerpt, RunReport
 
 _LONGEST_LINE = 300
+_POSITION_HEADS = ("nats", "before", "token", "log p", "log q", "response, position")
 _LONGEST_FILE = 24  # of its name, so that the table is not cut
 _LINES_SHOWN = 20  # of warnings, and of reasons
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows.config.models import RunConfig
-from kl.output.glance import Figure
+
+if TYPE_CHECKING:
+    from kl.output.glance import Figure  # which loads SciPy; a command's help needs none
 
 EXIT_COMPLETE = 0
 EXIT_ERROR = 1

@@ -192,7 +192,9 @@ def worker(world: World, killed_run: str) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.usefixtures("worker")
 def test_a_dry_run_puts_the_plan_before_the_user_and_asks_nothing(world: World) -> None:
     config = {"backend": {"name": "local"}, "input_dir": "examples/responses", "output_dir": "results/dry-{date}"}
-    run_id = world.start("kl-divergence/online-hourly", {**config, "model2": "smollm2-135m", "dry_run": True})
+    world.ask("variables/", name="model_q", value="smollm2-135m")
+    model = {"__prefect_kind": "workspace_variable", "variable_name": "model_q"}
+    run_id = world.start("kl-divergence/online-hourly", {**config, "model2": model, "dry_run": True})
     wait_for(lambda: world.state(run_id)["type"] in ("COMPLETED", "FAILED", "CRASHED"), "the dry run has not ended")
     assert world.state(run_id)["message"] == "dry run: nothing was asked"
     (artifact,) = world.artifacts(run_id).values()
@@ -201,6 +203,17 @@ def test_a_dry_run_puts_the_plan_before_the_user_and_asks_nothing(world: World) 
     assert rows["requests"].startswith("6 in 1")
     wait_for(lambda: "requests: 6 in 1" in world.log(run_id), "the plan is not in the log")
     assert not list((world.tree / "results").glob("dry-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("worker")
+def test_a_run_that_fails_for_a_reason_that_it_can_name_says_it_in_one_line(world: World) -> None:
+    config = {"backend": {"name": "local"}, "input_dir": "nowhere", "output_dir": "results/none", "model2": "q"}
+    run_id = world.start("kl-divergence/nightly-submit", config)
+    wait_for(lambda: "Finished in state Failed" in world.log(run_id), "the run has not failed")
+    assert world.state(run_id)["message"].endswith("'nowhere' does not exist or is no directory.")
+    wait_for(lambda: "Hook 'settle_jobs' finished" in world.log(run_id), "the end of the log is missing")
+    assert "Traceback" not in world.log(run_id)
 
 
 @pytest.mark.slow
@@ -247,17 +260,30 @@ def test_the_quickstart_fires_by_itself_and_shows_what_it_found(world: World) ->
     for run in (first, second):
         artifacts = world.artifacts(run["id"])
         assert keys <= artifacts.keys() <= keys | {"quickstart-local-progress", "quickstart-local-work"}
-        rows = {row["figure"]: row["value"] for row in json.loads(artifacts["quickstart-local-summary"]["data"])}
-        assert re.match(r"0\.\d+ nats", rows["KL(P‖Q) per token"])
+        rows = {row["figure"]: row for row in json.loads(artifacts["quickstart-local-summary"]["data"])}
+        row = rows["KL(P‖Q), nats per token"]
+        figure = f"{row['estimate']} nats/token ({row['95 % low']} to {row['95 % high']})"
+        line = f"{figure}, certainly > {row['certainly at least']}, 150 of 150"
+        assert artifacts["quickstart-local-summary"]["description"].startswith(line)
+        assert world.state(run["id"])["message"] == line
+        assert [found["name"] for found in world.ask("flow_runs/filter") if found["id"] == run["id"]] == [
+            f"smollm2-135m ‖ smollm2-135m@int4 in results/quickstart: {figure}"
+        ]
         assert len(artifacts["quickstart-local-summary"]["data"]) < 8000
         page = artifacts["quickstart-local-report"]["data"]
-        assert rows["KL(P‖Q) per token"].split(" (")[0] in page
+        assert "## Largest positions" in page
+        assert "data:image/svg+xml" in page
         assert "results/quickstart/summary.json" in page
         assert len(page) < 8000
     assert world.artifacts(first["id"])["quickstart-local-progress"]["data"] == 100
     work = json.loads(world.artifacts(first["id"])["quickstart-local-work"]["data"])
     assert work[0]["figure"] == "contexts scored"
     assert re.fullmatch(r"(\d+) of \1", work[0]["value"])
+    tasks = world.ask("task_runs/filter", flow_runs={"id": {"any_": [first["id"]]}})
+    (measure,) = (task for task in tasks if task["name"].startswith("measure"))
+    groups = {task["id"] for task in tasks if ".json#" in task["name"]}
+    assert groups
+    assert {task["id"] for task in measure["task_inputs"]["wait_for"]} == groups
     wait_for(lambda: ", 0 of them on disk" in world.log(first["id"]), "the first run found nothing")
     wait_for(lambda: ", 0 to ask" in world.log(second["id"]), "the second run asked nothing")
     assert (world.tree / "results" / "quickstart" / "summary.json").is_file()
@@ -285,6 +311,10 @@ def test_the_form_of_a_deployment_has_descriptions_and_bounds(world: World) -> N
     assert {"type": "integer", "minimum": 1, "maximum": 1_000_000} in fields["top_logprobs"]["anyOf"]
     for name in ("input_dir", "output_dir"):
         assert fields[name]["type"] == "string"
+    choices = {choice["title"]: choice["properties"] for choice in fields["backend"]["anyOf"]}
+    assert {"vertex_batch", "vertex_online", "local", "files", "openai_compatible", "transformers"} < choices.keys()
+    assert "poll_interval_s" in choices["vertex_batch"]
+    assert list(fields)[:3] == ["input_dir", "model2", "backend"]
     plain = [name for name, field in fields.items() if "type" in field]
     assert all(fields[name]["title"] for name in plain)
 

@@ -13,13 +13,14 @@ from flows.runtime.progress import ProgressReporter
 from flows.watch.artifacts import (
     _table,
     artifact_key,
-    console_link,
-    markdown_of,
-    page_link,
     progress_artifacts,
     show_report,
+    summary_table,
 )
-from flows.watch.report import RunReport
+from flows.watch.naming import run_name
+from flows.watch.page import console_link, markdown_of, page_link
+from flows.watch.report import Excerpt, RunReport
+from kl.output.glance import Figure
 from tests.programs import free_port
 
 
@@ -31,6 +32,8 @@ def report_of(**values: object) -> RunReport:
     report = {
         "n_positions": 10, "n_measured": 8, "missing": {"blocked": 2}, "skipped": {}, "repaired": {},
         "headline": [("KL(P‖Q) per token", "0.5 nats")], "warnings": [], "paths": ["out/summary.json"],
+        "line": "0.5 nats/token (0.4 to 0.6), certainly > 0.3, 8 of 10",
+        "figures": [Figure("KL(P‖Q), nats per token", "0.5", "0.4", "0.6", "0.3")],
     }  # fmt: skip
     return RunReport(**{**report, **values})  # pyright: ignore[reportArgumentType]
 
@@ -79,13 +82,37 @@ def test_cells_of_a_table_are_text_as_prefect_shows_them() -> None:
 
 
 def test_the_page_says_what_was_found_what_is_missing_and_where() -> None:
-    page = markdown_of(report_of(warnings=["no interval: 2 prompts"]), config_of())
-    assert "8 of 10 positions measured" in page
-    assert "| KL(P‖Q) per token | 0.5 nats |" in page
+    place = {"source_file": "a.json", "response_idx": 0, "position": 3, "logprob_p": -0.1, "logprob_q": None}
+    position = place | {"kl_estimate": 2.5, "before": "the sky is", "token": " blue|"}
+    token = {"token": " blue|", "n_measured": 4, "kl_mean": 1.25, "kl_share": 0.5}
+    excerpt = Excerpt([token], [position], "<svg/>")
+    page = markdown_of(report_of(warnings=["no interval: 2 prompts"], excerpt=excerpt), config_of())
+    assert r"0.5 nats/token (0.4 to 0.6), certainly \> 0.3, 8 of 10" in page
+    assert r"| 2.5 | the sky is | blue\| | -0.10 | not listed | a.json\#0, 3 |" in page
+    assert r"| blue\| | 4 | 1.25 | 50.0% |" in page
+    assert "](data:image/svg+xml;base64,PHN2Zy8+)" in page
+    assert "docs/reading-the-numbers.md" in page
     assert "## Warnings\n- no interval: 2 prompts" in page
     assert "## Positions not measured\n- 2: blocked" in page
     assert "## Results\n- out/summary.json" in page
     assert "skipped" not in page
+
+
+def test_the_summary_has_the_figures_in_columns_and_what_is_said_in_words_below() -> None:
+    rows = summary_table(report_of(alarms=["no price"], verdict=[("Drift", "none")]), {})
+    heads = ["figure", "estimate", "95 % low", "95 % high", "certainly at least"]
+    assert [list(row) for row in rows] == [heads] * 4
+    assert [list(row.values())[:2] for row in rows[1:]] == [
+        ["read first", "no price"],
+        ["positions measured", "8 of 10"],
+        ["Drift", "none"],
+    ]
+    assert list(rows[0].values()) == ["KL(P‖Q), nats per token", "0.5", "0.4", "0.6", "0.3"]
+
+
+def test_a_run_is_named_by_models_folder_and_figure() -> None:
+    assert run_name({"p"}, "q", "results/a") == "p ‖ q in results/a"
+    assert run_name({"b", "a"}, "q", "r", "0.5 nats/token") == "a, b ‖ q in r: 0.5 nats/token"
 
 
 def test_text_from_outside_stays_text_and_short() -> None:
