@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.progress import ProgressReporter
 from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import InputFile, parsed_files_kept
-from flows.stages.passes import FEWEST_JUDGED, check_first_answers
+from flows.stages.passes import check_first_answers, first_to_judge
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
 from flows.stages.plan import Group, Plan, bought_again, make_plan
 from flows.stages.prompts import rendered_before, rendered_prompts
@@ -333,7 +332,7 @@ class OpenRun:
         groups, backend = plan.groups, self.comparison.backend.capabilities
         n_first = 0
         if backend.remote and not backend.deferred and not self.comparison.config.force:
-            n_first = _first_to_judge(groups)
+            n_first = first_to_judge([group.n_positions for group in groups])
         if n_first == len(groups):
             n_first = 0
         if n_first:
@@ -417,12 +416,6 @@ class OpenRun:
         """Show what was found; gives what the flow returns."""
         show_report(outcome.report, self.comparison.config, self.spent())
         return outcome.state
-
-
-def _first_to_judge(groups: Sequence[Group]) -> int:
-    """How many groups have enough contexts that their answers can be judged: one, if responses are not tiny."""
-    asked = accumulate(group.n_positions for group in groups)
-    return next((number for number, n in enumerate(asked, start=1) if n >= FEWEST_JUDGED), 0)
 
 
 def _log_plan(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -76,6 +76,12 @@ def measure_files(
         for part in passes.measured(measured.priors, progress):
             measured.add(part)
     return measured
+
+
+def first_to_judge(n_positions: Iterable[int]) -> int:
+    """How many groups of so many contexts have enough to be judged: one, if responses are not tiny; 0 if none."""
+    asked = accumulate(n_positions)
+    return next((number for number, n in enumerate(asked, start=1) if n >= FEWEST_JUDGED), 0)
 
 
 def check_first_answers(files: Sequence[InputFile], comparison: Comparison, stores: Stores) -> None:
