@@ -27,7 +27,7 @@ kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / candidates outliers / repeats tokens
 kl.tables               spreads
-kl.statistics           intervals / drift / clusters position_sampling / breakdowns figures paired
+kl.statistics           intervals / canary drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               room / atomic digits / kl_json / files glance headline
 kl.output.report.drawing scales svg / axes
