@@ -170,6 +170,10 @@ class ScoreStore:
         """A journal for the answers of one group; ``name`` must be free among those open."""
         return ScoreJournal(self._journals, name)
 
+    def has_journals(self) -> bool:
+        """Whether there is anything to `recover`."""
+        return bool(files_in(self._journals, SUFFIX))
+
     def recover(self) -> int:
         """Take in what killed runs left in the journals; returns how many answers. No other run may be using them."""
         paths = files_in(self._journals, SUFFIX)

@@ -71,6 +71,7 @@ class Member:
         self.check = check
         self.journals = folder / "journals"
         self._claimed = np.array([], dtype=np.uint64)
+        self._waiting_since: float | None = None
 
     def holds(self, wanted: Missing) -> bool:
         """Whether all these contexts are claimed by this run."""
@@ -86,24 +87,34 @@ class Member:
             holders = self._holders(wanted)
             self._claimed = np.array([], dtype=np.uint64) if holders else _joined(wanted)
             write_bytes_atomic(self._folder / _CLAIMED, self._claimed.astype("<u8").tobytes())
+        if not holders:
+            self._waiting_since = None
         return holders
 
     def wait(self, wanted: Missing, holders: Sequence[Path]) -> None:
-        """Wait until no run that lives holds a context of these that has no answer in the store."""
+        """Wait until no run that lives holds a context of these that has no answer in the store.
+
+        At least one pause, if it lives: an answer may not be all that is wanted of a context (its whole vocabulary),
+        and the caller plans anew each time.
+        """
         logger.info(
             "other runs that use %s buy some of the contexts wanted (%s): waiting for their answers",
             self._scores, ", ".join(holder.name[:8] for holder in holders),
         )  # fmt: skip
-        began = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        paused = False
         while True:
             for holder in holders:
                 self._take_over(holder)
-            wanted = _unanswered(wanted, ScoreStore(self._scores))
+            if paused:
+                wanted = _unanswered(wanted, ScoreStore(self._scores))
             holders = self._holders(wanted)
             if not holders:
                 return
-            waited = time.monotonic() - began
+            waited = time.monotonic() - self._waiting_since
             time.sleep(min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, waited * _PAUSE_SHARE)))
+            paused = True
             self.check()
 
     def _holders(self, wanted: Missing) -> list[Path]:
@@ -118,13 +129,19 @@ class Member:
     def _take_over(self, holder: Path) -> None:
         """Take in the answers of a run that ended without leaving, and free what it had claimed; one that lives stays.
 
-        Only a run that holds its lock has claims, so that none is taken for dead before it is at work.
+        Only a run that holds its lock has claims, so that none is taken for dead before it is at work. One that left in
+        order has none any more.
         """
+        if not exists(holder / _CLAIMED):
+            return
         try:
             with held(holder / _LOCK):
-                taken = ScoreStore(self._scores, journals=holder / "journals").recover()
-                remove(holder / _CLAIMED)
-                logger.warning("a run that used %s ended at once; %d answers of it were taken in", self._scores, taken)
+                if exists(holder / _CLAIMED):  # it may have left just now
+                    taken = ScoreStore(self._scores, journals=holder / "journals").recover()
+                    remove(holder / _CLAIMED)
+                    logger.warning(
+                        "a run that used %s ended at once; %d answers of it were taken in", self._scores, taken
+                    )
         except LeaseHeldError:
             return
         remove_folder(holder)
@@ -185,6 +202,23 @@ def _unanswered(wanted: Missing, store: ScoreStore) -> dict[str, array[int]]:
         if rest := array("Q", (key for key in keys if key not in known)):
             left[prompt_id] = rest
     return left
+
+
+def take_in_moved(scores: Path) -> int:
+    """Take in the journals at the top of a store: of a run that was killed before its folder's scores were moved.
+
+    Runs that share the store have their journals elsewhere. Gives how many answers.
+
+    Raises
+    ------
+    ConfigError
+        If another run is at the same for long.
+    """
+    store = ScoreStore(scores)
+    if not store.has_journals():
+        return 0
+    with exclusive(scores / "journals"):
+        return store.recover()
 
 
 def check_store(folder: OutputFolder) -> None:

@@ -94,7 +94,7 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
     run = OpenRun(comparison)
     with ExitStack() as stack:
         try:
-            run.check_lock = stack.enter_context(run_lock(comparison.folder, run.stop))
+            run.check_folder = stack.enter_context(run_lock(comparison.folder, run.stop))
         except FolderInUseError as error:
             if written.stage == "collect":
                 raise RunEndedError(skipped_state(error)) from error
@@ -145,7 +145,7 @@ class OpenRun:
         On this machine's disk.
     ended : list of State
         Of the groups' tasks, for the graph that Prefect draws.
-    check_lock : callable
+    check_folder : callable
         Raises `backends.storage.LeaseLostError` if the folder is not this run's any more.
     member : Member or None
         This run among those that use a shared store of scores.
@@ -155,7 +155,7 @@ class OpenRun:
     backend: Backend
     context: DriftContext
     scorer: Scorer
-    check_lock: Callable[[], None]
+    check_folder: Callable[[], None]
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
@@ -211,6 +211,12 @@ class OpenRun:
                 self.member.wait(plan.missing, holders)
             self._look()  # others may have written until the claim
 
+    def check_lock(self) -> None:
+        """Raise `backends.storage.LeaseLostError` if the folder, or what is claimed in a store, may be another's."""
+        self.check_folder()
+        if self.member is not None:
+            self.member.check()
+
     def stop(self) -> None:
         """Stop what is being asked; from any thread."""
         if self._session is not None:
@@ -249,9 +255,12 @@ class OpenRun:
                     raise InterruptedRunError(line, self.comparison.config)
             self._report = self.backend.report()
             self._going_on = self.backend.going_on()
+            cut_short = session.cancelled
         if self._error is not None:
             raise self._error
         self.check_lock()
+        if cut_short:
+            raise SessionClosedError("asking was stopped before its end, for a reason that is in the log; run again.")
         if self.member is None:  # others may be reading the parts
             self.stores.scores.compact_all()
         self._end_if_pending(plan)

@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.states import State
 
+from flows.folder.members import take_in_moved
 from flows.stages.inputs import find_inputs
 from flows.stages.measuring import Measured
 from flows.stages.open_run import OpenRun
@@ -40,7 +41,7 @@ def _group_name() -> str:
 def read(run: OpenRun) -> Plan:
     """Read all responses, find what is on disk already, and plan what is asked."""
     comparison, scores = run.comparison, run.stores.scores
-    recovered = scores.recover()
+    recovered = scores.recover() + (take_in_moved(scores.root) if run.member is not None else 0)
     if recovered:
         logger.info("%d scores of a run that was stopped were taken in", recovered)
     scores.prefetch()

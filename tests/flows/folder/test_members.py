@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from array import array
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from backends.errors import ConfigError
 from backends.keys import short_key
 from backends.scores.store import ScoreStore
 from flows.folder.layout import OutputFolder
-from flows.folder.members import check_store, member_of, note_store, store_of
+from flows.folder.members import check_store, member_of, note_store, store_of, take_in_moved
 from kl.records import Candidate, Score
 
 A, B, C = (f"{digit}" * 32 for digit in "abc")
@@ -72,6 +73,39 @@ def test_what_a_killed_run_had_claimed_is_free_and_its_answers_are_taken_in(tmp_
         run.wait(wanted(A, B), holders)
         assert ScoreStore(tmp_path).known_keys("prompt") == {A}
         assert run.claim(wanted(B)) == []
+
+
+def test_a_context_that_another_run_holds_though_it_has_an_answer_is_not_looked_at_without_a_pause(
+    tmp_path: Path,
+) -> None:
+    with member_of(tmp_path, nothing) as one, member_of(tmp_path, nothing) as two:
+        one.claim(wanted(A))
+        ScoreStore(tmp_path).append("prompt", "q", [Score(A, (Candidate("a", -0.1),))])
+        began = time.monotonic()
+        two.wait(wanted(A), two.claim(wanted(A)))
+        assert time.monotonic() - began > 0.4, "it may want more of it than an answer, and would plan again and again"
+
+
+def test_a_run_that_left_in_order_is_not_said_to_have_ended_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with member_of(tmp_path, nothing) as run:
+        with member_of(tmp_path, nothing) as other:
+            other.claim(wanted(A))
+            holders = run.claim(wanted(A))
+        run.wait(wanted(A), holders)
+        assert "ended at once" not in caplog.text
+        assert len(list((tmp_path / "members").iterdir())) == 1
+
+
+def test_journals_that_were_moved_into_a_store_are_taken_in(tmp_path: Path) -> None:
+    own = OutputFolder(tmp_path / "own")
+    own.stores().scores.journal("killed").add("prompt", "q", Score(A, (Candidate("a", -0.1),)))
+    own.scores.rename(tmp_path / "store")
+    out = OutputFolder(own.path, tmp_path / "store")
+    check_store(out)
+    assert [take_in_moved(out.scores), take_in_moved(out.scores)] == [1, 0]
+    assert ScoreStore(out.scores).known_keys("prompt") == {A}
 
 
 def test_an_output_folder_is_told_when_its_scores_are_elsewhere(tmp_path: Path) -> None:
