@@ -262,6 +262,11 @@ class RunConfig(CommonConfig):
             raise ValueError("fail_on_drift needs alert.kl_per_token, which says what drift is")
         if self.watches_q and not self.candidates:
             raise ValueError("alert.of: q compares the lists of two runs, which candidates: false does not keep")
+        if self.watches_q and self.scores_dir is not None:
+            raise ValueError(
+                f"alert.of: q asks what Q says now, but scores_dir ({self.scores_dir}) gives this run the answers of "
+                "earlier ones, so that no change could show; leave scores_dir out"
+            )
         return self
 
     @model_validator(mode="after")

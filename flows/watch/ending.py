@@ -196,11 +196,11 @@ def _verdict(
     if isinstance(reference, Verdict):
         found = reference
     elif alert.of == "q" and reference is not None:
-        found = _then_against_now(context, alert, reference, again)
+        found = _then_against_now(context, alert, reference, row, again)
     else:
         found = decide(alert, responses.table, reference)
     verdict = replace(found, noise_floor=row["noise_floor"])
-    if alert.compared_with == "previous" and row["contexts_asked"] == 0 and context.config.stage != "collect":
+    if alert.compared_with is not None and row["contexts_asked"] == 0 and context.config.stage != "collect":
         hint = "" if context.rolling else "; give each day a folder, such as --output-dir 'results/{date}'"
         verdict.warnings.append(
             "drift: nothing was asked in this run, as every answer was on disk, so that a change of the models since "
@@ -226,7 +226,7 @@ def _reference(context: DriftContext, alert: AlertConfig, row: Row, before: pl.D
 
 
 def _then_against_now(
-    context: DriftContext, alert: AlertConfig, reference: Reference, again: pl.DataFrame | None
+    context: DriftContext, alert: AlertConfig, reference: Reference, row: Row, again: pl.DataFrame | None
 ) -> Verdict:
     folder = context.config.output_dir
     if reference.folder == str(folder):
@@ -236,7 +236,27 @@ def _then_against_now(
         between = kl_between(then, q_lists(folder, "this run"), context.config.estimator)
     except (ConfigError, OSError, TokenTableError) as error:  # as above
         return undecided(alert, str(error))
-    return decide_q(alert, between, again, reference)
+    except pl.exceptions.PolarsError as error:
+        reason = f"the lists in {reference.folder} or {folder} cannot be read: {' '.join(str(error).split())}"
+        return undecided(alert, reason)
+    found = decide_q(alert, between, again, reference)
+    if found.change is None:
+        return found
+    if again is None and context.config.noise_floor is not None:
+        return found.left_open("the noise floor of Q was asked for and none was measured")
+    if found.decision == "no drift" and _mostly_old(context, row):
+        return found.left_open(
+            f"{row['contexts_on_disk']:,} of {row['contexts']:,} answers were on disk before this run, and what Q said "
+            "then shows no change since; give each run its folder, such as --output-dir 'results/{date}'"
+        )
+    return found
+
+
+def _mostly_old(context: DriftContext, row: Row) -> bool:
+    """Whether most answers may be of any earlier day; those in a folder of this run's own are this run's."""
+    if context.rolling or context.config.stage == "collect":
+        return False
+    return 2 * row["contexts_on_disk"] > row["contexts"]
 
 
 def _emit_all(context: DriftContext, verdict: Verdict | None, row: Row, before: pl.DataFrame) -> list[str]:

@@ -55,6 +55,11 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
                     f"it was measured with {setting} = {measured[setting]!r}, this run with {value!r}: the difference "
                     "would be of methods, not of models. Use the same setting, or another baseline."
                 )
+        if config.watches_q and run["model2"] != config.model2:
+            raise ConfigError(
+                f"its Q was {run['model2']!r} and is {config.model2!r} in this run; alert.of: q compares a "
+                "model with itself. Use another baseline; python -m flows.analyze --compare shows the KL of two models."
+            )
         about = {key: run[key] for key in ("model1", "model2", "model2_versions", "finished_at")}
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from kl.output.digits import at_least, rounded
 from kl.output.headline import bounded_text
 from kl.statistics.drift import Change, Direction, DriftDecision, change
 from kl.statistics.intervals import Estimate
+from kl.tables.totals import RESPONSE_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class Verdict:
     def decision(self) -> DriftDecision:
         """Drift, no drift or undecided."""
         return "undecided" if self.change is None else self.change.decide(self.alert.kl_per_token)
+
+    def left_open(self, reason: str) -> Verdict:
+        """The same without a decision."""
+        warnings = [*self.warnings, f"drift is undecided: {reason}"]
+        return replace(self, change=None, reason=reason, warnings=warnings)
 
     @property
     def direction(self) -> Direction | None:
@@ -141,7 +147,7 @@ class Verdict:
 
 
 def _between_json(found: Between) -> dict[str, Any]:
-    names = (item.name for item in fields(found) if item.name != "responses")
+    names = (item.name for item in fields(found) if item.name not in ("responses", "not_whole"))
     values = {name: getattr(found, name) for name in names}
     return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in values.items()}
 
@@ -166,10 +172,20 @@ def decide_q(alert: AlertConfig, between: Between, again: pl.DataFrame | None, r
     Parameters
     ----------
     again : pl.DataFrame, optional
-        Response table of Q against itself, asked again in this run: what of the KL is above that counts.
+        Response table of Q against itself, asked again in this run: what of the KL is above that counts, over the
+        responses that are the same as a whole, as a floor of other positions is another floor.
     """
-    found = change(between.responses, again, _two_sided(alert), ("Q then against Q now", "Q's noise floor"))
+    responses, apart = between.responses, between.not_whole
+    if again is not None:
+        responses, again = (table.join(apart, on=RESPONSE_KEYS, how="anti") for table in (responses, again))
+    found = change(responses, again, _two_sided(alert), ("Q then against Q now", "Q's noise floor"))
     warnings: list[str] = []
+    if again is not None and apart.height:
+        whole = f"{responses.height:,} of {between.responses.height:,} responses are the same as a whole in both runs"
+        if found.no_interval is not None:
+            reason = f"{whole}, and the noise floor is compared over these alone: ask about the same files each time"
+            return Verdict(alert, reference, None, reason, [f"drift is undecided: {reason}"], between=between)
+        warnings.append(f"drift: {whole}; these alone decide, as the noise floor is known by response")
     if found.no_interval is not None:
         warnings.append(f"drift is undecided: {found.no_interval}")
     elif again is None and between.per_token.value:

@@ -51,7 +51,8 @@ class Between:
     The intervals are clustered by prompt. ``n_contexts`` are the same in both runs, ``n_measured`` of them have two
     lists that can be compared; ``missing`` says by reason why others have not. ``n_only_first`` and ``n_only_second``
     positions have no context in the other run and take no part, and ``example`` is one of them. ``responses`` is the
-    response table (`kl.tables.responses.RESPONSES`), by which prompts are paired.
+    response table (`kl.tables.responses.RESPONSES`), by which prompts are paired; ``not_whole`` names (columns
+    `RESPONSE_KEYS`) those with positions of the second run that the first has no such context of.
     """
 
     per_token: Estimate
@@ -66,6 +67,7 @@ class Between:
     example: str | None
     missing: dict[str, int]
     responses: pl.DataFrame = field(repr=False)
+    not_whole: pl.DataFrame = field(repr=False)
 
 
 def kl_between(first: QLists, second: QLists, estimator: str = "censored") -> Between:
@@ -94,6 +96,7 @@ def kl_between(first: QLists, second: QLists, estimator: str = "censored") -> Be
     ]
     prior = pooled_prior(SpreadEvidence.total(evidence))
     totals: list[pl.DataFrame] = []
+    apart = [pl.DataFrame(schema={name: TOKENS[name] for name in RESPONSE_KEYS})]
     missing: dict[str, int] = {}
     n_contexts = n_only_first = n_only_second = 0
     example: str | None = None
@@ -105,6 +108,7 @@ def kl_between(first: QLists, second: QLists, estimator: str = "censored") -> Be
         n_contexts += int(part.same.sum())
         n_only_first += part.n_only_first
         n_only_second += int((~part.same).sum())
+        apart.append(part.rows.filter(~pl.col("same")).select(RESPONSE_KEYS).unique())
         example = example or part.example
     missing.pop(_NO_CONTEXT.reason, None)
     merged = merge_totals(totals) if totals else batch_totals(pl.DataFrame(schema=TOKENS))
@@ -121,6 +125,7 @@ def kl_between(first: QLists, second: QLists, estimator: str = "censored") -> Be
         example,
         missing,
         response_rows(merged, info_frame(())),
+        pl.concat(apart),
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 
 from flows.config.alert import AlertConfig
 from flows.watch.reference import Reference
 from flows.watch.verdict import decide, decide_q, undecided
-from kl.finished.between import Between
+from kl.finished.between import Between, QLists, kl_between
 from kl.statistics.intervals import Estimate
 from kl.tables.responses import summarise_responses
+from kl.tables.totals import RESPONSE_KEYS
 from tests.kl.conftest import Answer, build_tokens
+from tests.kl.finished.test_between import lists
 
 ALERT = AlertConfig(kl_per_token=0.0)
 
@@ -53,7 +56,21 @@ def test_without_a_run_to_compare_with_nothing_is_below() -> None:
 def between(kl: float, *, n_only_second: int = 0) -> Between:
     rows = responses(kl)
     known = Estimate(kl, 0.001, kl - 0.002, kl + 0.002, 12, 0, 6, None, None)
-    return Between(known, known, known, known, known, 12, 12, 0, n_only_second, "f#0 position 3", {}, rows)
+    return Between(
+        known,
+        known,
+        known,
+        known,
+        known,
+        12,
+        12,
+        0,
+        n_only_second,
+        "f#0 position 3",
+        {},
+        rows,
+        rows.select(RESPONSE_KEYS).clear(),
+    )
 
 
 OF_Q = AlertConfig(kl_per_token=0.0, of="q", compared_with="previous")
@@ -78,3 +95,38 @@ def test_without_a_floor_and_with_other_contexts_the_verdict_says_so() -> None:
     assert "noise_floor" in unrest
     assert "12 contexts were asked in both runs; 7 positions of this run and 0 of the other" in alone
     assert "f#0 position 3" in alone
+
+
+def unquiet(rng: np.random.Generator, spread: tuple[float, float], word: str = "", n_same: int = 0) -> QLists:
+    """An unchanged Q at 30 prompts of two positions, as unquiet as ``spread`` says; ``word`` makes responses fresh."""
+    return lists(
+        *(
+            (
+                f"f{i:02}",
+                f"p{i}",
+                f"{'' if i < n_same else word}t{t}",
+                float(1 / (1 + np.exp(-rng.normal(0, spread[t])))),
+            )
+            for i in range(30)
+            for t in range(2)
+        )
+    )
+
+
+@pytest.mark.parametrize("spread", [(0.5, 0.02), (0.02, 0.5)], ids=["first position unquiet", "the others unquiet"])
+def test_q_is_compared_with_its_floor_over_the_same_responses(spread: tuple[float, float]) -> None:
+    """Of fresh responses only the first position is the same, and the floor of all positions is another floor."""
+    rng = np.random.default_rng(3)
+    then, now, again = unquiet(rng, spread, "then"), unquiet(rng, spread, "now"), unquiet(rng, spread, "now")
+    floor = kl_between(now, again).responses
+    found = decide_q(OF_Q, kl_between(then, now), floor, Reference("previous", "earlier", floor))
+    assert (found.decision, found.change) == ("undecided", None)
+    assert "0 of 30 responses are the same as a whole in both runs" in found.message
+    assert found.warnings == [f"drift is {found.message}"]
+    assert found.between is not None, "what was found stays in the files"
+    # Where some are fresh, the others decide, and none of the fresh ones' noise is in it.
+    then, now = unquiet(rng, spread, "then", n_same=20), unquiet(rng, spread, "now", n_same=20)
+    partly = decide_q(OF_Q, kl_between(then, now), floor, Reference("previous", "earlier", floor))
+    assert partly.change is not None
+    assert (partly.change.n_shared, partly.change.n_only_run, partly.change.n_only_reference) == (20, 0, 0)
+    assert "20 of 30 responses are the same as a whole" in partly.warnings[0]
