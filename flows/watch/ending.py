@@ -196,7 +196,7 @@ def _verdict(
     if isinstance(reference, Verdict):
         found = reference
     elif alert.of == "q" and reference is not None:
-        found = _then_against_now(context, alert, reference, row, again)
+        found = then_against_now(context, alert, reference, row, again)
     else:
         found = decide(alert, responses.table, reference)
     verdict = replace(found, noise_floor=row["noise_floor"])
@@ -225,9 +225,10 @@ def _reference(context: DriftContext, alert: AlertConfig, row: Row, before: pl.D
         return undecided(alert, str(error))
 
 
-def _then_against_now(
+def then_against_now(
     context: DriftContext, alert: AlertConfig, reference: Reference, row: Row, again: pl.DataFrame | None
 ) -> Verdict:
+    """The verdict of an alert of Q, from the lists of two runs on disk; undecided if they cannot tell."""
     folder = context.config.output_dir
     if reference.folder == str(folder):
         return undecided(alert, f"the lists of the earlier run in {folder} were overwritten; give each run its folder")

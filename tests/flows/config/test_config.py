@@ -265,5 +265,7 @@ def test_wanted_tokens_are_refused_where_they_cannot_be_asked_for() -> None:
 
 def test_q_is_watched_by_what_it_says_now() -> None:
     watched = (*BASE, "--set", "alert.kl_per_token=0", "--set", "alert.of=q", "--set", "alert.compared_with=previous")
-    with pytest.raises(ConfigError, match=r"of: q asks what Q says now, but scores_dir \(shared\).*leave scores_dir out"):
+    with pytest.raises(
+        ConfigError, match=r"of: q asks what Q says now, but scores_dir \(shared\).*leave scores_dir out"
+    ):
         config_of(*watched, "--scores-dir", "shared")
