@@ -26,7 +26,7 @@ kl.estimators.matching  aligned codes rows / padded places / evidence trust
 kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / candidates outliers / repeats tokens
-kl.tables               spreads
+kl.tables               first_lists spreads
 kl.statistics           intervals / canary drift / clusters position_sampling / breakdowns figures paired
 kl.statistics           noise_floor ranking / summary / alarms / dataset
 kl.output               room / atomic digits / kl_json / files glance headline
@@ -64,8 +64,8 @@ flows.config            folders / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
 flows.watch             markdown spending / naming report / page / artifacts / history / events reference / verdict
-flows.watch             ending
-flows.stages            inputs / scoring / measuring plan reuse / dry_run passes pending prompts scorers
+flows.watch             canary / ending
+flows.stages            inputs / scoring / measuring plan reuse / dry_run first_lists passes pending prompts scorers
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / csv_files report_file tables two_runs

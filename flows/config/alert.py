@@ -60,8 +60,10 @@ class AlertConfig(BaseModel):
         description="The run to compare with: previous (the last one in the history with the same models, estimator "
         "and top_logprobs), or {baseline: FOLDER}. Default: none.",
     )
-    test: Literal["interval"] = Field(
-        default="interval", description="What decides: interval, whose lower end must be above kl_per_token."
+    test: Literal["interval", "permutation"] = Field(
+        default="interval",
+        description="What decides: interval, whose lower end must be above kl_per_token; or permutation, for first "
+        "positions (of: q, compared_with: previous): whether Q's lists are unlike those of the last runs.",
     )
     level: float = Field(
         default=0.99,
@@ -96,6 +98,11 @@ class AlertConfig(BaseModel):
     def _then_is_known(self) -> AlertConfig:
         if self.of == "q" and self.compared_with is None:
             raise ValueError(f"of: q compares Q now with Q in an earlier run, which compared_with names; {_NAME_IT}")
+        if self.test == "permutation" and (self.of != "q" or self.compared_with != "previous"):
+            raise ValueError(
+                "test: permutation compares Q's lists with those of the last runs of the history: set of: q and "
+                "compared_with: previous"
+            )
         return self
 
     @property

@@ -66,6 +66,11 @@ def check_capabilities(config: RunConfig, backend: type[Backend]) -> None:
             f"noise_floor asks contexts a second time, and the backend {config.backend.name} has one answer to each on "
             "record: leave it out, and compare two logs of one model instead."
         )
+    if config.first_repeats is not None and config.first_repeats > 1 and can.recorded:
+        raise ConfigError(
+            f"positions.repeats asks contexts more than once, and the backend {config.backend.name} has one answer to "
+            "each on record: leave it out."
+        )
     if config.full_vocabulary and not can.full_vocabulary:
         raise ConfigError(
             f"top_logprobs is 'full', but the backend {config.backend.name} reports at most {can.max_top_logprobs} "

@@ -24,7 +24,8 @@ from kl.records import Response
 from kl.statistics.noise_floor import AskedAgain
 from kl.statistics.position_sampling import Drawn, draw, draw_again
 
-Side = Literal["p", "q", "again"]
+# Whose answer: of a number, Q's when it is asked that many times.
+Side = Literal["p", "q", "again"] | int
 
 # In the identity of what is asked a second time: another score than the first one of the same context.
 _AGAIN = {"asked": 2}
@@ -99,11 +100,17 @@ class Comparison:
     def sides(self) -> tuple[Side, ...]:
         """Q is always asked; P too where its full vocabulary is wanted, which no response file holds; one again."""
         models: tuple[Side, ...] = ("q", "p") if self.config.full_vocabulary else ("q",)
-        return (*models, "again") if self.config.noise_floor is not None else models
+        return (*models, "again") if self.config.noise_floor is not None else (*models, *self.repeats())
+
+    def repeats(self) -> range:
+        """The times, from the second on, that Q is asked about each first position."""
+        return range(2, (self.config.first_repeats or 1) + 1)
 
     def drawn(self, response: Response) -> Drawn | None:
         """Which positions are measured, with their probabilities; None if all are."""
-        return None if self.config.positions is None else draw(response, self.config.positions.sample)
+        if self.config.positions is None or self.config.positions.first:
+            return None  # of first positions no other is read
+        return draw(response, self.config.positions.sample)
 
     def drawn_again(self, response: Response) -> Drawn | None:
         """Which positions are asked a second time, with their probabilities; None if none are."""
@@ -133,6 +140,9 @@ class Comparison:
         if side == "again":
             named = self._named(response, self.asked_again(response), whole=False)
             return None if named is None else self._request(response, named, self.drawn_again(response), _AGAIN)
+        if isinstance(side, int):
+            named = self._named(response, "q", whole=False)
+            return None if named is None else self._request(response, named, None, {"asked": side})
         made = self._first_request(response, side)
         if made is None or not self.pairs:
             return made

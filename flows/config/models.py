@@ -112,18 +112,24 @@ class CommonConfig(BaseModel):
 
 
 class PositionsConfig(BaseModel):
-    """A sample of each response's positions, for a cheaper run."""
+    """A part of each response's positions, for a cheaper run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fraction: float | None = Field(default=None, gt=0, le=1, description="Share of the positions, above 0, up to 1.")
     per_response: int | None = Field(default=None, ge=1, description="Positions of each response, at least 1.")
     seed: int = Field(default=0, ge=0, description="Seed of the sample; another seed asks for other positions.")
+    first: bool = Field(default=False, description="The first position of each response alone: a canary.")
+    repeats: int = Field(
+        default=1, ge=1, le=100, description="With first: how many times Q is asked about each position, 1 to 100."
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> PositionsConfig:
-        if (self.fraction is None) == (self.per_response is None):
-            raise ValueError("set one of fraction (0.2) and per_response (8)")
+        if (self.fraction is not None) + (self.per_response is not None) + self.first != 1:
+            raise ValueError("set one of fraction (0.2) and per_response (8), or first (true)")
+        if self.repeats > 1 and not self.first:
+            raise ValueError("repeats is for first positions: set first: true, or leave repeats out")
         return self
 
     @property
@@ -180,8 +186,8 @@ class RunConfig(CommonConfig):
     )
     positions: PositionsConfig | None = Field(
         default=None,
-        description="Ask a sample of the positions only: a share of them, {fraction: 0.2}, or so many of each "
-        "response, {per_response: 8}. Default: all.",
+        description="Ask a sample of the positions only: a share of them, {fraction: 0.2}, so many of each response, "
+        "{per_response: 8}, or the first alone, {first: true, repeats: 4}, each asked so many times. Default: all.",
     )
     noise_floor: PositionsConfig | None = Field(
         default=None,
@@ -270,6 +276,23 @@ class RunConfig(CommonConfig):
         return self
 
     @model_validator(mode="after")
+    def _first_positions_alone(self) -> RunConfig:
+        if self.noise_floor is not None and self.noise_floor.first:
+            raise ValueError("noise_floor asks again at a sample of positions: fraction or per_response, not first")
+        if self.first_repeats is not None:
+            beside = {
+                "noise_floor": (self.noise_floor is not None, "repeats asks again"),
+                "top_logprobs 'full'": (self.full_vocabulary, "lists are compared"),
+                "wanted_tokens": (self.wanted_tokens, "Q's own lists are compared"),
+            }
+            for name, (is_set, why) in beside.items():
+                if is_set:
+                    raise ValueError(f"positions.first goes without {name}: {why}; leave one of the two out")
+        elif self.alert is not None and self.alert.test == "permutation":
+            raise ValueError("alert.test: permutation is for positions: {first: true}; set that, or test: interval")
+        return self
+
+    @model_validator(mode="after")
     def _wanted_beside_a_list(self) -> RunConfig:
         if self.wanted_tokens and self.full_vocabulary:
             raise ValueError("wanted_tokens adds nothing to top_logprobs 'full', which has every token; leave one out")
@@ -292,6 +315,11 @@ class RunConfig(CommonConfig):
     def k(self) -> int:
         """Candidates asked per position."""
         return 20 if self.top_logprobs == "full" else self.top_logprobs
+
+    @property
+    def first_repeats(self) -> int | None:
+        """How many times Q is asked about each first position; None if others are measured too."""
+        return self.positions.repeats if self.positions is not None and self.positions.first else None
 
     @property
     def watches_q(self) -> bool:

@@ -74,6 +74,11 @@ class OutputFolder:
         return self.path / names.CANDIDATES
 
     @property
+    def first_lists(self) -> Path:
+        """What Q listed at first positions each time it was asked, of a run of these alone."""
+        return self.path / names.FIRST_LISTS
+
+    @property
     def responses(self) -> Path:
         """The response table."""
         return self.path / names.RESPONSES

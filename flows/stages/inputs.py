@@ -15,6 +15,7 @@ from typing import NamedTuple
 from backends.errors import ConfigError
 from backends.storage import COPIES, StoredFile, is_remote, is_within, list_matching, scratch_folder
 from flows.config.models import RunConfig
+from kl.columns import Positions
 from kl.input.responses import (
     InputProblem,
     ResponseFile,
@@ -22,6 +23,7 @@ from kl.input.responses import (
     read_responses,
 )
 from kl.input.sources import LARGE, SEVERAL_PROMPTS, Part, mapped, parts_of
+from kl.records import Response
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class InputFile:
     """A file and what it is called in the outputs: its path below the input directory.
 
     ``stored`` is set for a remote one: the file as it was when the run listed its input. ``part`` is set where the file
-    has answers to several prompts and this is one of them; ``version`` is then the file's.
+    has answers to several prompts and this is one of them; ``version`` is then the file's. With ``first_only`` each
+    response is read as if it ended with its first position.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class InputFile:
     stored: StoredFile | None = None
     part: Part | None = None
     version: Version | None = None
+    first_only: bool = False
 
     @property
     def size(self) -> int:
@@ -82,7 +86,7 @@ def find_inputs(config: RunConfig) -> list[InputFile]:
         raise ConfigError(
             f"no file in {config.input_dir} matches {config.pattern!r}; set --input-dir or --pattern.{lines}"
         )
-    return files
+    return files if config.first_repeats is None else [replace(file, first_only=True) for file in files]
 
 
 def _lines_hint(folder: Path) -> str:
@@ -219,6 +223,23 @@ def _version_of(file: InputFile) -> Version:
 
 
 def _parse(file: InputFile) -> ResponseFile:
+    parsed = _parse_whole(file)
+    if not file.first_only:
+        return parsed
+    return replace(parsed, responses=tuple(map(first_position, parsed.responses)))
+
+
+def first_position(response: Response) -> Response:
+    """The response as if it ended with its first position: figures of it are of no other, nor weighted for others."""
+    if len(response.positions) < 2:
+        return response
+    positions = Positions.of(response.positions).part(0, 1)
+    (text,) = positions.sampled.texts()
+    gaps = tuple(gap for gap in response.gaps if gap[0] == 0)
+    return replace(response, text=text, positions=positions, has_stop=False, gaps=gaps)
+
+
+def _parse_whole(file: InputFile) -> ResponseFile:
     if file.part is not None:
         return _parse_part(file, file.part)
     try:

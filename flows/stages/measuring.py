@@ -247,7 +247,7 @@ def survey_part(
     files: Sequence[InputFile], comparison: Comparison, stores: Stores, on_file: Callable[[], None]
 ) -> tuple[Survey, Surveyed]:
     """The first pass over some files: what they say of all, and what the second pass takes up."""
-    sides: Sequence[Side] = [side for side in comparison.sides() if side != "p"]
+    sides: Sequence[Side] = [side for side in comparison.sides() if side in ("q", "again")]
     parsed_files: list[ResponseFile] = []
     for file in read_ahead(files):
         parsed_files.append(read_input(file))

@@ -161,7 +161,8 @@ def make_plan(
                         plan.again.note(request, len(jobs.get("", ())), estimate)
                 for job, positions in jobs.items():
                     selection = Selection(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
-                    together = repeats if side == "again" and comparison.backend.capabilities.deferred else new
+                    later = side == "again" or isinstance(side, int)
+                    together = repeats if later and comparison.backend.capabilities.deferred else new
                     (by_job.setdefault(job, []) if job else together).append(selection)
             if new:
                 fresh.append(new)

@@ -23,6 +23,7 @@ from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.folder.layout import OutputFolder
 from flows.folder.output import made_locally, publish_from
+from flows.stages.first_lists import write_first_lists
 from flows.stages.measuring import FileTexts, Measured
 from flows.stages.prompts import difference
 from flows.watch.ending import Results
@@ -77,11 +78,16 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         report = replace(report, excerpt=_excerpt(finished))
         scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
         # What is published is here no more, and the token table is read until the last of the files is written.
-        optional = [made.candidates] * config.candidates + [made.report] * has_page
+        is_first = config.first_repeats is not None
+        if is_first:
+            write_first_lists(measured.files, comparison, made.first_lists)
+        optional = [made.candidates] * config.candidates + [made.report] * has_page + [made.first_lists] * is_first
         tables = (path.name for path in (made.tokens, *optional, made.responses, made.summary))
         publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
     if not config.candidates:
         remove(place.candidates)  # those of an earlier run are of other rows, perhaps
+    if not is_first:
+        remove(place.first_lists)
     if has_page:
         report.paths.insert(0, str(place.report))
     else:
@@ -214,6 +220,8 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
         for why, positions in measured.no_exact.items()
     ]
     warnings += _count_warnings(measured)
+    if comparison.config.first_repeats is not None:
+        warnings.append("every figure is of the first position of each response alone, those per response too")
     verdict = measured.diagnostic.verdict()
     warnings += [f"alignment: {reason}" for reason in verdict.reasons]
     warnings += difference(record)
@@ -229,7 +237,8 @@ def _report(summary: Summary, measured: Measured, comparison: Comparison, record
                 f"noise floor: P was asked again as {', '.join(sorted(others))}, and its responses were written by "
                 f"{', '.join(sorted(measured.versions_p))}: the floor has the change of P in it"
             )
-    optional = (place.candidates,) if comparison.config.candidates else ()
+    optional = [place.candidates] * comparison.config.candidates
+    optional += [place.first_lists] * (comparison.config.first_repeats is not None)
     paths = (place.summary, place.responses, place.tokens, *optional, place.run)
     return RunReport(
         n_positions=summary.counts.positions,

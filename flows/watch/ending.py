@@ -20,6 +20,7 @@ from flows.config.models import RunConfig
 from flows.config.templates import RunValues, differs_between_runs, double_brace_warning, has_fields
 from flows.folder.finished import ResponseTableFile, q_lists, read_response_table
 from flows.folder.output import write_json
+from flows.watch.canary import decide_first
 from flows.watch.events import DRIFT, VERSION_CHANGED, comparison_resource, emit, run_payload, version_changes
 from flows.watch.history import Row, check_history, previous_run, previous_versions, record_row, row_of
 from flows.watch.reference import Reference, load_baseline, load_previous
@@ -192,8 +193,10 @@ def _verdict(
     alert = context.config.alert
     if alert is None:
         return None
-    reference = _reference(context, alert, row, before)
-    if isinstance(reference, Verdict):
+    reference = None if alert.test == "permutation" else _reference(context, alert, row, before)
+    if alert.test == "permutation":
+        found = decide_first(context.config, alert, row, before)
+    elif isinstance(reference, Verdict):
         found = reference
     elif alert.of == "q" and reference is not None:
         found = then_against_now(context, alert, reference, row, again)
@@ -283,6 +286,7 @@ def _drift_columns(verdict: Verdict | None) -> Row:
         return {}
     found, between = verdict.to_json(), verdict.between
     then_now = None if between is None else between.per_token
+    canary = verdict.canary
     return {
         "drift_of": found["of"],
         "then_now": None if then_now is None else then_now.value,
@@ -290,6 +294,9 @@ def _drift_columns(verdict: Verdict | None) -> Row:
         "then_now_high": None if then_now is None else then_now.ci_high,
         "then_now_certified_lower": None if between is None else between.lower.value,
         "then_now_contexts": None if between is None else between.n_measured,
+        "canary_distance": None if canary is None else canary.distance,
+        "canary_limit": None if canary is None else canary.limit,
+        "canary_p": None if canary is None else canary.p_value,
         "drift": found["decision"],
         "drift_difference": found["difference"],
         "drift_low": found["difference_low"],

@@ -15,7 +15,7 @@ from backends.storage import as_location, read_bytes, write_bytes_atomic
 from flows.folder.layout import HISTORY_FILE
 from flows.folder.lock import exclusive
 
-VERSION = 4
+VERSION = 5
 _TIME = pl.Datetime("us", "UTC")
 _DIVERGENCES = ("kl_per_token", "kl_per_response")
 # A run that lacks much more of what it asked than the one that is compared with it is no reference for it.
@@ -81,6 +81,11 @@ HISTORY = pl.Schema(
         # KL(Q then‖Q now) in nats per token, with the 95 % interval, over so many contexts of both runs; alert of q.
         **{f"then_now{suffix}": pl.Float64 for suffix in ("", "_low", "_high", "_certified_lower")},
         "then_now_contexts": pl.Int64,
+        "first_repeats": pl.Int32,  # times that Q was asked about each first position; null: others were measured too
+        # Of test: permutation: distance of Q's lists from those of the earlier runs beyond noise is drift_difference.
+        "canary_distance": pl.Float64,  # nats per first position, with the noise
+        "canary_limit": pl.Float64,
+        "canary_p": pl.Float64,
     }
 )
 
@@ -180,6 +185,7 @@ def row_of(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "estimator": summary["estimator"],
         "top_logprobs": summary["top_logprobs"],
         "positions_sampled": config["positions"] is not None,
+        "first_repeats": _first_repeats(config["positions"]),
         "wanted_tokens": summary["wanted_tokens"],
         **{name: counts[name] for name in ("prompts", "responses", "positions", "measured", "missing")},
         "reverse_kl_per_token": summary["reverse_kl_per_token"]["value"],
@@ -189,6 +195,10 @@ def row_of(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         **_spent(run["spent"]),
         **_noise_values(summary["noise_floor"]),
     }
+
+
+def _first_repeats(positions: Mapping[str, Any] | None) -> int | None:
+    return positions["repeats"] if positions is not None and positions["first"] else None
 
 
 def _divergence_values(divergence: Mapping[str, Any]) -> dict[str, float | None]:
@@ -238,17 +248,30 @@ def previous_run(before: pl.DataFrame, row: Row, *, other_folders_only: bool) ->
     other_folders_only : bool
         Runs in the same output folder are the same measurement, gone on with; true where a folder is of one day.
     """
+    found = _alike(before, row, other_folders_only)
+    return found.row(-1, named=True) if found.height else None
+
+
+def earlier_runs(before: pl.DataFrame, row: Row, most: int) -> list[Row]:
+    """The last runs to compare one with, each of a folder of its own, from the last that drifted on."""
+    found = _alike(before, row, other_folders_only=True).unique("output_dir", keep="last", maintain_order=True)
+    since = found.filter((pl.col("drift") == "drift").fill_null(False).reverse().cum_sum().reverse() == 0)
+    drifted = found.filter(pl.col("drift") == "drift").tail(1)
+    return pl.concat([drifted, since]).tail(most).to_dicts()
+
+
+def _alike(before: pl.DataFrame, row: Row, other_folders_only: bool) -> pl.DataFrame:
     share = pl.col("measured") / (pl.col("measured") + pl.col("missing"))
     asked = row["measured"] + row["missing"]
     alike = [pl.col(name).eq_missing(pl.lit(row[name])) for name in ("model1", "model2", "estimator", "top_logprobs")]
-    found = _others(before, row).filter(
+    return _others(before, row).filter(
         *alike,
+        pl.col("first_repeats").eq_missing(pl.lit(row.get("first_repeats"), pl.Int32)),
         pl.col("wanted_tokens").fill_null(False) == bool(row["wanted_tokens"]),
         pl.col("kl_per_token").is_not_null(),
         share >= row["measured"] / asked - _SHARE_TOLERANCE if asked else pl.lit(True),
         pl.col("output_dir") != row["output_dir"] if other_folders_only else pl.lit(True),
     )
-    return found.row(-1, named=True) if found.height else None
 
 
 def previous_versions(before: pl.DataFrame, row: Row) -> Row | None:

@@ -48,7 +48,10 @@ def load_baseline(folder: Path, config: RunConfig) -> Reference:
         if config.watches_q:
             q_lists(folder, name)
         same = {"estimator": config.estimator, "top_logprobs": config.k, "wanted_tokens": config.wanted_tokens}
-        measured = {"wanted_tokens": False, **summary}  # a summary of an earlier version does not say it
+        same["positions.first"] = config.first_repeats is not None
+        positions: dict[str, Any] = run["config"].get("positions") or {}
+        # What a document of an earlier version does not say.
+        measured = {"wanted_tokens": False, **summary, "positions.first": positions.get("first", False)}
         for setting, value in same.items():
             if measured[setting] != value:
                 raise ConfigError(

@@ -13,6 +13,7 @@ from flows.watch.reference import Reference
 from kl.finished.between import Between
 from kl.output.digits import at_least, rounded
 from kl.output.headline import bounded_text
+from kl.statistics.canary import CanaryTest
 from kl.statistics.drift import Change, Direction, DriftDecision, change
 from kl.statistics.intervals import Estimate
 from kl.tables.totals import RESPONSE_KEYS
@@ -24,6 +25,7 @@ class Verdict:
 
     ``noise_floor`` is the run's, nats per token; ``None`` if it has none. ``between`` is the KL of Q then from Q now,
     where the alert is of that; ``change`` is then what of it is above the noise floor of Q, if that was measured.
+    ``canary`` is what decides of first positions, in the place of ``change``.
     """
 
     alert: AlertConfig
@@ -33,6 +35,7 @@ class Verdict:
     warnings: list[str] = field(default_factory=list[str])
     noise_floor: float | None = None
     between: Between | None = None
+    canary: CanaryTest | None = None
 
     @property
     def below_noise_floor(self) -> bool | None:
@@ -46,6 +49,8 @@ class Verdict:
     @property
     def decision(self) -> DriftDecision:
         """Drift, no drift or undecided."""
+        if self.canary is not None:
+            return "drift" if self.canary.changed(self.alert.kl_per_token) else "no drift"
         return "undecided" if self.change is None else self.change.decide(self.alert.kl_per_token)
 
     def left_open(self, reason: str) -> Verdict:
@@ -62,6 +67,8 @@ class Verdict:
     def message(self) -> str:
         """The verdict with its figures, in a line."""
         found = self.change
+        if self.canary is not None:
+            return f"{self.decision}: {self._first_positions(self.canary)}"
         if found is None or found.value is None or found.low is None or found.high is None:
             return f"{self.decision}: {self.reason or (found.no_interval if found is not None else None)}"
         if self.between is not None:
@@ -79,6 +86,16 @@ class Verdict:
             return rows
         text = bounded_text(found.per_token, found.lower, found.plausible_upper)
         return [("KL(Q then‖Q now) per token", f"{text}; {found.n_measured:,} contexts of both runs"), *rows]
+
+    def _first_positions(self, found: CanaryTest) -> str:
+        side = "above" if found.change >= 0 else "below"
+        return (
+            f"Q's lists at {found.n_contexts:,} first positions are {rounded(found.distance)} nats from the mean of "
+            f"{found.n_earlier} earlier runs, {rounded(abs(found.change))} {side} their noise "
+            f"(p = {found.p_value:.2g}); the alert is for p of {1 - found.level:.2g} or less, beyond the "
+            f"{rounded(found.limit)} that one more like them stays below, and more than "
+            f"{self.alert.kl_per_token:g} above the noise"
+        )
 
     def _then_now(self, found: Change, between: Between, value: float, low: float, high: float) -> str:
         show = partial(rounded, se=found.se)
@@ -128,7 +145,7 @@ class Verdict:
             "test": self.alert.test,
             "kl_per_token": found.get("run"),
             "kl_per_token_reference": found.get("reference"),
-            "difference": found.get("value"),
+            "difference": found.get("value") if self.canary is None else self.canary.change,
             "difference_se": found.get("se"),
             "difference_low": found.get("low"),
             "difference_high": found.get("high"),
@@ -142,6 +159,7 @@ class Verdict:
             "reason": self.reason or found.get("no_interval"),
             "noise_floor": self.noise_floor,
             "below_noise_floor": self.below_noise_floor,
+            "first_positions": None if self.canary is None else asdict(self.canary),
             "then_against_now": None if self.between is None else _between_json(self.between),
         }
 
