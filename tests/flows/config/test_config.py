@@ -269,3 +269,13 @@ def test_q_is_watched_by_what_it_says_now() -> None:
         ConfigError, match=r"of: q asks what Q says now, but scores_dir \(shared\).*leave scores_dir out"
     ):
         config_of(*watched, "--scores-dir", "shared")
+
+
+def test_q_is_watched_by_lists_that_are_kept() -> None:
+    watched = (*BASE, "--set", "alert.kl_per_token=0", "--set", "alert.of=q")
+    with pytest.raises(ConfigError, match="of: q compares Q now with Q in an earlier run, which compared_with names"):
+        config_of(*watched)
+    watched = (*watched, "--set", "alert.compared_with=previous")
+    assert config_of(*watched).watches_q
+    with pytest.raises(ConfigError, match=r"alert\.of: q compares the lists of two runs, which candidates: false"):
+        config_of(*watched, "--set", "candidates=false")

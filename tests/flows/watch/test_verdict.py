@@ -130,3 +130,12 @@ def test_q_is_compared_with_its_floor_over_the_same_responses(spread: tuple[floa
     assert partly.change is not None
     assert (partly.change.n_shared, partly.change.n_only_run, partly.change.n_only_reference) == (20, 0, 0)
     assert "20 of 30 responses are the same as a whole" in partly.warnings[0]
+
+
+@pytest.mark.parametrize("level", [0.99, 0.95])
+def test_the_level_is_that_of_the_lower_end_alone(level: float) -> None:
+    alert, other = OF_Q.model_copy(update={"level": level}), Reference("previous", "earlier", responses(0.1))
+    for found in (decide(alert, responses(0.11), other), decide_q(alert, between(0.05), None, other)):
+        assert found.change is not None
+        assert found.change.level == pytest.approx(2 * level - 1)
+        assert found.to_json()["level"] == level
