@@ -408,6 +408,17 @@ class Backend(ABC):
         text = await self.rendered_prompt(prompt, model)
         return None if text is None else prompt_sha256(text)
 
+    def check(self, model: str) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse what can be known to be wrong without a call: names, credentials, packages, files.
+
+        It is called before anything is made or started, and is quick.
+
+        Raises
+        ------
+        ConfigError
+            In one line, with what to do.
+        """
+
     @abstractmethod
     async def preflight(self, model: str) -> str | None:
         """Prove with one tiny request that ``model`` gives log-probabilities and continues a prefill.

@@ -20,13 +20,12 @@ from backends.errors import TokenKLError
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
-from flows.folder.lock import run_lock
-from flows.folder.output import prepare_output
+from flows.folder.lock import made_output, run_lock
 from flows.folder.room import one_line_on_room
 from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.terminal import console, print_pairs
 from flows.sampling.asking import Sampler, SampleReport
-from flows.sampling.plan import check_cost, plan_rows, plan_sampling, resolve_sampling, with_folder
+from flows.sampling.plan import check_cost, check_sampling, plan_rows, plan_sampling, with_folder
 from flows.sampling.state import SamplingState, leave_no_lock
 
 logger = logging.getLogger(__name__)
@@ -36,10 +35,13 @@ logger = logging.getLogger(__name__)
 def sample(config: SampleConfig) -> SampleReport:
     """Write a file per prompt and model; responses that are there already are left alone."""
     assert config.output_dir is not None, "checked with the settings"
-    resolve_sampling(config)
-    prepare_output(config.output_dir)
+    check_sampling(config)
     folder = OutputFolder(SamplingState(config.output_dir).folder)
-    with run_lock(folder) as check_lock, one_line_on_room(config.output_dir, folder.path, config):
+    with (
+        made_output(OutputFolder(config.output_dir)),
+        run_lock(folder) as check_lock,
+        one_line_on_room(config.output_dir, folder.path, config),
+    ):
         plan = plan_sampling(config, make_identity=True)
         for note in plan.notes:
             logger.warning("%s", note)

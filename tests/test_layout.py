@@ -47,7 +47,7 @@ backends.service        bought merging retry / breaker / limit
 backends.openai_compatible client presets / answers found server vocabulary / asking options
 backends.openai_compatible proofs wanted / scoring / sampling / backend
 backends.vertex         status / wire / answers prices / samples options
-backends.vertex.service access_token / retry model_calls / calls client
+backends.vertex.service access_token setup / retry model_calls / calls client
 backends.vertex.jobs    bucket / remote / ledger
 backends.vertex         gemini
 backends.vertex.jobs    rows waves / work / rounds

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, TypeVar
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.local.contexts import caught, contexts_of, together
 from backends.local.engine import ENGINE
-from backends.local.gguf import BACKEND
-from backends.local.models import LocalModel, check_model, find_model, load_model, template_of
+from backends.local.gguf import BACKEND, find_packages
+from backends.local.models import LocalModel, check_model, find_file, find_model, load_model, template_of
 from backends.local.sampling import sample_steps
 from backends.local.units import Prepared
 from backends.local.work import steps
@@ -60,6 +60,17 @@ class LocalBackend(Backend):
             "top_logprobs": request.top_logprobs,
             "full": request.full_vocabulary,
         }
+
+    def check(self, model: str) -> None:
+        """The packages, and that there is such a model file; its content is looked at later.
+
+        Raises
+        ------
+        ModelNotUsableError, MissingDependencyError
+            In one line.
+        """
+        find_packages()
+        find_file(model)
 
     async def preflight(self, model: str) -> str:
         """Check the model's header, its vocabulary and its chat template; returns file name and content hash.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import mmap
 import struct
 from dataclasses import dataclass
@@ -32,6 +32,19 @@ _PIECE = 1 << 18  # weights dequantised at a time: small enough for the cache, l
 _ROWS = 16  # gguf works through its input in groups of this many rows
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+
+def find_packages() -> None:
+    """Look for the optional packages, without importing them.
+
+    Raises
+    ------
+    MissingDependencyError
+        That names those that are missing and the command that installs them.
+    """
+    missing = [repr(name) for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(f"the local backend needs {', '.join(missing)}: {install_extra('local')}")
 
 
 def require_packages() -> None:

@@ -66,19 +66,26 @@ def find_model(name: str) -> ModelSource:
     MissingDependencyError
         If the package with its weights is not installed, with the command that installs it.
     """
-    path, rounding = _split_rounding(name)
-    source = _packaged_file(path) if path in PACKAGED else Path(path)
-    if not source.is_file():
-        raise _not_found(name, path)
-    content = content_hash(source.resolve())
-    if content != _CONTENTS.get(path, content):
+    source, rounding = find_file(name)
+    short = _split_rounding(name)[0]
+    content = content_hash(source)
+    if content != _CONTENTS.get(short, content):
         raise ModelNotUsableError(
-            f"{source} is not the file of {WEIGHTS} (SHA-256 {content[:12]}…, not {_CONTENTS[path][:12]}…): "
+            f"{source} is not the file of {WEIGHTS} (SHA-256 {content[:12]}…, not {_CONTENTS[short][:12]}…): "
             f"{install_weights(again=True)}",
             backend=BACKEND,
             model=name,
         )
-    return ModelSource(source.resolve(), rounding, content)
+    return ModelSource(source, rounding, content)
+
+
+def find_file(name: str) -> tuple[Path, str | None]:
+    """The file behind a model name, and how it is rounded; as `find_model`, without a look into it."""
+    path, rounding = _split_rounding(name)
+    source = _packaged_file(path) if path in PACKAGED else Path(path)
+    if not source.is_file():
+        raise _not_found(name, path)
+    return source.resolve(), rounding
 
 
 def _split_rounding(name: str) -> tuple[str, str | None]:

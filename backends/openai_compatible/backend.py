@@ -130,6 +130,10 @@ class OpenAICompatibleBackend(Backend):
             "servers": {model: described(found, self.options) for model, found in sorted(self._found.items())},
         }
 
+    def check(self, model: str) -> None:
+        """The address, and the variables that hold credentials."""
+        _ = self.options.address, self.options.credentials()
+
     # Finding out.
 
     def _record(self, model: str) -> Record:

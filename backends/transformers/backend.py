@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.local.contexts import caught, contexts_of, together
 from backends.local.units import Prepared
-from backends.transformers.checkpoints import BACKEND, find_checkpoint
+from backends.transformers.checkpoints import BACKEND, find_checkpoint, installed_versions
 from backends.transformers.loading import LoadedModel, Models
 from backends.transformers.options import TransformersOptions
 from backends.transformers.passes import Passes
@@ -72,6 +72,10 @@ class TransformersBackend(Backend):
         """
         made = find_checkpoint(request.model, cast(TransformersOptions, options)).identity()
         return made | {"top_logprobs": request.top_logprobs, "full": request.full_vocabulary}
+
+    def check(self, model: str) -> None:
+        """The packages."""
+        installed_versions()
 
     async def preflight(self, model: str) -> str:
         """Load the model and prove that its head gives its logits; returns its name and content.

@@ -26,6 +26,7 @@ from backends.vertex.jobs.work import Stage
 from backends.vertex.options import NEEDS, VertexBatchOptions
 from backends.vertex.prices import BATCH_SHARE
 from backends.vertex.service.client import check_location, make_client, model_calls, require_project
+from backends.vertex.service.setup import INSTEAD
 from kl.records import Score, ScoreFailure
 
 __all__ = ["VertexBatchBackend", "VertexBatchOptions"]
@@ -47,7 +48,7 @@ class VertexBatchBackend(GeminiBackend):
 
     def __init__(self, options: VertexBatchOptions, state_dir: Path | None = None) -> None:
         super().__init__(options, state_dir)
-        project = require_project(options.project_id)
+        project = require_project(options.project_id, INSTEAD)
         location = check_location(options.location)
         bucket = check_bucket_name(options.bucket_name or f"{project}-kl-batch")
         if state_dir is None:

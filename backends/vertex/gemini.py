@@ -16,6 +16,7 @@ from backends.vertex.prices import price_of, token_cost
 from backends.vertex.service.calls import prove_usable, prove_writes
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError
+from backends.vertex.service.setup import check_credentials, check_model_name
 from kl.records import Score, ScoreFailure
 
 
@@ -25,6 +26,7 @@ class GeminiBackend(Backend):
     price_share: ClassVar[float] = 1.0  # of the list price
 
     _models: ModelCalls  # while it is entered
+    _wants_credentials = True  # of Google; an API key is none
 
     def __init__(self, options: GeminiOptions, state_dir: Path | None = None) -> None:
         super().__init__(options, state_dir)
@@ -60,6 +62,13 @@ class GeminiBackend(Backend):
     def parse_raw(cls, key: str, row: dict[str, Any]) -> Score | ScoreFailure:
         """Read a row that was kept."""
         return answers.read_row(key, row)
+
+    def check(self, model: str) -> None:
+        """The name of the model, and the credentials."""
+        check_model_name(model)
+        wire.thinking_config(model)  # of a model that cannot do without
+        if self._wants_credentials:
+            check_credentials()
 
     async def preflight(self, model: str) -> str | None:
         """One tiny online request with a prefill."""

@@ -24,6 +24,7 @@ from backends.vertex.service.calls import ask_once
 from backends.vertex.service.client import check_location, developer_calls, model_calls, require_project
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError, translated, with_retries
+from backends.vertex.service.setup import INSTEAD
 from kl.records import Score, ScoreFailure
 
 A = TypeVar("A", bound=Score | Sample)
@@ -55,8 +56,9 @@ class VertexOnlineBackend(GeminiBackend):
     def __init__(self, options: VertexOnlineOptions, state_dir: Path | None = None) -> None:
         super().__init__(options, state_dir)
         self._api_key = os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")
-        if options.project_id or not self._api_key:
-            self._project = require_project(options.project_id)
+        self._wants_credentials = bool(options.project_id or not self._api_key)
+        if self._wants_credentials:
+            self._project = require_project(options.project_id, INSTEAD)
             self._location = check_location(options.location)
         self._calls: Counter[str] = Counter()
         self._breakers: dict[str, Breaker] = {}
@@ -68,8 +70,9 @@ class VertexOnlineBackend(GeminiBackend):
 
     def _model_calls(self) -> ModelCalls:
         timeout_s, most = self.options.request_timeout_s, self.options.max_concurrent
-        if self.options.project_id or not self._api_key:
+        if self._wants_credentials:
             return model_calls(self._project, self._location, timeout_s, most)
+        assert self._api_key is not None, "else credentials are wanted"
         return developer_calls(self._api_key, timeout_s, most)
 
     def parallel_groups(self) -> int:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from prefect import flow
 from prefect.context import FlowRunContext
 
-from backends.errors import ConfigError, MissingDependencyError
-from backends.extras import install_extra
+from backends.errors import ConfigError
 from flows.cluster.mapping import result_of, tasks_run_by
 from flows.config.runner import TaskRunnerConfig
 
@@ -160,26 +159,6 @@ class RayCluster(Cluster):
         return results
 
 
-def check_installed(config: TaskRunnerConfig) -> None:
-    """Refuse a cluster whose package is not there, before anything else is done.
-
-    Raises
-    ------
-    MissingDependencyError
-        With what to install.
-    """
-    try:
-        if config.kind == "dask":
-            import prefect_dask  # noqa: F401 - only whether it is there
-        elif config.kind == "ray":
-            import prefect_ray  # noqa: F401
-            import ray  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"task_runner {config.kind} needs a package that is not installed ({error}): {install_extra(config.kind)}"
-        ) from error
-
-
 @contextmanager
 def open_cluster(config: TaskRunnerConfig) -> Generator[Cluster]:
     """Start a cluster on this machine, or connect to one; inside a flow run.
@@ -189,7 +168,7 @@ def open_cluster(config: TaskRunnerConfig) -> Generator[Cluster]:
     ConfigError
         If a package is missing, or no cluster with a worker answers at the address.
     """
-    check_installed(config)
+    config.check_installed()
     with _opened(config) as cluster:
         threads = cluster.threads()
         where = f"at {config.address}" if config.address else "on this machine"
@@ -297,7 +276,7 @@ class LazyCluster:
         self._cluster: Cluster | None = None
 
     def __enter__(self) -> Self:
-        check_installed(self.config)
+        self.config.check_installed()
         return self
 
     def __exit__(self, *exc: Any) -> None:

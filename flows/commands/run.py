@@ -87,13 +87,14 @@ def _dry_run(config: RunConfig) -> int:
 def _run_flow(
     config: RunConfig, load_flow: Callable[[], Any], server: OwnServer | None, arguments: Sequence[str]
 ) -> int:
-    # While the server starts.
+    # While the server's process loads; it makes nothing until all this is right.
     from flows.config.comparison import Comparison
     from flows.config.folders import pinning_flags
     from flows.folder.layout import OutputFolder
     from flows.stages.inputs import find_inputs
 
     comparison = Comparison.of(config, RunValues.of_a_dry_run())
+    comparison.check()
     if not names_the_run(str(config.input_dir)):
         find_inputs(comparison.config)
     kl_divergence = load_with_server(load_flow, server)

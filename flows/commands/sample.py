@@ -52,10 +52,10 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
         return _dry_run(config)
     show_life()
     server = begin_server()
-    # While it starts.
-    from flows.sampling.plan import resolve_sampling
+    # While its process loads; it makes nothing until all this is right.
+    from flows.sampling.plan import check_sampling
 
-    resolve_sampling(config)
+    check_sampling(config)
     sample_responses = load_with_server(load_flow, server)
     start_own_server()  # if there is none yet
 

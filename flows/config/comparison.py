@@ -74,6 +74,17 @@ class Comparison:
         config = resolve_folders(written, values)
         return cls(written, config, backend, options, tuple(notes), OutputFolder(config.output_dir, config.scores_dir))
 
+    def check(self) -> None:
+        """Refuse what can be known to be wrong before anything is made or started; nothing is called.
+
+        Raises
+        ------
+        ConfigError
+            In one line.
+        """
+        self.config.task_runner.check_installed()
+        self.build_backend().check(self.config.model2)
+
     def made_absolute(self) -> Comparison:
         """The same for processes that have another working directory."""
         names = ("input_dir", "output_dir", "scores_dir")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from backends.errors import MissingDependencyError
+from backends.extras import install_extra
+
+_PACKAGES = {"threads": (), "dask": ("prefect_dask", "distributed"), "ray": ("prefect_ray", "ray")}
 _MOST_LOCAL_WORKERS = 4  # each is a process of some 300 MB
 
 
@@ -47,6 +52,20 @@ class TaskRunnerConfig(BaseModel):
         if self.threads_per_worker is not None and (self.kind == "ray" or self.address is not None):
             raise ValueError("threads_per_worker is for dask workers that the run starts; leave it out here")
         return self
+
+    def check_installed(self) -> None:
+        """Refuse a cluster whose packages are not there; they are not imported.
+
+        Raises
+        ------
+        MissingDependencyError
+            With what to install.
+        """
+        missing = [repr(name) for name in _PACKAGES[self.kind] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise MissingDependencyError(
+                f"task_runner {self.kind} needs {', '.join(missing)}: {install_extra(self.kind)}"
+            )
 
     @property
     def local_workers(self) -> int:

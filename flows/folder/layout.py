@@ -9,6 +9,8 @@ from backends.scores.store import ScoreStore
 from kl.finished import names
 
 HISTORY_FILE = "history.parquet"  # of many runs: beside their folders, or in one that all of them use
+# Files of a run, or a sampling, that asked nothing: locks, and who would have been asked.
+LEFT_BY_NOTHING = frozenset({".lock", f".{HISTORY_FILE}.lock", "identity", "models"})
 
 
 @dataclass(frozen=True, slots=True)

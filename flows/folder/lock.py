@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from backends.errors import ConfigError
+from backends.errors import ConfigError, TokenKLError
 from backends.storage import Lease, LeaseHeldError, is_remote
-from flows.folder.layout import OutputFolder
+from flows.folder.layout import LEFT_BY_NOTHING, OutputFolder
+from flows.folder.output import prepare_output
 
 _PATIENCE_S = 120.0
 
@@ -72,6 +73,38 @@ def held(lock: Path, on_lost: Callable[[], None] = lambda: None) -> Generator[Ca
         yield _kept
     finally:
         file.release()
+
+
+@contextmanager
+def made_output(folder: OutputFolder, *, inside: str | None = None) -> Generator[None]:
+    """As `prepare_output`; a folder that was not there before is removed again if an error finds nothing kept in it."""
+    before = is_remote(folder.path) or folder.path.exists()
+    prepare_output(folder.path, inside=inside)
+    try:
+        yield
+    except (TokenKLError, OSError):
+        if not before:
+            _remove_if_empty(folder)
+        raise
+
+
+def _remove_if_empty(folder: OutputFolder) -> None:
+    """Remove a local folder in which there is nothing but locks that nobody holds."""
+    files = [path for path in folder.path.rglob("*") if not path.is_dir()]
+    if not {path.name for path in files} <= LEFT_BY_NOTHING:
+        return
+    for path in files:
+        lock = FileLock(path)  # held while it is removed: whoever waits for it then makes it anew
+        try:
+            with lock.acquire(timeout=0):
+                path.unlink()
+        except Timeout:
+            return
+    for path in sorted(folder.path.rglob("*"), reverse=True):
+        with suppress(OSError):
+            path.rmdir()
+    with suppress(OSError):
+        folder.path.rmdir()
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The temporary Prefect server of a program that is told of none, started while the program still loads and reads.
 
 Prefect itself starts one when a flow is called, loads the server's own modules into the flow's process to do so, and
-waits. Here this file, as a program, runs beside the program from the moment its settings are known to be
-right. It looks into Prefect's settings first and ends at once where they name a server, or forbid one of its own. It
-ends when the program does, however that ends.
+waits. Here this file, as a program, loads them beside the program while that looks at its settings and files,
+and becomes the server when these are known to be right. It looks into Prefect's settings first and ends at once where
+they name a server, or forbid one of its own. It ends when the program does, however that ends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _ADDRESS, _NEW, _READY = "address", "new", "ready"
 
 
 def begin_server() -> OwnServer | None:
-    """Start the process that becomes the server if one is needed; None where it is known that none is.
+    """Start the process that becomes the server if one is needed, when it is told to; None if it is known that none is.
 
     Before Prefect is loaded: it reads where its server is when it is.
     """
@@ -52,6 +53,8 @@ def load_with_server(load: Callable[[], Any], server: OwnServer | None) -> Any:
     ChildProcessError
         If the server does not start.
     """
+    if server is not None:
+        server.start()
     url = None if server is None else server.url()
     if url is not None:
         os.environ["PREFECT_API_URL"] = url
@@ -107,6 +110,12 @@ class OwnServer:
         threading.Thread(target=self._listen, name="own-server", daemon=True).start()
         atexit.register(self.stop)
 
+    def start(self) -> None:
+        """Let it be a server: until then it only loads what it needs, and leaves nothing behind."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, where none is needed
+            os.write(self._process.stdin.fileno(), b"\n")
+
     def url(self) -> str | None:
         """Where the server will be; None if there is none, for Prefect to say why or to use another."""
         self._addressed.wait()
@@ -159,7 +168,11 @@ def serve() -> None:
     settings = get_current_settings()
     if settings.api.url is not None or not settings.server.ephemeral.enabled:
         return
+    import prefect.server.api.server  # noqa: F401 - what takes long, while the program still reads
     import uvicorn
+
+    if not os.read(sys.stdin.fileno(), 1):
+        return  # the program ended before it needed a server
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:

@@ -15,7 +15,7 @@ from flows.config.backend import resolve_backend
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues, fill
 from flows.sampling.files import SAMPLED_BY, Target, targets_of
-from flows.sampling.prompts import Prompts, find_prompts
+from flows.sampling.prompts import Prompts, check_source, find_prompts
 from flows.sampling.state import SamplingState
 from kl.records import ScoreFailure
 
@@ -89,6 +89,22 @@ def resolve_sampling(config: SampleConfig) -> tuple[type[Backend], BackendOption
             f"at most {can.max_top_logprobs}."
         )
     return backend, _with_retries(config, options), notes
+
+
+def check_sampling(config: SampleConfig) -> None:
+    """Refuse what can be known to be wrong before anything is made or started; nothing is called.
+
+    Raises
+    ------
+    ConfigError
+        In one line.
+    """
+    assert config.output_dir is not None, "checked with the settings"
+    backend, options, _ = resolve_sampling(config)
+    built = backend(options, state_dir=SamplingState(config.output_dir).folder)
+    for model in config.models:
+        built.check(model)
+    check_source(config)
 
 
 def _with_retries(config: SampleConfig, options: BackendOptions) -> BackendOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from backends.errors import ConfigError, MissingDependencyError
 from backends.extras import install_extra
-from backends.storage import read_bytes
+from backends.storage import exists, read_bytes
 from flows.config.sampling import DatasetConfig, SampleConfig
 from kl.input.problems import Notes
 from kl.input.prompts import read_prompt
@@ -83,6 +84,22 @@ def find_prompts(config: SampleConfig, system: str | None) -> Prompts:
     if not distinct:
         raise ConfigError(f"no prompt is left to sample: {unusable[0] if unusable else 'none fits the settings'}")
     return Prompts(tuple(distinct), len(unusable))
+
+
+def check_source(config: SampleConfig) -> None:
+    """Refuse a file that is not there, and a data set whose package is not; neither is read.
+
+    Raises
+    ------
+    ConfigError
+        In one line.
+    """
+    dataset = config.dataset
+    if dataset is not None and dataset.source == "huggingface" and importlib.util.find_spec("datasets") is None:
+        raise _no_datasets()
+    for setting, path in (("continue_from", config.continue_from), ("dataset", dataset and dataset.file_path)):
+        if path is not None and not exists(path):
+            raise ConfigError(f"{setting}: {path} does not exist.")
 
 
 def _with_system(prompt: Prompt, of_file: str | None, of_backend: str | None) -> Prompt:
@@ -199,10 +216,7 @@ def _hub_rows(config: DatasetConfig) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MissingDependencyError(
-            "dataset.source huggingface needs the package datasets, which is not installed: "
-            f"{install_extra('hf-datasets')}"
-        ) from error
+        raise _no_datasets() from error
     try:
         return datasets.load_dataset(config.dataset_name, split=config.split)
     except Exception as error:  # whatever the Hub, the disk or a script of the data set raises
@@ -210,6 +224,12 @@ def _hub_rows(config: DatasetConfig) -> Any:
         raise ConfigError(
             f"dataset {config.dataset_name!r}, split {config.split!r}, cannot be loaded: {type(error).__name__}: {said}"
         ) from error
+
+
+def _no_datasets() -> MissingDependencyError:
+    return MissingDependencyError(
+        f"dataset.source huggingface needs the package datasets, which is not installed: {install_extra('hf-datasets')}"
+    )
 
 
 # Positions to go on from.

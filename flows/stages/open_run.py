@@ -27,7 +27,7 @@ from flows.config.folders import folder_record
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues
 from flows.folder.layout import Stores
-from flows.folder.lock import FolderInUseError, run_lock
+from flows.folder.lock import FolderInUseError, made_output, run_lock
 from flows.folder.members import Member, check_store, member_of, note_store
 from flows.folder.output import prepare_output
 from flows.folder.refusals import Refusal, note_refusals
@@ -87,12 +87,13 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
     if written.dry_run:
         with run_logging(), parsed_files_kept():
             raise RunEndedError(_dry_run(comparison))
+    comparison.check()
     folder = comparison.folder
-    prepare_output(folder.path, inside=None if folder.shared else folder.own_scores.name)
-    if folder.shared is not None:
-        prepare_output(folder.shared, flag="--scores-dir")
     run = OpenRun(comparison)
     with ExitStack() as stack:
+        stack.enter_context(made_output(folder, inside=None if folder.shared else folder.own_scores.name))
+        if folder.shared is not None:
+            prepare_output(folder.shared, flag="--scores-dir")
         try:
             run.check_folder = stack.enter_context(run_lock(comparison.folder, run.stop))
         except FolderInUseError as error:

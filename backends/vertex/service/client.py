@@ -18,8 +18,8 @@ from backends.vertex.service.retry import translated
 _API_VERSION, _DEVELOPER_API_VERSION = "v1beta1", "v1beta"
 
 
-def require_project(project_id: str | None) -> str:
-    """The project, or one clear line.
+def require_project(project_id: str | None, instead: str = "") -> str:
+    """The project, or one clear line, which ends with what there is ``instead``.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def require_project(project_id: str | None) -> str:
         If no project is set anywhere.
     """
     if not project_id:
-        raise ConfigError("no Google Cloud project: set --project-id or GOOGLE_CLOUD_PROJECT.")
+        raise ConfigError(f"no Google Cloud project: set --project-id or GOOGLE_CLOUD_PROJECT{instead}.")
     return project_id
 
 

@@ -19,6 +19,7 @@ from google.genai import errors as genai_errors
 from backends.errors import BackendError, ConfigError, RetryableBackendError
 from backends.service import retry as service_retry
 from backends.service.retry import RETRYABLE_STATUS, THROTTLED, StatusError, one_line, retry_after
+from backends.vertex.service.setup import credentials_problem
 from backends.vertex.status import ServiceError, read_error
 
 T = TypeVar("T")
@@ -85,10 +86,7 @@ def translated(what: str) -> Generator[None]:
         said = read_error(_json_of(error.response), error.response.status_code)
         raise _from_fields(what, said, one_line(error), error.response) from error
     except google.auth.exceptions.DefaultCredentialsError as error:
-        raise ConfigError(
-            f"{what}: no Google credentials were found. Run 'gcloud auth application-default login', or set "
-            "GOOGLE_APPLICATION_CREDENTIALS to a service-account file."
-        ) from error
+        raise ConfigError(f"{what}: {credentials_problem(error)}") from error
     except google.auth.exceptions.GoogleAuthError as error:
         if getattr(error, "retryable", False) or isinstance(error, google.auth.exceptions.TransportError):
             raise RetryableBackendError(f"{what}: the token service failed: {one_line(error)}") from error

@@ -77,9 +77,8 @@ def test_a_setting_that_would_be_ignored_is_refused(setting, words: str) -> None
 def test_a_missing_package_is_named_with_its_extra(kind: str, package: str) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from flows.cluster.runners import check_installed\n"
         "from flows.config.runner import TaskRunnerConfig\n"
-        f"check_installed(TaskRunnerConfig(kind={kind!r}))"
+        f"TaskRunnerConfig(kind={kind!r}).check_installed()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert f"MissingDependencyError: task_runner {kind} needs" in done.stderr

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from backends.errors import ConfigError
+from flows.folder.layout import OutputFolder
+from flows.folder.lock import made_output, run_lock
 from flows.folder.output import prepare_output
 
 
@@ -29,3 +32,37 @@ def test_a_folder_below_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--output-dir: .*Choose another folder"):
         prepare_output(tmp_path / "file" / "out")
+
+
+def end_in_an_error(folder: OutputFolder, *kept: Path) -> None:
+    with pytest.raises(ConfigError), made_output(folder, inside="scores"), run_lock(folder):  # noqa: PT012
+        for path in kept:
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        raise ConfigError("no")
+
+
+def test_a_run_that_kept_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    end_in_an_error(folder, folder.path / ".history.parquet.lock", folder.path / ".sampling" / "identity")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_kept_or_was_there_before_stays(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    end_in_an_error(folder, folder.jobs / "job.json")
+    assert (folder.jobs / "job.json").exists()
+    folder = OutputFolder(tmp_path / "mine")
+    folder.path.mkdir()
+    end_in_an_error(folder)
+    assert folder.scores.is_dir()
+
+
+def test_a_folder_that_another_run_has_taken_stays(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    other = FileLock(folder.lock)
+    with pytest.raises(ConfigError), made_output(folder):  # noqa: PT012 - the other run comes within
+        other.acquire()
+        raise ConfigError("no")
+    assert folder.lock.exists()
+    other.release()
