@@ -49,7 +49,7 @@ def refused(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
     [
         ('{"type": "service_acc', "is broken: File .*not a valid json file"),
         ('{"type": "x"}', "is broken: .*does not have a valid type"),
-        ('{"type": "service_account"}', "is broken: .*missing fields client_email"),
+        ('{"type": "service_account"}', "is broken: .*missing fields .*client_email"),
         (None, "does not exist"),
     ],
 )
