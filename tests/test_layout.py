@@ -60,7 +60,7 @@ flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling
 flows.folder            room layout / finished lock refusals / members
-flows.config            folders / comparison
+flows.config            folders / submitted / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks
 flows.watch             markdown spending / naming report / page / artifacts / history / events reference / verdict

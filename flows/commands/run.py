@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # What says the help, and that a run has begun, loads no more than this: arrays, tables and Prefect take seconds.
@@ -24,7 +24,6 @@ from flows.runtime.environment import prepare_environment, start_own_server
 from flows.runtime.server import OwnServer, begin_server, load_with_server
 from flows.watch.report import (
     EXIT_COMPLETE,
-    EXIT_DRIFT,
     EXIT_ERROR,
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
@@ -114,7 +113,7 @@ def _run_flow(
         _leave_without_server(error, comparison.folder, server)
     stopped = returned(state)
     if isinstance(stopped, InterruptedRunError | NoRoomError):
-        command = shlex.join([*command_words("run"), *arguments, *pinning_flags(config, stopped.config)])
+        command = _command(arguments, pinning_flags(config, stopped.config))
     if isinstance(stopped, NoRoomError):
         print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
         return EXIT_ERROR
@@ -127,13 +126,13 @@ def _run_flow(
         return _pending(stopped, config, arguments)
     if isinstance(stopped, RunReport) and state.is_failed():
         show(stopped)  # complete results; the state alone says that they are not as they should be
-        return EXIT_DRIFT
+        return stopped.exit_code
     written = last_written()
     result = result_of(state) if stopped is not None or written is before else written
     if not isinstance(result, RunReport):
         return EXIT_ERROR
     show(result)
-    return EXIT_COMPLETE if result.complete else EXIT_INCOMPLETE
+    return result.exit_code
 
 
 def _leave_without_server(error: Exception, folder: OutputFolder, server: OwnServer | None) -> NoReturn:
@@ -151,7 +150,7 @@ def _leave_without_server(error: Exception, folder: OutputFolder, server: OwnSer
     else:
         show(report)
         print(f"warning: {gone}; it shows this run as running. The results above are whole.", file=sys.stderr)  # noqa: T201
-        code = EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
+        code = report.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     # The usual end would offer every event of the run to the server again, for seconds each.
@@ -166,23 +165,32 @@ def _pending(report: PendingReport, config: RunConfig, arguments: Sequence[str])
     lines = report.lines
     if report.name == "Submitted":
         assert report.config is not None, "a run that submitted has one"
-        same = [*without_flag(arguments, "--stage"), *pinning_flags(config, report.config)]
-        command = [*command_words("run"), *same, "--stage", "collect"]
-        lines = [*lines, f"Collect with: {shlex.join(command)}"]
+        command = _command(arguments, [*pinning_flags(config, report.config), "--stage", "collect"])
+        lines = [*lines, f"Collect with: {command}"]
     print_lines(console(), lines)
-    if report.name == "Submitted":
+    if report.name in ("Submitted", "Unchanged"):
         return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE
-    return EXIT_COMPLETE if report.name == "Unchanged" else EXIT_WAITING
+    return EXIT_WAITING
 
 
-def without_flag(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments without one flag and its value."""
+def _command(arguments: Sequence[str], changes: Sequence[str]) -> str:
+    """The call of this program with other values of some settings: flags, each followed by its value."""
+    names = {flag.removeprefix("--").replace("-", "_") for flag in changes[::2]}
+    return shlex.join([*command_words("run"), *without_settings(arguments, names), *changes])
+
+
+def without_settings(arguments: Sequence[str], names: Set[str]) -> list[str]:
+    """The arguments without what they say of some settings, by flag or by ``--set``, which would win over a flag."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument == flag:
-            next(rest, None)
-        elif not argument.startswith(f"{flag}="):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag == "--set" or name in names:
+            value = value if equals else next(rest, "")
+            name = value.partition("=")[0].strip() if flag == "--set" else name
+            kept += [] if name in names else [f"{flag}={value}"] if equals else [flag, value]
+        else:
             kept.append(argument)
     return kept
 

@@ -16,6 +16,7 @@ from backends.storage import is_remote
 from flows.config.backend import check_capabilities, resolve_backend
 from flows.config.folders import resolve_folders
 from flows.config.models import RunConfig
+from flows.config.submitted import values_for
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.refusals import Refusal
@@ -71,7 +72,7 @@ class Comparison:
         """
         backend, options, notes = resolve_backend(written)
         check_capabilities(written, backend)
-        config = resolve_folders(written, values)
+        config = resolve_folders(written, values_for(written, values))
         return cls(written, config, backend, options, tuple(notes), OutputFolder(config.output_dir, config.scores_dir))
 
     def check(self) -> None:

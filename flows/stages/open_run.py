@@ -25,6 +25,7 @@ from flows.cluster.workers import Needs, check_workers
 from flows.config.comparison import Comparison, absolute
 from flows.config.folders import folder_record
 from flows.config.models import RunConfig
+from flows.config.submitted import forget_submission, note_submission, put_last
 from flows.config.templates import RunValues
 from flows.folder.layout import Stores
 from flows.folder.lock import FolderInUseError, made_output, run_lock
@@ -111,6 +112,8 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
         if is_remote(comparison.folder.path):
             run.token_parts = stack.enter_context(scratch_folder())
         run.begin()
+        if written.stage == "submit":
+            note_submission(written, comparison.config.output_dir, RunValues.of_this_run())
         yield run
 
 
@@ -324,7 +327,8 @@ class OpenRun:
                 with self.cluster.get().tasks():
                     yield
                 return
-            reserve = Reserve(comparison.folder.scores)
+            place = comparison.folder.scores if self.member is None else self.member.journals.parent
+            reserve = Reserve(place)
             self.scorer = StoringScorer(self.comparison, self.stores, session, on_result, reserve)
             workers = max(1, min(len(plan.groups), self.backend.parallel_groups()))
             with (
@@ -386,10 +390,19 @@ class OpenRun:
         comparison = self.comparison
         state = pending_state(comparison.config, plan, self._outcomes, self._report)
         if state is None and not self._was_unfinished:
-            state = unchanged_state(comparison, plan)
+            state = unchanged_state(comparison, plan, self._outcomes)
         if state is not None:
             remove_folder(comparison.folder.unfinished)
+            self._note_end(state)
             raise RunEndedError(state)
+
+    def _note_end(self, state: State[Any] | None) -> None:
+        """Keep the record of submissions to folders of other days; ``state`` is None where all was measured."""
+        written, folder = self.comparison.written, self.comparison.config.output_dir
+        if state is None or state.name == "Unchanged":
+            forget_submission(written, folder)
+        elif written.stage == "collect" and not state.result(raise_on_failure=False).n_waiting:
+            put_last(written, folder)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` says of how the results came about."""
@@ -401,6 +414,7 @@ class OpenRun:
             "contexts_in_earlier_jobs": plan.n_in_flight,
             "contexts_asked": plan.n_to_ask,
             "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
+            "contexts_refused_now": sum(outcome.n_final for outcome in outcomes),
             "asked_again": {"positions": dict(plan.again.n_drawn), "estimate": asdict(plan.again.estimate)},
             "estimate": asdict(plan.estimate),
             "preflight_version": self._proven,
@@ -424,6 +438,7 @@ class OpenRun:
 
     def end(self, outcome: RunOutcome) -> State[RunReport]:
         """Show what was found; gives what the flow returns."""
+        self._note_end(None)
         show_report(outcome.report, self.comparison.config, self.spent())
         return outcome.state
 

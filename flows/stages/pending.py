@@ -65,24 +65,28 @@ def pending_state(
     return Completed(name=report.name, message=" ".join(report.lines), data=report)
 
 
-def unchanged_state(comparison: Comparison, plan: Plan) -> State[PendingReport] | None:
-    """How a collect ends after everything was measured by an earlier one; None if there is something to measure.
+def unchanged_state(
+    comparison: Comparison, plan: Plan, outcomes: Iterable[GroupOutcome]
+) -> State[PendingReport] | None:
+    """How a collect ends that found nothing new since an earlier one measured; None if there is something to measure.
 
     A schedule goes on collecting. Measuring the same answers again would add a row to the history each time, and an
-    alert where one was raised.
+    alert where one was raised. What has no answer, and no job any more that may have one, is nothing new either.
     """
     config = comparison.config
-    if config.stage != "collect" or plan.n_to_ask:
+    if config.stage != "collect" or any(outcome.n_scored or outcome.n_final for outcome in outcomes):
         return None
     run = _finished(comparison)
     if not run.get("recorded"):  # none, or its history and alert are missing
         return None
-    settled = run["contexts_on_disk"] + run["contexts_scored_now"]
+    on_disk = run["contexts_on_disk"] + run["contexts_scored_now"] + run.get("contexts_refused_now", 0)
     before, now = run["config"], json.loads(config.model_dump_json())
     same = all(before.get(name) == value for name, value in now.items() if name != "stage")
-    if not (same and plan.n_contexts == run["contexts"] == settled):
+    if not (same and plan.n_contexts == run["contexts"] and plan.n_stored == on_disk):
         return None
-    report = PendingReport("Unchanged", n_on_disk=plan.n_stored, reason=str(run["finished_at"]), config=config)
+    report = PendingReport(
+        "Unchanged", n_on_disk=plan.n_stored, n_missing=plan.n_to_ask, reason=str(run["finished_at"]), config=config
+    )
     return Completed(name=report.name, message=report.lines[0], data=report)
 
 

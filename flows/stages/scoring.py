@@ -39,6 +39,7 @@ class GroupOutcome:
     failures: dict[str, int]
     versions: tuple[str, ...]
     tokens: dict[str, tuple[int, int]]  # model → input and output tokens, as the service counted them
+    n_final: int = 0  # of the failures, those that are kept: asking again cannot help
 
 
 @dataclass(slots=True)
@@ -59,6 +60,7 @@ class _Incoming:
     n_bytes: int = 0
     n_scored: int = 0
     failures: dict[str, int] = field(default_factory=dict[str, int])
+    n_final: int = 0
     versions: set[str] = field(default_factory=set[str])
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     open_keys: set[str] = field(init=False)
@@ -79,6 +81,7 @@ class _Incoming:
             self._refused(error)
         if isinstance(result, ScoreFailure):
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
+            self.n_final += result.final
             return
         self.n_scored += 1
         self.n_bytes += result.full_logprobs.nbytes if result.full_logprobs is not None else 0
@@ -93,7 +96,7 @@ class _Incoming:
 
     @property
     def outcome(self) -> GroupOutcome:
-        return GroupOutcome(self.n_scored, self.failures, tuple(sorted(self.versions)), self.tokens)
+        return GroupOutcome(self.n_scored, self.failures, tuple(sorted(self.versions)), self.tokens, self.n_final)
 
     @property
     def full(self) -> bool:

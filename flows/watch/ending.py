@@ -171,7 +171,7 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
     concluded["recorded"] = True
     if verdict is None:
         return RunOutcome(report, Completed(message=report.line, data=report))
-    report = _with_verdict(report, verdict)
+    report = replace(_with_verdict(report, verdict), failed_on_drift=drifted and config.fail_on_drift)
     return RunOutcome(report, _state(report, verdict, config))
 
 

@@ -46,6 +46,7 @@ class RunReport:
     rows for people; ``missing`` counts positions by reason, ``skipped`` responses and
     files by kind of defect, ``repaired`` what was mended in the input. ``alarms`` are the first of the ``warnings``,
     which come before any number. ``verdict`` are the last rows of the headline: how the run stands to an earlier one.
+    ``failed_on_drift`` says that the run drifted and ends as failed for it.
     """
 
     n_positions: int
@@ -61,6 +62,12 @@ class RunReport:
     alarms: list[str] = field(default_factory=list[str])
     excerpt: Excerpt = Excerpt()
     verdict: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    failed_on_drift: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """How a program ends that has nothing but this to tell."""
+        return EXIT_DRIFT if self.failed_on_drift else EXIT_COMPLETE if self.complete else EXIT_INCOMPLETE
 
     @property
     def complete(self) -> bool:
@@ -87,7 +94,8 @@ class PendingReport:
 
     ``n_waiting`` contexts are in jobs, or in a group that could not be looked at; ``n_not_submitted`` in none;
     ``failures`` counts by reason those that no job was made for in spite of the try (submit only). ``config`` is that
-    of the run, with its folders filled in.
+    of the run, with its folders filled in. ``n_missing`` contexts have no answer, and nothing that may still bring one
+    (unchanged only).
     """
 
     name: Literal["Submitted", "Waiting", "Skipped", "Unchanged"]
@@ -95,6 +103,7 @@ class PendingReport:
     n_waiting: int = 0
     n_not_submitted: int = 0
     n_jobs: int = 0
+    n_missing: int = 0
     failures: dict[str, int] = field(default_factory=dict[str, int])
     reason: str | None = None
     config: RunConfig | None = None
@@ -102,7 +111,7 @@ class PendingReport:
     @property
     def complete(self) -> bool:
         """Whether nothing went wrong."""
-        return not self.failures
+        return not (self.failures or self.n_missing)
 
     @property
     def lines(self) -> list[str]:
@@ -110,7 +119,9 @@ class PendingReport:
         if self.name == "Skipped":
             return [f"skipped: {self.reason} Nothing was changed; collect again later."]
         if self.name == "Unchanged":
-            return [f"unchanged: all {self.n_on_disk:,} contexts were measured by the run that ended {self.reason}."]
+            what = f"all {self.n_on_disk:,} contexts" if not self.n_missing else f"{self.n_on_disk:,} contexts"
+            rest = f"; {self.n_missing:,} have no answer, as there" if self.n_missing else ""
+            return [f"unchanged: {what} were measured by the run that ended {self.reason}{rest}."]
         if self.name == "Submitted":
             first = f"submitted: {self.n_waiting:,} contexts are in {self.n_jobs:,} batch jobs"
         else:

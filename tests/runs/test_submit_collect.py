@@ -11,7 +11,7 @@ import pytest
 
 from backends.errors import ConfigError
 from backends.registry import deferred_backends
-from flows.commands.run import without_flag
+from flows.commands.run import without_settings
 from flows.config.backend import check_capabilities, resolve_backend
 from flows.config.models import RunConfig
 from flows.config.reading import validate
@@ -144,5 +144,9 @@ def test_a_submission_that_failed_in_part_says_so_and_is_not_complete() -> None:
     ]
 
 
-def test_the_command_to_collect_has_one_stage() -> None:
-    assert without_flag(["--a", "1", "--stage", "submit", "--stage=submit", "--b"], "--stage") == ["--a", "1", "--b"]
+def test_the_command_to_collect_has_each_setting_once_also_where_it_was_set_by_set() -> None:
+    given = ["--a", "1", "--stage", "submit", "--stage=submit", "--set", "stage=submit", "--set=output_dir=x", "--b"]
+    assert without_settings(given, {"stage"}) == ["--a", "1", "--set=output_dir=x", "--b"]
+    assert without_settings(given, {"stage", "output_dir"}) == ["--a", "1", "--b"]
+    others = ["--set", "backend.max_attempts=2", "--output-dir=x", "--set", "positions={per_response: 8}"]
+    assert without_settings(others, {"stage"}) == others
