@@ -19,7 +19,7 @@ from flows.watch.artifacts import (
 )
 from flows.watch.naming import run_name
 from flows.watch.page import console_link, markdown_of, page_link
-from flows.watch.report import Excerpt, RunReport
+from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE, Excerpt, RunReport
 from kl.output.glance import Figure
 from tests.programs import free_port
 
@@ -147,3 +147,9 @@ def test_without_a_server_nothing_is_made(caplog: pytest.LogCaptureFixture) -> N
             progress.advance(5)
         show_report(report_of(), config_of(), {})
     assert [record.getMessage() for record in caplog.records] == ["contexts scored: 5 of 5"]
+
+
+def test_how_a_program_ends_that_has_only_the_report() -> None:
+    assert report_of(missing={}).exit_code == EXIT_COMPLETE
+    assert report_of().exit_code == EXIT_INCOMPLETE
+    assert report_of(failed_on_drift=True).exit_code == EXIT_DRIFT
