@@ -1,9 +1,11 @@
-"""A disk that is soon full: ``from tests.disks import small_disk``."""
+"""A disk that is soon full: ``from tests.disks import small_disk``, or ``files_of_at_most``."""
 
 from __future__ import annotations
 
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,14 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Resize]]:
 
     yield folder, resize
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Any larger file of this process is refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -218,7 +218,7 @@ class OpenAICompatibleBackend(Backend):
     def stop_asking(self, why: str) -> bool:
         """Make no further call; those in flight are answered."""
         self._stopped = why
-        for scorer in self._scorers.values():
+        for scorer in list(self._scorers.values()):  # from another thread than the one that adds
             scorer.limit.stop(why)
         return True
 

@@ -318,7 +318,9 @@ class Scorer:
             return answer
 
         deadline_s, attempt = self.options.retry_deadline_s, partial(self._breaker.repeated, once)
-        return await with_retries(attempt, what=what, deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S)
+        return await with_retries(
+            attempt, what=what, deadline_s=deadline_s, first_wait_s=_FIRST_WAIT_S, sleep=self.limit.sleep
+        )
 
     async def _ask_once(self) -> None:
         """One tiny request, whatever it is answered."""

@@ -53,9 +53,9 @@ class LocalLines:
                 self._synced = time.monotonic()
             self._file.write(line)
             self._file.flush()
-        if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+            if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def clear(self) -> None:
         """Forget the lines."""

@@ -8,11 +8,13 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from backends.scores.chunk_log import ChunkLog
 from backends.storage import files_in, is_remote, local_copies
+from kl.output.room import named_when_refused
 
 _GZIP = 16 + zlib.MAX_WBITS
 _SUFFIX = ".jsonl.gz"
@@ -55,25 +57,36 @@ class _GrowingFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = bytearray()  # what the disk refused is written with the next row
         self._packer = zlib.compressobj(wbits=_GZIP)
         self._flushed = 0.0
 
     def add(self, owner: str, line: bytes) -> None:
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("wb")
-        self._file.write(self._packer.compress(line))
+        self._unwritten += self._packer.compress(line)
         if time.monotonic() - self._flushed > _FLUSH_INTERVAL_S:
-            self._file.write(self._packer.flush(zlib.Z_SYNC_FLUSH))
-            self._file.flush()
+            self._unwritten += self._packer.flush(zlib.Z_SYNC_FLUSH)
             self._flushed = time.monotonic()
+        self._write()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.write(self._packer.flush())
-            self._file.close()
-            self._file = None
+        if self._file is not None or self._unwritten:
+            self._unwritten += self._packer.flush()
+            try:
+                self._write()
+            finally:
+                if self._file is not None:
+                    self._file.close()
+                self._file = None
+
+    def _write(self) -> None:
+        with named_when_refused(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("wb", buffering=0)
+            while self._unwritten:
+                n_written = self._file.write(self._unwritten)
+                del self._unwritten[:n_written]
 
 
 def holds_raw(folder: Path) -> bool:

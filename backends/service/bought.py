@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from backends.base import UNREAD
 from backends.storage import files_in, read_bytes, remove, write_bytes_atomic
+from kl.output.room import refusal_of
 
 Json = dict[str, Any]
 
@@ -48,17 +49,23 @@ class BoughtAnswers:
         return self._answers.get(key)
 
     async def add(self, key: str, answer: Json) -> None:
-        """Put an answer on disk.
+        """Put an answer on disk; one that the disk refuses is kept in memory until its response is stored.
 
         Raises
         ------
         OSError
-            If the disk refuses it.
+            If it fails otherwise.
         """
         self._answers[key] = answer
         if self._folder is not None:
             data = json.dumps({"key": key, "answer": answer}).encode()
-            await asyncio.to_thread(write_bytes_atomic, self._path(key), data)
+            try:
+                await asyncio.to_thread(write_bytes_atomic, self._path(key), data)
+            except OSError as error:
+                # It is paid for, as are those in flight: the caller meets the same disk, and ends the asking in order.
+                if refusal_of(error) is None:
+                    raise
+                logger.error("%s: an answer is kept in memory alone until its response is stored", error)
 
     async def drop(self, key: str) -> None:
         """Forget an answer, if there is one: the caller has the response, or a failure for good."""

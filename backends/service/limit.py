@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from backends.service.breaker import AskingStoppedError
 
@@ -29,6 +29,8 @@ class CallLimit:
         self._answers = 0
         self._throttled = 0
         self._stopped: str | None = None
+        self._asleep: asyncio.AbstractEventLoop | None = None
+        self._woken = asyncio.Event()
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
@@ -53,8 +55,17 @@ class CallLimit:
             self._hand_on()
 
     def stop(self, why: str) -> None:
-        """Let no further call be made; those in flight end as they end."""
+        """Let no further call be made, from any thread; those in flight end as they end, and `sleep` ends at once."""
         self._stopped = why
+        if self._asleep is not None:
+            self._asleep.call_soon_threadsafe(self._woken.set)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait before a call is repeated, or until no further call may be made."""
+        self._asleep = asyncio.get_running_loop()
+        if self._stopped is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), seconds)
 
     async def _take(self, first: bool) -> None:
         if self._in_flight < self.now and not self._waiting:

@@ -6,6 +6,7 @@ backoff and jitter, not before the service's ``Retry-After``, until a deadline.
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import logging
 from collections.abc import Awaitable, Callable
@@ -35,7 +36,12 @@ class StatusError(BackendError):
 
 
 async def with_retries(
-    call: Callable[[], Awaitable[T]], *, what: str, deadline_s: float, first_wait_s: float = 1.0
+    call: Callable[[], Awaitable[T]],
+    *,
+    what: str,
+    deadline_s: float,
+    first_wait_s: float = 1.0,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
     """Await ``call()`` until it succeeds, fails for good, or the deadline passes.
 
@@ -50,6 +56,9 @@ async def with_retries(
     first_wait_s : float
         The longest first wait in seconds; it doubles with each attempt, up to a minute.
 
+    sleep : callable
+        Waits between two attempts; one that comes back early has the next attempt made.
+
     Raises
     ------
     BackendError
@@ -61,6 +70,7 @@ async def with_retries(
         stop=tenacity.stop_before_delay(deadline_s),
         before_sleep=lambda state: logger.log(_level(state), "%s: %s; trying again", what, _failure(state)),
         reraise=True,
+        sleep=sleep,
     )
     async for attempt in attempts:
         with attempt:

@@ -25,6 +25,7 @@ from backends.vertex.service.client import check_location, developer_calls, mode
 from backends.vertex.service.model_calls import ModelCalls
 from backends.vertex.service.retry import DailyQuotaError, translated, with_retries
 from backends.vertex.service.setup import INSTEAD
+from kl.output.room import refusal_of
 from kl.records import Score, ScoreFailure
 
 A = TypeVar("A", bound=Score | Sample)
@@ -62,6 +63,7 @@ class VertexOnlineBackend(GeminiBackend):
             self._location = check_location(options.location)
         self._calls: Counter[str] = Counter()
         self._breakers: dict[str, Breaker] = {}
+        self._raw_refusal: OSError | None = None
 
     async def __aenter__(self) -> Self:
         self._limit = CallLimit(self.options.max_concurrent)
@@ -110,6 +112,8 @@ class VertexOnlineBackend(GeminiBackend):
         async with aclosing(merged([work() for _ in range(workers)])) as results:
             async for result in results:
                 yield result
+        if self._raw_refusal is not None:
+            raise self._raw_refusal
 
     async def _ask(self, call: _Call[A]) -> A | ScoreFailure:
         base, key = wire.model_id(call.model), call.key
@@ -121,6 +125,7 @@ class VertexOnlineBackend(GeminiBackend):
                 what=f"ask {base}",
                 deadline_s=self.options.retry_deadline_s,
                 first_wait_s=_FIRST_WAIT_S,
+                sleep=self._limit.sleep,
             )
         except DailyQuotaError as error:
             if base not in self._quota_used:
@@ -158,6 +163,18 @@ class VertexOnlineBackend(GeminiBackend):
         self._limit.stop(why)
         return True
 
+    def _keep_raw(self, key: str, content: bytes) -> None:
+        """Keep an answer as it came; where the disk refuses that, no more is asked, and the answer is used."""
+        if self._raw is None:
+            return
+        try:
+            self._raw.add(key, {"response": answers.as_object(content)})
+        except OSError as error:
+            if refusal_of(error) is None:
+                raise
+            self._raw_refusal = self._raw_refusal or error
+            self.stop_asking(f"the disk takes no more: {error}")
+
     async def _call(self, call: _Call[A], breaker: Breaker, *, again: bool) -> A | ScoreFailure:
         async with self._limit.slot(first=again):
             await breaker.passed()
@@ -166,8 +183,7 @@ class VertexOnlineBackend(GeminiBackend):
             try:
                 with translated("call"):
                     content = await self._models.generate(call.model, call.body)
-                    if self._raw is not None:  # before it is read, as it is paid for
-                        self._raw.add(call.key, {"response": answers.as_object(content)})
+                    self._keep_raw(call.key, content)  # before it is read, as it is paid for
                     result = call.read(content)
             except RetryableBackendError as error:
                 self._calls["throttled" if error.status == 429 else "fault"] += 1

@@ -21,9 +21,18 @@ _RESERVE_BYTES = 4_000_000
 class DiskRefusedError(OSError):
     """A disk refused what was bought; asking was stopped in order. ``n_lost`` answers could be stored nowhere."""
 
-    def __init__(self, number: int, path: str, n_lost: int) -> None:
+    def __init__(self, number: int, path: str | None, n_lost: int) -> None:
         super().__init__(number, os.strerror(number), path)
         self.n_lost = n_lost
+
+
+def disk_refused(error: OSError, n_lost: int = 0) -> DiskRefusedError:
+    """The end of a run whose writes a disk refused with ``error``."""
+    number = refusal_of(error)
+    assert number is not None, error
+    refused = DiskRefusedError(number, error.filename, n_lost)
+    refused.__cause__ = error
+    return refused
 
 
 class NoRoomError(TokenKLError):

@@ -19,14 +19,12 @@ from backends.errors import BackendError, ConfigError, TokenKLError
 from backends.session import BackendSession, SessionClosedError
 from flows.config.comparison import Comparison
 from flows.folder.layout import Stores
-from flows.folder.room import DiskRefusedError, Reserve
+from flows.folder.room import DiskRefusedError, Reserve, disk_refused
 from flows.stages.plan import Group, requests_of
 from flows.stages.scoring import GroupOutcome, OnResult, store_answers
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger("flows.run")
-
-_IN_FLIGHT_S = 30.0  # how long answers in flight are waited for when the disk takes no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +62,13 @@ class StoringScorer:
         self._comparison, self._stores, self._session = comparison, stores, session
         self._on_result, self._reserve = on_result, reserve
         self._refusing = threading.Lock()
-        self._refused: bool | None = None  # whether what is in flight is waited for
+        self._refusal: OSError | None = None
+        self._waits = False  # for what is in flight
 
     def score(self, group: Group) -> GroupOutcome | State[GroupOutcome]:
         """Have a group answered; every answer is on disk before this returns."""
-        if self._refused is not None:
-            return Failed(message="the disk takes no more", data=SessionClosedError("the disk takes no more"))
+        if self._refusal is not None:
+            return _failed(disk_refused(self._refusal))
         asked = list(requests_of(group, self._comparison))
         backend, stage = self._session.backend, self._comparison.config.stage
         ask = {"run": backend.score, "submit": backend.submit, "collect": backend.collect}[stage]
@@ -80,32 +79,37 @@ class StoringScorer:
         try:
             return self._session.run(work)
         except DiskRefusedError as error:
-            if not self._refused:
+            if not self._waits:
                 self._session.cancel()
-            return Failed(message=str(error), data=error)
+            return _failed(error)
         except (ConfigError, OSError) as error:
             # It holds for every group: no rights, no credentials, a disk that fails. The others must not go on buying.
             self._session.cancel()
-            return Failed(message=str(error), data=error)
+            return _failed(error)
+        except SessionClosedError as error:
+            # A group that met the refusal may be the one that was cut short: the others do not know the reason.
+            return _failed(error if self._refusal is None else disk_refused(self._refusal))
         except TokenKLError as error:
-            return Failed(message=str(error), data=error)
+            return _failed(error)
 
     def _stop_asking(self, error: OSError) -> bool:
         """Ask for nothing more, and have what is in flight stored where room was kept for it."""
         with self._refusing:
-            if self._refused is None:
+            if self._refusal is None:
+                self._refusal = error
                 self._reserve.give_up()
-                self._refused = self._session.backend.stop_asking(f"the disk takes no more: {error}")
-                if self._refused:
+                self._waits = self._session.backend.stop_asking(f"the disk takes no more: {error}")
+                if self._waits:
                     logger.error("%s: no more is asked; answers in flight are waited for", error)
-                    timer = threading.Timer(_IN_FLIGHT_S, self._session.cancel)
-                    timer.daemon = True
-                    timer.start()
-            return self._refused
+            return self._waits
 
     def keep(self, group: Group, outcome: GroupOutcome) -> GroupOutcome:
         """What the task returned is on disk already."""
         return outcome
+
+
+def _failed(error: Exception) -> State[GroupOutcome]:
+    return Failed(message=str(error), data=error)
 
 
 class TravellingScorer:

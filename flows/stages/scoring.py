@@ -15,7 +15,7 @@ from backends.base import WAITING, ScoreRequest
 from backends.errors import BackendError, ModelNotUsableError
 from backends.scores.store import ScoreJournal
 from flows.folder.layout import Stores
-from flows.folder.room import DiskRefusedError
+from flows.folder.room import disk_refused
 from kl.output.room import refusal_of
 from kl.records import Score, ScoreFailure
 
@@ -78,7 +78,7 @@ class _Incoming:
             self.journal.add(prompt_id, model, result)
         except OSError as error:
             self.n_in_memory += 1
-            self._refused(error)
+            self.refused(error)
         if isinstance(result, ScoreFailure):
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
             self.n_final += result.final
@@ -102,7 +102,8 @@ class _Incoming:
     def full(self) -> bool:
         return self.n_bytes > _PART_BYTES or len(self.waiting) >= _PART_ROWS
 
-    def _refused(self, error: OSError) -> None:
+    def refused(self, error: OSError) -> None:
+        """Note a disk's refusal; any other error, and one for which nothing is waited, is raised."""
         if refusal_of(error) is None:
             raise error
         if self.refusal is None:
@@ -115,16 +116,13 @@ class _Incoming:
         try:
             self._write()
         except OSError as error:
-            self._refused(error)
+            self.refused(error)
             self._write()
 
     def check(self) -> None:
         """Raise what the disk refused, if it did, with how many answers are nowhere."""
         if self.refusal is not None:
-            number = refusal_of(self.refusal)
-            assert number is not None
-            lost = self.n_in_memory if self.waiting else 0
-            raise DiskRefusedError(number, str(self.refusal.filename), lost) from self.refusal
+            raise disk_refused(self.refusal, self.n_in_memory if self.waiting else 0)
 
     def _write(self) -> None:
         by_place: dict[tuple[str, str], list[Score | ScoreFailure]] = {}
@@ -180,6 +178,8 @@ async def store_answers(
                 if incoming.full:
                     await _write(incoming)
         await _write(incoming)
+    except OSError as error:
+        incoming.refused(error)  # what a backend could not keep ends it after its last answer
     except BackendError as error:
         logger.warning("%s", error)
         # A collect must not publish the rows of jobs that it could not look at as missing.

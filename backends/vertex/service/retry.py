@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Generator
@@ -50,6 +51,7 @@ async def with_retries(
     deadline_s: float,
     first_wait_s: float = 1.0,
     renewal_s: float = 0.0,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T:
     """As `backends.service.retry.with_retries`, for calls that raise the errors of Google's SDKs.
 
@@ -66,7 +68,9 @@ async def with_retries(
                 raise RetryableBackendError(str(error), status=error.status) from error
             raise
 
-    return await service_retry.with_retries(attempt, what=what, deadline_s=deadline_s, first_wait_s=first_wait_s)
+    return await service_retry.with_retries(
+        attempt, what=what, deadline_s=deadline_s, first_wait_s=first_wait_s, sleep=sleep
+    )
 
 
 @contextmanager

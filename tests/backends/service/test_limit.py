@@ -123,3 +123,15 @@ def test_a_limit_that_grows_lets_waiting_calls_in() -> None:
             await asyncio.wait_for(waiting, 5)
 
     asyncio.run(work())
+
+
+def test_who_waits_to_repeat_a_call_is_woken_when_no_more_may_be_made() -> None:
+    async def work() -> None:
+        limit = CallLimit(1)
+        asleep = asyncio.create_task(limit.sleep(60))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(limit.stop, "the disk takes no more")
+        await asleep
+        await limit.sleep(60)
+
+    asyncio.run(asyncio.wait_for(work(), 10))

@@ -13,11 +13,13 @@ import pytest
 
 from backends.base import ScoreRequest
 from backends.errors import ConfigError, ModelNotUsableError
+from backends.scores.raw_log import read_raw
 from backends.vertex.online import VertexOnlineBackend, VertexOnlineOptions
 from backends.vertex.service.retry import DailyQuotaError
 from kl.input.responses import read_responses
 from kl.records import Response, Score, ScoreFailure
 from tests.backends.conftest import P, Q, Results, distinct, request_for, score_all
+from tests.disks import files_of_at_most
 from tests.vertex_world.models import MODELS
 
 
@@ -293,6 +295,26 @@ def test_rows_can_be_kept(in_vertex_world, responses, tmp_path: Path) -> None:
     results = score_all(VertexOnlineBackend(chosen, tmp_path), [[request_for(asked[0], VertexOnlineBackend, chosen)]])
     again = {key: VertexOnlineBackend.parse_raw(key, row) for key, row in read_raw(tmp_path / "raw")}
     assert again == results
+
+
+def test_a_raw_row_that_the_disk_refuses_costs_no_answer(in_vertex_world, responses, tmp_path: Path) -> None:
+    in_vertex_world.faults.latency_s = 0.02
+    chosen = options(keep_raw=True, max_concurrent=5)
+    requests = distinct([request_for(response, VertexOnlineBackend, chosen) for response in responses()])
+    results: list[Any] = []
+
+    async def work() -> None:
+        async with VertexOnlineBackend(chosen, tmp_path) as backend:
+            with files_of_at_most(100):
+                async for result in backend.score(requests):
+                    results.append(result)
+
+    with pytest.raises(OSError, match=r"File too large.*raw"):
+        asyncio.run(work())
+    assert len({result.key for result in results}) == sum(len(request.keys) for request in requests)
+    n_scored = sum(isinstance(result, Score) for result in results)
+    assert n_scored == len(in_vertex_world.online_calls) == 5
+    assert len(list(read_raw(tmp_path / "raw"))) == 5
 
 
 def test_a_token_that_is_refused_early_is_renewed_and_nothing_is_lost(in_vertex_world, responses) -> None:
