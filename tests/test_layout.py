@@ -75,7 +75,7 @@ flows                   checkout notify / convert sample / analyze clean / run /
 """
 
 MOST_FILES, MOST_FOLDERS = 10, 9  # of a room, when it is opened
-MOST_FILES_INSIDE = 13
+MOST_FILES_INSIDE = 14
 
 
 def modules() -> dict[str, Path]:
