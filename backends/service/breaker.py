@@ -22,7 +22,7 @@ UNAUTHORIZED, _UNPAID, FORBIDDEN = 401, 402, 403
 # 429 is a refusal only where the credit is used up; what throttles is no `StatusError`.
 _OF_THE_CALLER = frozenset({UNAUTHORIZED, _UNPAID, FORBIDDEN, THROTTLED})
 _IN_A_ROW = 5  # refusals by rights, without an answer between
-_MENDED_S = 10.0  # credentials that are renewed just now are accepted within seconds
+PATIENCE_S = 10.0  # credentials that are renewed just now are accepted within seconds
 _FIRST_WAIT_S = 0.3
 _ASKED_AGAIN = 3  # times for one call, where others pass and it alone is refused by its credentials
 
@@ -47,7 +47,7 @@ class Breaker:
     def __init__(self, what: str, prove: Callable[[], Awaitable[Any]], deadline_s: float) -> None:
         self._what = what
         self._prove = prove
-        self._patience_s = min(_MENDED_S, deadline_s)
+        self._patience_s = min(PATIENCE_S, deadline_s)
         self._in_a_row = self._n_proofs = 0
         self._proving = asyncio.Lock()
         self._stopped: str | None = None
@@ -117,8 +117,9 @@ class Breaker:
                 first_wait_s=_FIRST_WAIT_S,
             )  # fmt: skip
         except BackendError as refusal:
+            # What may still succeed, such as a throttled proof, refuses nothing; but for credentials that stay refused.
             status = getattr(refusal, "status", None)
-            if status in _OF_THE_CALLER:
+            if status == UNAUTHORIZED or (isinstance(refusal, StatusError) and status in _OF_THE_CALLER):
                 self._stopped = (
                     f"{self._what} refuses every call ({error}), so that no more is asked in this run. Mend the "
                     "credentials or rights and run again: it asks for what is missing alone."

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from backends.base import BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import BackendError, RetryableBackendError
-from backends.service.breaker import NOT_ASKED, AskingStoppedError, Breaker
+from backends.service.breaker import NOT_ASKED, PATIENCE_S, AskingStoppedError, Breaker
 from backends.service.limit import CallLimit
 from backends.service.merging import merged
 from backends.service.retry import StatusError
@@ -155,7 +155,9 @@ class VertexOnlineBackend(GeminiBackend):
     def _breaker(self, model: str) -> Breaker:
         base, deadline_s = wire.model_id(model), self.options.retry_deadline_s
         if base not in self._breakers:
-            self._breakers[base] = Breaker(base, partial(ask_once, self._models, model, deadline_s), deadline_s)
+            self._breakers[base] = Breaker(
+                base, partial(ask_once, self._models, model, min(PATIENCE_S, deadline_s)), deadline_s
+            )
         return self._breakers[base]
 
     def stop_asking(self, why: str) -> bool:
