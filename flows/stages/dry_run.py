@@ -91,7 +91,7 @@ def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
     if plan.n_in_flight:
         left = (
             f" {plan.n_in_flight} contexts are in jobs of an earlier run, which are charged whatever this one does: "
-            "--stage collect takes in what they answer and buys nothing new."
+            "--stage collect takes in what they answer."
         )
     if cost is None:
         raise ConfigError(f"max_cost_usd is {max_cost_usd:g}, but {_unpriced_text(plan)}.{left}")

@@ -208,7 +208,12 @@ def test_a_dry_run_puts_the_plan_before_the_user_and_asks_nothing(world: World) 
 @pytest.mark.slow
 @pytest.mark.usefixtures("worker")
 def test_a_run_that_fails_for_a_reason_that_it_can_name_says_it_in_one_line(world: World) -> None:
-    config = {"backend": {"name": "local"}, "input_dir": "nowhere", "output_dir": "results/none", "model2": "q"}
+    config = {
+        "backend": {"name": "local"},
+        "input_dir": "nowhere",
+        "output_dir": "results/none",
+        "model2": "smollm2-135m",
+    }
     run_id = world.start("kl-divergence/nightly-submit", config)
     wait_for(lambda: "Finished in state Failed" in world.log(run_id), "the run has not failed")
     assert world.state(run_id)["message"].endswith("'nowhere' does not exist or is no directory.")

@@ -29,7 +29,7 @@ class JobEntry:
 
     ``sequence`` orders the entries of one folder. ``ended`` means that the job was seen in a terminal state and all its
     rows were read: what is still missing of it needs another job. ``flow_run_id`` is the run that made the job, or
-    waits for it now. Without a ``job_name`` it is not known whether the job was made.
+    waits for it now. Without a ``job_name`` it is not known whether the job was made, unless it was ``refused``.
     """
 
     job_key: str
@@ -43,6 +43,7 @@ class JobEntry:
     state: str | None = None
     ended: bool = False
     flow_run_id: str | None = None
+    refused: bool = False
 
     @property
     def age_s(self) -> float:
@@ -89,13 +90,16 @@ class JobLedger:
         return self._entries.get(job_key)
 
     def in_flight(self, place: str) -> dict[str, str]:
-        """Score key → key of the newest job at ``place`` that was to answer it."""
+        """Score key → key of the newest job at ``place`` that was to answer it and was not refused."""
         with self._mutex:
-            return dict(self._latest.get(place, {}))
+            latest = self._latest.get(place, {})
+            return {key: job_key for key, job_key in latest.items() if not self._entries[job_key].refused}
 
     def left_elsewhere(self, place: str, keys: Iterable[str]) -> list[JobEntry]:
         """The jobs at other places that were to answer some of the keys and were not read to their end."""
-        others = [entry for entry in self.entries() if entry.backend_place != place and not entry.ended]
+        others = [
+            entry for entry in self.entries() if entry.backend_place != place and not entry.ended and not entry.refused
+        ]
         asked = set(keys) if others else set[str]()
         return [entry for entry in others if not asked.isdisjoint(entry.keys)]
 
@@ -148,7 +152,11 @@ class JobLedger:
             known = self._entries.get(job_key)
             if known is not None:
                 entry = replace(
-                    known, sequence=entry.sequence, recorded_at=entry.recorded_at, flow_run_id=entry.flow_run_id
+                    known,
+                    sequence=entry.sequence,
+                    recorded_at=entry.recorded_at,
+                    flow_run_id=entry.flow_run_id,
+                    refused=False,
                 )
             self._take(entry)
         return entry

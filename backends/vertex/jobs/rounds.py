@@ -7,6 +7,7 @@ import logging
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -86,8 +87,8 @@ class JobRounds:
         self._slots = asyncio.Semaphore(options.max_jobs_in_flight)
         self._quota_used = quota_used
         self._check_lock = check_lock
-        self._n_refused = 0
-        self._refused: str | None = None
+        self._n_refused: Counter[str] = Counter()  # in a row, by model
+        self._refused: dict[str, str] = {}
 
     def work(self, rows: RowSet[A], stage: Stage) -> Iterator[BatchWork[A]]:
         """Rows that an earlier job may answer, by that job; the rest, by the service's limits."""
@@ -115,6 +116,8 @@ class JobRounds:
                 except ModelNotUsableError:
                     raise
                 except BackendError as error:
+                    if isinstance(error, StatusError):
+                        self._note_refusal(error, model_id(work.rows.model))
                     self._give_up(work, error)
         for failure in work.unanswered():
             yield failure
@@ -221,7 +224,7 @@ class JobRounds:
                 return False
         if (used := self._quota_used.get(model_id(work.rows.model))) is not None:
             raise DailyQuotaError(used)
-        self._check_allowed()
+        self._check_allowed(model_id(work.rows.model))
         work.given_up = work.attempts == self.options.max_attempts
         return not work.given_up
 
@@ -232,7 +235,7 @@ class JobRounds:
         """
         rows = work.rows
         if left is not None and not left.ended and set(left.keys) == set(rows.keys):
-            entry, is_new = replace(left, flow_run_id=self._ledger.flow_run_id), False
+            entry, is_new = replace(left, flow_run_id=self._ledger.flow_run_id, refused=False), left.refused
         else:
             entry, is_new = self._ledger.next_entry(self.place, rows.keys, _slug(rows.name)), True
         made = self.making[entry.job_key] = asyncio.Event()
@@ -240,7 +243,12 @@ class JobRounds:
             entry = await self._update(entry)
             found = await self._find(entry) if is_new else []
             if not found:
-                found = [await self._make(entry, rows, work.attempts + 1)]
+                try:
+                    found = [await self._make(entry, rows, work.attempts + 1)]
+                except StatusError:
+                    if is_new:  # else a run that was killed may have made it, though no list shows it yet
+                        await self._update(entry, refused=True)
+                    raise
                 work.attempts += 1
             entry = await self._update(entry, job_name=found[-1].name, state=found[-1].state)
         finally:
@@ -282,33 +290,29 @@ class JobRounds:
         return [*found, job or RemoteJob(entry.job_name, entry.job_key, DELETED, "")]
 
     async def _make(self, entry: JobEntry, rows: RowSet[A], wave: int) -> RemoteJob:
-        try:
-            uri = await self._upload(entry, rows)
-            self._check_allowed()  # others may have been refused meanwhile
-            self._check_lock()  # an upload may take longer than a lock is kept for a process that was held up
-            destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
-            job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
-        except StatusError as error:
-            self._note_refusal(error)
-            raise
-        self._n_refused = 0
+        uri = await self._upload(entry, rows)
+        self._check_allowed(model_id(rows.model))  # others may have been refused meanwhile
+        self._check_lock()  # an upload may take longer than a lock is kept for a process that was held up
+        destination = f"gs://{self._bucket.name}/{entry.output_prefix}"
+        job = await self._jobs.create(rows.model, uri, destination, entry.job_key)
+        self._n_refused[model_id(rows.model)] = 0
         self._note(job, len(rows.keys), wave)
         return job
 
-    def _check_allowed(self) -> None:
-        if self._refused is not None:
-            raise AskingStoppedError(self._refused)
+    def _check_allowed(self, model: str) -> None:
+        if (refused := self._refused.get(model)) is not None:
+            raise AskingStoppedError(refused)
 
-    def _note_refusal(self, error: StatusError) -> None:
+    def _note_refusal(self, error: StatusError, model: str) -> None:
         if error.status not in (401, 403):
             return
-        self._n_refused += 1
-        if self._n_refused >= _REFUSED_IN_A_ROW and self._refused is None:
-            self._refused = (
-                f"{error}; {self._n_refused} jobs were refused one after the other, so that no more are made in this "
-                "run. Mend the credentials or rights and run again: it asks for what is missing alone."
+        self._n_refused[model] += 1
+        if self._n_refused[model] >= _REFUSED_IN_A_ROW and model not in self._refused:
+            self._refused[model] = (
+                f"{error}; {self._n_refused[model]} jobs were refused one after the other, so that no more are made in "
+                "this run. Mend the credentials or rights and run again: it asks for what is missing alone."
             )
-            logger.error("%s", self._refused)
+            logger.error("%s", self._refused[model])
 
     async def _upload(self, entry: JobEntry, rows: RowSet[A]) -> str:
         # A name may be taken: by the same rows in another order, of a run that was killed before it made the job (files
