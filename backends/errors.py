@@ -19,6 +19,7 @@
     │   └── PromptRefusedError             a local model has no form for a prompt (backends.local.tokenizer)
     ├── LeaseHeldError                     another process has the lock (backends.storage.lease)
     ├── SessionClosedError                 the run was stopped while work was under way (backends.session)
+    ├── NoRoomError                        a disk takes no more (flows.folder.room)
     ├── InterruptedRunError                stopped by the user (flows.runtime.interrupts)
     └── DriftedRunError                    the distance has changed (flows.watch.ending)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -188,7 +189,10 @@ def test_blocks_keep_their_bits_with_the_code_of_other_processors(small: Path, k
         "from backends.local.gguf import read_gguf\n"
         f"assert Llama(read_gguf(Path({str(small)!r}))).at_once == AT_ONCE"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"OPENBLAS_CORETYPE": kind}, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"OPENBLAS_CORETYPE": kind})
+    if done.returncode == -signal.SIGILL:
+        pytest.skip(f"this processor lacks instructions of {kind}")
+    assert done.returncode == 0
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_behind(small: Path, reference: np.ndarray) -> None:
