@@ -48,6 +48,7 @@ def refused(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
     ("content", "reason"),
     [
         ('{"type": "service_acc', "is broken: File .*not a valid json file"),
+        ("[]", "is broken: "),
         ('{"type": "x"}', "is broken: .*does not have a valid type"),
         ('{"type": "service_account"}', "is broken: .*missing fields .*client_email"),
         (None, "does not exist"),

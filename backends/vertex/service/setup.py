@@ -41,7 +41,8 @@ def check_credentials() -> None:
     """
     try:
         google.auth.default()
-    except (DefaultCredentialsError, OSError) as error:
+    # Of a file that holds other JSON than an object, Google's library fails by what it does with it.
+    except (DefaultCredentialsError, OSError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(credentials_problem(error, INSTEAD)) from error
 
 
