@@ -214,7 +214,7 @@ def test_two_runs_at_once_do_not_share_a_folder_in_a_bucket(
             ("--input-dir", "gs://absent/in"),
             "--input-dir/--pattern: gs://absent/in: the bucket 'absent' does not",
         ),
-        (("--output-dir", "gs://absent/out"), "--output-dir: gs://absent/out/.* the bucket 'absent' does not exist"),
+        (("--output-dir", "gs://absent/out"), "gs://absent/out/.* the bucket 'absent' does not exist"),
         (("--input-dir", "gs://data/nothing"), "no file in gs://data/nothing matches"),
         (("--input-dir", "gs://"), "input_dir: 'gs://' names no bucket"),
         (("--output-dir", "gs://data/in"), "output_dir is the input_dir"),
