@@ -12,9 +12,9 @@ from tests.programs import SessionServer, prefect_api, process_worker, run_proce
 
 __all__ = ["prefect_api", "process_worker", "run_process", "run_program", "start_program"]
 
-os.environ["NO_GCE_CHECK"] = (
-    "true"  # read when Google's library is imported, which else asks an address of its machines
-)
+# Read when Google's library is imported, which else asks an address of Google's machines.
+os.environ["NO_GCE_CHECK"] = "true"
+
 _LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0"}
 
 
