@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -55,9 +56,14 @@ class VertexBatchBackend(GeminiBackend):
             raise ConfigError("vertex_batch needs a folder in which it records its jobs.")
         self._place = f"{project}/{location}/{bucket}"
         self._project, self._location, self._bucket_name = project, location, bucket
-        self._ledger = JobLedger(state_dir / "jobs")
+        self._jobs_dir = state_dir / "jobs"
         self._rounds: JobRounds | None = None
         self._only_looks = False
+
+    @cached_property
+    def _ledger(self) -> JobLedger:
+        """Read when it is first needed: settings are checked before anything is, and it may lie in a bucket."""
+        return JobLedger(self._jobs_dir)
 
     async def __aenter__(self) -> Self:
         options = self.options

@@ -15,6 +15,7 @@ import pytest
 from tests.process_worker import kill_group, wait_for
 from tests.programs import Done, Process, Run, Start, finish
 from tests.vertex_world.fixtures import make_vertex_world
+from tests.vertex_world.testing import bought
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
@@ -54,13 +55,6 @@ def _has_jobs(process: Process, world: VertexWorld, n: int) -> bool:
 
 def _has_calls(world: VertexWorld, n: int) -> bool:
     return len(world.online_calls) > n
-
-
-def bought(world: VertexWorld) -> int:
-    """Rows and calls answered, without the tiny requests that prove the model usable."""
-    counts = world.rows_bought
-    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
-    return sum(counts.values()) - probes
 
 
 def assert_complete(tmp_path: Path, n_positions: int) -> None:

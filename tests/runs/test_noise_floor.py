@@ -19,6 +19,7 @@ from tests.programs import Done, Run, Start
 from tests.vertex_world.fixtures import make_vertex_world
 from tests.vertex_world.language_model import SyntheticModel
 from tests.vertex_world.models import MODELS
+from tests.vertex_world.testing import bought
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world"]
@@ -47,12 +48,6 @@ def flags(folder: Path) -> tuple[object, ...]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out" / "summary.json").read_text())
-
-
-def bought(world: VertexWorld) -> int:
-    """Rows and calls answered, without the tiny requests that prove the models usable."""
-    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
-    return sum(world.rows_bought.values()) - probes
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 from tests.process_worker import kill_group, wait_for
 from tests.programs import Process, Run, Start, finish
 from tests.vertex_world.fixtures import make_vertex_world, vertex_world
+from tests.vertex_world.testing import bought
 from tests.vertex_world.world import VertexWorld
 
 __all__ = ["make_vertex_world", "vertex_world"]
@@ -50,12 +51,6 @@ def n_stored(world: VertexWorld) -> int:
     parts = [name for name in objects(world) if re.fullmatch(r"scores/\w{20,}/\w+\.parquet", name)]
     in_parts = sum(pl.read_parquet(world.objects.read(f"{OUT}/{name}"), columns=["key"]).height for name in parts)
     return in_parts + sum(world.objects.read(f"{OUT}/{name}").count(b"\n") for name in names)
-
-
-def bought(world: VertexWorld) -> int:
-    """Rows and calls answered, without the tiny requests that prove the model usable."""
-    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
-    return sum(world.rows_bought.values()) - probes
 
 
 def test_a_bucket_gives_what_a_disk_gives(run_program: Run, vertex_world: VertexWorld, tmp_path: Path) -> None:
@@ -214,7 +209,7 @@ def test_two_runs_at_once_do_not_share_a_folder_in_a_bucket(
             ("--input-dir", "gs://absent/in"),
             "--input-dir/--pattern: gs://absent/in: the bucket 'absent' does not",
         ),
-        (("--output-dir", "gs://absent/out"), "gs://absent/out/.* the bucket 'absent' does not exist"),
+        (("--output-dir", "gs://absent/out"), "--output-dir: gs://absent/out/.* the bucket 'absent' does not exist"),
         (("--input-dir", "gs://data/nothing"), "no file in gs://data/nothing matches"),
         (("--input-dir", "gs://"), "input_dir: 'gs://' names no bucket"),
         (("--output-dir", "gs://data/in"), "output_dir is the input_dir"),

@@ -11,7 +11,7 @@ import pytest
 from tests.process_worker import kill_group, wait_for
 from tests.programs import Done, Run, Start
 from tests.vertex_world.fixtures import make_vertex_world
-from tests.vertex_world.world import VertexWorld
+from tests.vertex_world.testing import bought
 
 __all__ = ["make_vertex_world"]
 
@@ -23,12 +23,6 @@ AT_ONCE = 5
 
 def flags(folder: Path, name: str, *more: object) -> tuple[object, ...]:
     return ("--input-dir", folder / "in", "--output-dir", folder / name, "--model2", Q, *more)
-
-
-def bought(world: VertexWorld) -> int:
-    """Rows and calls answered, without the tiny requests that prove the model usable."""
-    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
-    return sum(world.rows_bought.values()) - probes
 
 
 def n_measured(folder: Path) -> int:

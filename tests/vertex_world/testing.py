@@ -99,6 +99,12 @@ def start_job(world: VertexWorld, rows: int = 10, name: str = "a") -> types.Batc
         )
 
 
+def bought(world: VertexWorld) -> int:
+    """Rows and calls answered, without the tiny requests that prove the models usable."""
+    probes = sum(1 for call in world.online_calls if "Continue the row" in str(call.request) and call.status == 200)
+    return sum(world.rows_bought.values()) - probes
+
+
 def files(world: VertexWorld, index: int = 0) -> dict[str, bytes]:
     """What lies in the output folder of job number ``index``."""
     folder = world.jobs[index].output_directory
