@@ -18,14 +18,14 @@ from rich.console import Console
 
 from backends.errors import ConfigError
 from backends.storage import as_location
-from flows.commands.arguments import Parser, command_words, exit_code_of
+from flows.commands.arguments import Parser, exit_code_of
 from flows.commands.csv_files import ENDING, CsvTable, write_csv
 from flows.commands.figures import write_figures
 from flows.commands.many_runs import COLUMNS as CANDIDATE_COLUMNS
 from flows.commands.many_runs import load_candidates, show_candidates
 from flows.commands.report_file import open_page, write_report_of
 from flows.commands.tables import history_cells, position_cells, print_table, response_cells, token_cells
-from flows.commands.texts import warnings_of
+from flows.commands.texts import ALARM, WARNING, headline_styles, warnings_of
 from flows.commands.two_runs import show_comparison
 from flows.folder.finished import load_run, with_texts_before, worst_positions, worst_responses
 from flows.folder.output import write_json
@@ -33,6 +33,7 @@ from flows.runtime.terminal import console, print_lines, print_pairs
 from flows.watch.history import load_history
 from flows.watch.report import EXIT_COMPLETE
 from kl.output.atomic import json_bytes
+from kl.output.glance import figures
 from kl.output.headline import headline
 from kl.output.report.charts import report_charts
 from kl.output.report.comparisons import Bar, candidates_chart, history_chart
@@ -47,13 +48,13 @@ _DESCRIPTION = (
     "runs over the same responses of P; of three or more, a table, the nearest first. With --history, all runs of a "
     "schedule, a line each. docs/reading-the-numbers.md says what each number means."
 )
-_EPILOG = (
-    "examples: python -m flows.analyze results/quickstart --top 10 | "
-    "python -m flows.analyze results/quickstart --threshold 1 --out high.json | "
-    "python -m flows.analyze --compare results/int8 results/int4 results/int3 --csv candidates.csv | "
-    "python -m flows.analyze --history results/nightly | "
-    "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
+_EXAMPLES = (
+    ("a run, and the ten worst of each kind", "results/quickstart --top 10"),
+    ("the positions where the models differ most, to go on from", "results/quickstart --threshold 1 --out high.json"),
+    ("which of several is nearest to P", "--compare results/int8 results/int4 results/int3 --csv candidates.csv"),
+    ("the runs of a schedule", "--history results/nightly"),
 )
+_EPILOG = "exit codes: 0 shown; 2 a mistake in the call, no finished run in a folder, or runs that cannot be compared"
 _DEFAULT_TOP = 20
 _STANDARD_OUTPUT = "-"  # in place of a file for --json
 _TOKEN_COLUMNS = ("token", "n_measured", "kl_sum", "kl_mean", "kl_share")
@@ -134,9 +135,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=" ".join(command_words("analyze")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
-    )
+    parser = Parser("analyze", _DESCRIPTION, _EXAMPLES, _EPILOG)
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR",
                         help="Output folder of a finished run, local or in a bucket (gs://BUCKET/FOLDER).")  # fmt: skip
     parser.add_argument("--result-dir", metavar="RUN_DIR", help="The same as RUN_DIR.")
@@ -219,10 +218,12 @@ def _show_run(out: Console, folder: Path, top: int) -> _Shown:
     summary = run.summary
     tokens, positions, responses = summary.by_token[:top], worst_positions(run, top), worst_responses(run, top)
     rows = [("P", summary.model_p or "not stated"), ("Q", summary.model_q), *headline(summary)]
-    print_lines(out, [f"warning: {alarm}" for alarm in summary.alarms])
-    print_pairs(out, rows)
-    others = (warning for warning in warnings_of(summary) if warning not in summary.alarms)
-    print_lines(out, [f"warning: {warning}" for warning in others])
+    print_lines(out, [f"warning: {alarm}" for alarm in summary.alarms], style=ALARM)
+    print_pairs(
+        out, rows, headline_styles(figures(summary), alarms=bool(summary.alarms), whole=summary.counts.complete)
+    )
+    others = [f"warning: {warning}" for warning in warnings_of(summary) if warning not in summary.alarms]
+    print_lines(out, others, style=WARNING)
     print_table(out, "Tokens with the largest sum of KL, nats", token_cells(tokens))
     print_table(out, "Positions with the largest KL, nats", position_cells(positions))
     print_table(out, "Responses with the largest KL per token, nats", response_cells(responses))

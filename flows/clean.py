@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import re
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator, model_validator
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage import Location, exists, is_remote
+from backends.storage import exists, is_remote
 from backends.vertex.cleaning.inventory import Action, Deletion, Inventory, Totals
 from backends.vertex.jobs.ledger import JobLedger
-from flows.commands.arguments import command_words, exit_code_of, make_parser, parse_config
+from flows.commands.arguments import Parser, exit_code_of, make_parser, parse_config
 from flows.config.backend import resolve_backend
-from flows.config.models import CommonConfig, RunConfig
-from flows.config.sampling import SampleConfig
+from flows.config.cleaning import CleanConfig, parse_duration
 from flows.folder.layout import OutputFolder
 from flows.folder.members import store_of
 from flows.runtime.environment import prepare_environment
 from flows.runtime.progress import ProgressReporter
+from flows.runtime.terminal import console, print_grid, print_lines
 from flows.sampling.state import SamplingState
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE
 
@@ -37,110 +34,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_LIFECYCLE_DAYS = 7
 _LONGEST_JOB_DAYS = 4
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_LONGEST = timedelta(days=36_500)
 
-_DESCRIPTION = """\
-List, and with --yes delete, what vertex_batch left in its bucket: files below batch_input/ and
-batch_output/ whose names it gave itself. The files of a job go together, when the newest of them is
-older than --older-than and the service says that the job has ended. Files of jobs that wait or
-run stay, and so do those whose job's state cannot be learnt.
-
-  python -m flows.clean --project-id P                                  what would be deleted
-  python -m flows.clean --project-id P --output-dir results/a --yes     delete, sparing what a run has not read
-  python -m flows.clean --config run.yaml --older-than 12h              bucket and output folder of a run
-  python -m flows.clean --project-id P --set-lifecycle --yes            and let the bucket do it from now on
-"""
-_EPILOG = (
-    "exit codes: 0 done (also: nothing to do, no such bucket); 3 done, but files stayed\n"
-    "because a job's state could not be learnt or a deletion failed; 2 a mistake in the\n"
-    "settings or the call; 1 anything else"
+_DESCRIPTION = (
+    "List, and with --yes delete, what vertex_batch left in its bucket: files below batch_input/ and batch_output/ "
+    "whose names it gave itself. The files of a job go together, when the newest of them is older than --older-than "
+    "and the service says that the job has ended. Files of jobs that wait or run stay, and so do those whose job's "
+    "state cannot be learnt."
 )
-
-
-class CleanConfig(CommonConfig):
-    """What is cleaned. The configuration file of a run will do: what concerns the run alone is left aside."""
-
-    location: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Vertex AI location in which the jobs ran. Default: GOOGLE_CLOUD_LOCATION, else us-central1.",
-    )
-    bucket_name: str | None = Field(
-        default=None,
-        min_length=3,
-        max_length=222,
-        description="Bucket of the batch files, 3 to 222 characters. Default: {project_id}-kl-batch.",
-    )
-    older_than: str = Field(
-        default="7d",
-        description="Age from which files may go: a number and s, m, h, d or w, such as 30m, 12h, 7d, 2w.",
-    )
-    output_dir: tuple[Location, ...] = Field(
-        default=(), description="Output folder of a run whose unread batch output must stay; may be repeated."
-    )
-    scores_dir: tuple[Location, ...] = Field(
-        default=(),
-        description="Store that runs share, whose unread batch output must stay, whichever of them it is for; may be "
-        "repeated. That of an --output-dir is known.",
-    )
-    set_lifecycle: bool = Field(
-        default=False,
-        description="Also give the bucket a lifecycle rule that deletes everything below the two prefixes after "
-        "--lifecycle-days; rules of others stay. The rule knows nothing of jobs and runs.",
-    )
-    lifecycle_days: int | None = Field(
-        default=None,
-        ge=1,
-        le=36_500,
-        description="Days of the lifecycle rule, 1 to 36500; implies --set-lifecycle, which alone means "
-        f"{_DEFAULT_LIFECYCLE_DAYS}.",
-    )
-    yes: bool = Field(default=False, description="Do it. Without this, nothing is changed.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_settings_of_runs(cls, values: Any) -> Any:
-        known = set(RunConfig.model_fields) | set(SampleConfig.model_fields)
-        unused = sorted((set(values) & known) - set(cls.model_fields) | (set(values) & {"max_concurrent"}))
-        if unused:
-            logger.info("settings of a run, of no use here: %s", ", ".join(unused))
-        return {name: value for name, value in values.items() if name not in unused}
-
-    @field_validator("output_dir", "scores_dir", mode="before")
-    @classmethod
-    def _one_folder(cls, value: Any) -> Any:
-        return () if value is None else (value,) if isinstance(value, str | Path) else value
-
-    @field_validator("older_than")
-    @classmethod
-    def _duration(cls, value: str) -> str:
-        parse_duration(value)
-        return value
-
-    @property
-    def rule_days(self) -> int | None:
-        """The days of the lifecycle rule; None if no rule is asked for."""
-        if self.lifecycle_days is None and not self.set_lifecycle:
-            return None
-        return self.lifecycle_days or _DEFAULT_LIFECYCLE_DAYS
-
-
-def parse_duration(text: str) -> timedelta:
-    """The time that ``30m``, ``12h``, ``7d`` or ``2w`` means.
-
-    Raises
-    ------
-    ValueError
-        If it is not a whole number with a unit, or longer than a century.
-    """
-    match = re.fullmatch(r"([0-9]{1,8})([smhdw])", text.strip())
-    duration = timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
-    if duration is None or duration > _LONGEST:
-        raise ValueError("must be a whole number with a unit, at most 36500d")
-    return duration
+_EXAMPLES = (
+    ("what would be deleted", "--project-id P"),
+    ("delete, sparing what a run has not read", "--project-id P --output-dir results/a --yes"),
+    ("bucket and output folder of a run", "--config run.yaml --older-than 12h"),
+    ("and let the bucket do it from now on", "--project-id P --set-lifecycle --yes"),
+)
+_EPILOG = (
+    "exit codes: 0 done (also: nothing to do, no such bucket); 3 done, but files stayed because a job's state could "
+    "not be learnt or a deletion failed; 2 a mistake in the settings or the call; 1 anything else"
+)
+_ABOUT_SET = (
+    "Set any setting by its path; may be repeated, wins over all others. Of the backend's options two count here: "
+    "backend.retry_deadline_s=600 and backend.request_timeout_s=60, how long a refused call is repeated and one call "
+    "may take."
+)
 
 
 def unread_jobs(output_dirs: Sequence[Path], stores: Sequence[Path] = ()) -> dict[str, str]:
@@ -192,18 +108,11 @@ def _run(arguments: Sequence[str]) -> int:
     return asyncio.run(_clean(_cleaner(config), config, unread))
 
 
-def _parser() -> argparse.ArgumentParser:
-    own = ("backend", "max_concurrent", "older_than", "output_dir", "scores_dir", "set_lifecycle", "yes")
-    parser = make_parser(" ".join(command_words("clean")), _DESCRIPTION, CleanConfig, skip=own)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    text = {name: CleanConfig.model_fields[name].description or "" for name in own}
-    parser.add_argument("--older-than", metavar="DURATION", help=f"{text['older_than']} Default: 7d.")
-    parser.add_argument("--output-dir", metavar="DIR", action="append", help=text["output_dir"])
-    parser.add_argument("--scores-dir", metavar="DIR", action="append", help=text["scores_dir"])
-    parser.add_argument("--set-lifecycle", action="store_true", default=None, help=text["set_lifecycle"])
-    parser.add_argument("--yes", action="store_true", default=None, help=text["yes"])
-    return parser
+def _parser() -> Parser:
+    unused = ("backend", "max_concurrent")
+    return make_parser(
+        "clean", _DESCRIPTION, CleanConfig, examples=_EXAMPLES, epilog=_EPILOG, skip=unused, about_set=_ABOUT_SET
+    )
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -296,7 +205,7 @@ def _show_inventory(bucket: str, location: str, inventory: Inventory, config: Cl
     for prefix, totals in inventory.by_prefix.items():
         cells = (prefix, f"{totals.files:,}", f"{totals.size:,}", _time(totals.oldest), _time(totals.newest))
         table.add_row(*(Text(cell) for cell in cells))
-    Console(highlight=False).print(table)
+    print_grid(console(), table)
     for decision, judged in sorted(inventory.judged().items(), key=lambda item: (item[0].action.value, item[0].reason)):
         _say(f"{decision.action.value}: {_amount(judged.totals)}: {decision.reason} (such as {judged.example})")
     if inventory.foreign.files:
@@ -321,7 +230,7 @@ def _time(moment: datetime | None) -> str:
 
 
 def _say(text: str) -> None:
-    Console(highlight=False).print(Text(text), soft_wrap=True)
+    print_lines(console(), [text])
 
 
 if __name__ == "__main__":

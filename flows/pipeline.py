@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError, did_you_mean
-from flows.commands.arguments import Parser, add_levels, command_words, exit_code_of
+from flows.commands.arguments import Parser, add_levels, exit_code_of
 from flows.config.backend import resolve_backend
 from flows.config.models import RunConfig
 from flows.config.reading import build_config, read_yaml
 from flows.config.sampling import SampleConfig
 from flows.runtime.environment import prepare_environment
-from flows.watch.report import EXIT_CODES, EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE
+from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE
 
+_DESCRIPTION = (
+    "Samples, runs and analyses in one command. The file has the sections sample, run and analyze, each with the "
+    "settings of the command of that name; each can also be given to its command alone, as --config FILE#sample. Every "
+    "stage goes on where it was stopped."
+)
+_EXAMPLES = (("all stages by one file", "--config examples/pipeline.yaml"),)
+_EPILOG = (
+    "exit codes, that of the worst stage: 0 nothing is missing; 3 positions or responses are (each with its reason in "
+    "the outputs); 4 drifted, with fail_on_drift; 5 with stage: collect: jobs still run, collect again later; 2 a "
+    "mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
+)
 _STAGES = ("sample", "run", "analyze")
 # What does not keep the next stage from its work.
 _GOES_ON = (EXIT_COMPLETE, EXIT_INCOMPLETE, EXIT_DRIFT)
@@ -33,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=" ".join(command_words("pipeline")), description=__doc__, epilog=EXIT_CODES, allow_abbrev=False
+    parser = Parser("pipeline", _DESCRIPTION, _EXAMPLES, _EPILOG)
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="YAML file with the sections. Required."
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the sections.")
     add_levels(parser)
     return parser.parse_args(arguments)
 

@@ -185,7 +185,7 @@ def run_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
     def run(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
         environment = clean_environment(home, **(_server_for(module, request) | dict(env or {})))
-        with _as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
+        with as_a_new_process(environment, [module, *map(str, arguments)]) as (out, err):
             with pytest.raises(SystemExit) as end:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         return Done(int(end.value.code or 0), out.getvalue(), err.getvalue())
@@ -194,7 +194,7 @@ def run_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @contextmanager
-def _as_a_new_process(environment: Mapping[str, str], argv: list[str]) -> Iterator[tuple[io.StringIO, io.StringIO]]:
+def as_a_new_process(environment: Mapping[str, str], argv: list[str]) -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """While this is entered, this process is as a program finds it that is started; yields its two streams."""
     with ExitStack() as stack:
         stack.enter_context(only_environment(environment))

@@ -58,7 +58,7 @@ flows.runtime           environment logs server terminal / progress
 flows.config            form groups runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
-flows.config            alert / models / backend sampling
+flows.config            alert / models / backend sampling / cleaning
 flows.folder            room layout / finished lock refusals / members
 flows.config            folders / submitted / comparison
 flows.folder            answers / vocabularies
@@ -69,7 +69,7 @@ flows.stages            inputs / scoring / measuring plan reuse / dry_run first_
 flows.stages            open_run writing / tasks
 flows.sampling          prompts state / files / plan / identity / asking
 flows.commands          texts / arguments / backends convert positions sample / csv_files report_file tables two_runs
-flows.commands          many_runs figures run
+flows.commands          many_runs figures run notify
 flows.doors             backends init tokenkl
 flows                   checkout notify / convert sample / analyze clean / run / pipeline
 """

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -13,22 +14,60 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from backends.errors import ConfigError, TokenKLError
+from backends.errors import ConfigError, TokenKLError, did_you_mean
 from flows.config.models import CommonConfig
 from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model, read_yaml
 from flows.runtime.environment import show_lines, shows
 from flows.watch.report import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line. The lines of ``appendix`` end its help as they are."""
+class _WholeFlags(argparse.HelpFormatter):
+    """Lines that break between words, and not within a flag."""
 
-    appendix: Sequence[str] = ()
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line.
+
+    Parameters
+    ----------
+    name : str
+        The program, as ``python -m flows.NAME`` has it.
+    description : str
+    examples : sequence of (str, str), optional
+        Calls, each as what it is for and the arguments; a line each in the help.
+    epilog : str, optional
+        What the exit codes mean.
+    elsewhere : sequence of str, optional
+        Paths of settings that have no flag: whoever writes one as a flag is told where it goes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        examples: Sequence[tuple[str, str]] = (),
+        epilog: str = EXIT_CODES,
+        elsewhere: Sequence[str] = (),
+    ) -> None:
+        prog = " ".join(command_words(name))
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, formatter_class=_WholeFlags, allow_abbrev=False
+        )
+        self.examples, self.elsewhere = examples, elsewhere
+        self.appendix: Sequence[str] = ()  # lines at the end of the help
 
     def format_help(self) -> str:
-        """The help, and the appendix."""
-        return "\n".join([super().format_help(), *self.appendix])
+        """The help, the examples and the appendix, these as they are."""
+        calls = [line for what, call in self.examples for line in (f"  # {what}", f"  {self.prog} {call}")]
+        return "\n".join([super().format_help(), *(["examples:", *calls, ""] if calls else []), *self.appendix])
 
     def parse_args(self, *arguments: Any, **options: Any) -> Any:
         """The arguments; of a line that a shell asks to complete, the words that may follow, and the program's end."""
@@ -36,11 +75,27 @@ class Parser(argparse.ArgumentParser):
             from argcomplete import autocomplete
 
             autocomplete(self)
-        return super().parse_args(*arguments, **options)
+        values, unknown = self.parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}", self._meant(unknown))
+        return values
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str, hint: str = "") -> NoReturn:
         """Refuse the call, with where the help is."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        raise ConfigError(f"{message}; see {self.prog} --help{hint and f'.{hint}'}")
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """What the first flag that does not exist was meant to be."""
+        wrong = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        asked = wrong.removeprefix("--").replace("-", "_")
+        paths = [path for path in self.elsewhere if asked in (path, path.rpartition(".")[2])]
+        if any(path.startswith(f"{asked}.") for path in self.elsewhere):
+            paths = [f"{asked}.NAME"]
+        if paths:
+            return (
+                f" It is no flag: write it in the file, or as {' or '.join(f'--set {path}=VALUE' for path in paths)}."
+            )
+        return did_you_mean(wrong, (flag for action in self._actions for flag in action.option_strings), cutoff=0.75)
 
 
 def command_words(name: str) -> list[str]:
@@ -50,8 +105,7 @@ def command_words(name: str) -> list[str]:
 
 # What stands for a value in the help, where its type alone does not say it.
 _METAVARS = {
-    "backend": "NAME",
-    "task_runner": "{threads,dask,ray}",
+    "name": "NAME",
     "model1": "NAME",
     "model2": "NAME",
     "top_logprobs": "N|full",
@@ -59,40 +113,66 @@ _METAVARS = {
     "max_cost_usd": "USD",
     "history": "FILE",
     "continue_from": "FILE",
+    "older_than": "DURATION",
 }
 
 
 def make_parser(
-    prog: str, description: str, model: type[CommonConfig], skip: Sequence[str] = (), epilog: str = EXIT_CODES
+    name: str,
+    description: str,
+    model: type[CommonConfig],
+    *,
+    examples: Sequence[tuple[str, str]] = (),
+    epilog: str = EXIT_CODES,
+    skip: Sequence[str] = (),
+    required: Sequence[str] = (),
+    about_set: str | None = None,
 ) -> Parser:
     """A parser with ``--config``, ``--set`` and one flag per plain field of a configuration model.
 
-    The fields in ``skip`` are no flags; the help says how to set them.
+    Parameters
+    ----------
+    name, description, examples, epilog
+        As of `Parser`.
+    skip : sequence of str
+        Fields that are no flags.
+    required : sequence of str
+        Fields that have a default in the model and must be given all the same.
+    about_set : str, optional
+        What the help of ``--set`` says. Default: which settings have no flag, and where the backend's options are.
     """
-    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    elsewhere = {field: _paths(field, model.model_fields[field]) for field in skip}
+    parser = Parser(name, description, examples, epilog, [path for paths in elsewhere.values() for path in paths])
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of these settings; flags win over it."
     )
     add_levels(parser)
-    for name, field in model.model_fields.items():
-        if name in skip:
-            continue
-        flag = "--" + name.replace("_", "-")
-        text = _help(name, field)
-        if field.annotation is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, metavar=_metavar(name, field), help=text)
-    parser.add_argument(
-        "--set",
-        dest="sets",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others. "
-        f"{_settings_without_flags(model, skip)}A backend's own options are shown by --backend NAME --help.",
-    )
+    needed = [field for field, found in model.model_fields.items() if found.is_required() or field in required]
+    for field in dict.fromkeys([*needed, *model.model_fields]):
+        if field not in skip:
+            _add_flag(parser, field, model.model_fields[field], required=field in needed)
+    if about_set is None:
+        texts = (f"{', '.join(paths)}: {_help(field, model.model_fields[field])}" for field, paths in elsewhere.items())
+        about_set = (
+            "Set any setting by its path, such as backend.poll_interval_s=30; may be repeated, wins over all others. "
+            f"By file or --set only: {' '.join(texts)} A backend's own options are shown by --backend NAME --help."
+        )
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help=about_set)
     return parser
+
+
+def _add_flag(parser: Parser, name: str, field: FieldInfo, *, required: bool) -> None:
+    flag, about = "--" + name.replace("_", "-"), [_help(name, field)]
+    if required:
+        about.append("Required, here or in the file.")
+    if name in SHORT_FORMS and len(paths := _paths(name, field)) > 1:
+        about.append(f"With --set or in the file: {', '.join(paths[1:])}.")
+    text = " ".join(about)
+    if field.annotation is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        action = "append" if typing.get_origin(field.annotation) is tuple else "store"
+        parser.add_argument(flag, action=action, metavar=_metavar(name, field), help=text)
 
 
 def add_levels(parser: Parser) -> None:
@@ -110,19 +190,13 @@ def take_level(level: str | None) -> None:
         show_lines({"-v": logging.DEBUG, "-q": logging.WARNING}[level])
 
 
-def _settings_without_flags(model: type[CommonConfig], names: Sequence[str]) -> str:
-    """How the settings that are no flags are written in a file or with ``--set``."""
-    texts: list[str] = []
-    for name in names:
-        field = model.model_fields[name]
-        inner = inner_model(field)
-        paths = [name] if inner is None else [f"{name}.{key}" for key in inner.model_fields]
-        about = _help(name, field)
-        texts.append(f"{', '.join(paths)}: {about[:1].lower()}{about[1:]} ")
-    return f"By file or --set only: {''.join(texts)}" if texts else ""
+def _paths(name: str, field: FieldInfo) -> list[str]:
+    """How a setting, or each of those inside of it, is written with ``--set``."""
+    inner = inner_model(field)
+    return [name] if inner is None else [f"{name}.{key}" for key in inner.model_fields]
 
 
-def _help(name: str, field: Any) -> str:
+def _help(name: str, field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
     default = field.get_default(call_default_factory=True) if not field.is_required() else None
     if name == "backend":
@@ -132,7 +206,9 @@ def _help(name: str, field: Any) -> str:
     return f"{text} Default: {default}."
 
 
-def _metavar(name: str, field: Any) -> str:
+def _metavar(name: str, field: FieldInfo) -> str:
+    if name in SHORT_FORMS and (inner := inner_model(field)) is not None:
+        name, field = SHORT_FORMS[name], inner.model_fields[SHORT_FORMS[name]]
     if name in _METAVARS:
         return _METAVARS[name]
     choices = [item for item in typing.get_args(field.annotation) if isinstance(item, str)]

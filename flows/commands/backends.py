@@ -9,13 +9,14 @@ from dataclasses import asdict
 
 from backends.catalogue import BackendText, describe, full_text, short_text
 from backends.registry import check_known, registered
-from flows.commands.arguments import Parser, command_words, exit_code_of
+from flows.commands.arguments import Parser, exit_code_of
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
 _DESCRIPTION = (
     "Which backends are installed, from where, what each can be (P writes responses, Q is asked about them), what it "
     "needs, and its options with their bounds. Nothing is asked of any service."
 )
+_EXAMPLES = (("the options of one", "vertex_batch"), ("everything, for a program", "--json"))
 _EPILOG = "exit codes: 0 all can be used; 1 one that was named, or a plugin, cannot be loaded; 2 a mistake in the call"
 
 
@@ -25,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = Parser(
-        prog=" ".join(command_words("backends")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
-    )
+    parser = Parser("backends", _DESCRIPTION, _EXAMPLES, _EPILOG)
     parser.add_argument("names", nargs="*", metavar="NAME", help="Describe these in full. Default: all, in short.")
     parser.add_argument("--json", action="store_true", help="Everything, as JSON.")
     called = parser.parse_args(arguments)

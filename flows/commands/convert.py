@@ -13,7 +13,7 @@ from typing import Any
 
 from backends.errors import ConfigError
 from backends.storage import as_location, exists, is_remote, is_within, read_bytes, write_bytes_atomic
-from flows.commands.arguments import Parser, command_words, exit_code_of
+from flows.commands.arguments import Parser, exit_code_of
 from flows.folder.output import prepare_output
 from flows.runtime.progress import ProgressReporter
 from flows.runtime.terminal import console, print_pairs
@@ -31,9 +31,11 @@ _DESCRIPTION = (
     "JSONL, with their requests beside them or in --requests. Values are not touched. What cannot be read is named, a "
     "line each, and left out; files of OUT that hold something else are left alone."
 )
+_EXAMPLES = (
+    ("a folder of answers, each with its prompt in it or beside it", "answers responses"),
+    ("the output of a batch, with its input", "batch_output.jsonl responses --requests batch_input.jsonl"),
+)
 _EPILOG = (
-    "examples: python -m flows.convert answers responses | "
-    "python -m flows.convert batch_output.jsonl responses --requests batch_input.jsonl | "
     "exit codes: 0 everything is converted; 3 some responses or files are not (each with its reason); 2 a mistake in "
     "the call; 1 anything else"
 )
@@ -55,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=" ".join(command_words("convert")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
-    )
+    parser = Parser("convert", _DESCRIPTION, _EXAMPLES, _EPILOG)
     parser.add_argument("input", metavar="IN", help="A file, or a folder of files; on a disk or in a bucket.")
     parser.add_argument("output", metavar="OUT", help="Folder for the converted files; made when absent.")
     parser.add_argument("--pattern", metavar="GLOB", help=f"Which files of the folder IN. Default: {_PATTERN}.")

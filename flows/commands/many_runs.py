@@ -11,7 +11,7 @@ from rich.console import Console
 
 from backends.errors import ConfigError
 from flows.commands.tables import print_table
-from flows.commands.texts import bound_text, number_text, range_text, signed, warnings_of
+from flows.commands.texts import WARNING, bound_text, number_text, range_text, signed, warnings_of
 from flows.commands.two_runs import comparable_column, measure_name, notes, with_estimate
 from flows.folder.finished import Rows, load_run
 from flows.runtime.terminal import print_lines
@@ -153,7 +153,7 @@ def show_candidates(out: Console, found: Candidates) -> dict[str, Any]:
     title = f"{len(found.runs)} candidates for P = {found.runs[0].summary.model_p or 'not stated'}, the nearest first"
     print_table(out, f"{title}; KL in nats per token", _without_empty(list(_cells(found))))
     print_lines(out, [""])
-    print_lines(out, [f"warning: {text}" for text in found.warnings])
+    print_lines(out, [f"warning: {text}" for text in found.warnings], style=WARNING)
     lines = [
         f"Ranked by the {measure_name(found.runs[0].summary, found.column)} over {ranking.n_positions:,} positions "
         "that all runs measured.",

@@ -41,6 +41,14 @@ _DESCRIPTION = (
     "log-probabilities; model Q (--model2) is asked, through a backend, what it would have said at every position. "
     "What was bought stays in OUTPUT_DIR/scores: run the same command again to go on after an interruption."
 )
+_EXAMPLES = (
+    (
+        "a real model in this process against itself in four bits: nothing to sign up for",
+        "--config examples/quickstart.yaml",
+    ),
+    ("what would be asked, and what it costs", "--config run.yaml --dry-run"),
+    ("the settings of a file, with another model and folder", "--config run.yaml --model2 NAME --output-dir results/b"),
+)
 
 # How Prefect says that no server is there when a run begins.
 _NO_ANSWER = "Failed to reach API"
@@ -61,9 +69,8 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
-    parser = make_parser(
-        " ".join(command_words("run")), _DESCRIPTION, RunConfig, skip=("positions", "noise_floor", "alert")
-    )
+    skip = ("positions", "noise_floor", "alert")
+    parser = make_parser("run", _DESCRIPTION, RunConfig, examples=_EXAMPLES, skip=skip)
     config = parse_config(parser, RunConfig, arguments)
     if config.dry_run:
         return _dry_run(config)
@@ -197,13 +204,16 @@ def without_settings(arguments: Sequence[str], names: Set[str]) -> list[str]:
 
 def show(report: RunReport) -> None:
     """Print what must be read first, the summary table, what is missing, and where the results are."""
+    from flows.commands.texts import ALARM, WARNING, headline_styles
     from flows.runtime.terminal import console, print_lines, print_pairs
 
     out = console()
-    print_lines(out, [f"warning: {alarm}" for alarm in report.alarms])
-    print_pairs(out, report.headline)
-    lines = [f"warning: {warning}" for warning in report.warnings if warning not in report.alarms]
-    lines += _counts("positions not measured", report.missing)
+    print_lines(out, [f"warning: {alarm}" for alarm in report.alarms], style=ALARM)
+    styles = headline_styles(report.figures, alarms=bool(report.alarms), whole=report.complete, verdict=report.verdict)
+    print_pairs(out, report.headline, styles)
+    others = [f"warning: {warning}" for warning in report.warnings if warning not in report.alarms]
+    print_lines(out, others, style=WARNING)
+    lines = _counts("positions not measured", report.missing)
     lines += _counts("responses or files skipped", report.skipped)
     lines += _counts("places in the input repaired", report.repaired)
     print_lines(out, lines + report.paths)

@@ -34,6 +34,15 @@ _EXIT_CODES = (
     "exit codes: 0 all responses are written; 3 some are missing, each with its reason; 2 a mistake in the settings or "
     "the call; 130 stopped by a signal; 1 anything else"
 )
+_EXAMPLES = (
+    ("the prompts and settings of a file", "--config examples/sample.yaml --output-dir responses"),
+    (
+        "without a file of settings; a prompt a line",
+        "--backend local --model1 smollm2-135m --output-dir responses "
+        "--set dataset.file=examples/prompts.txt --dry-run",
+    ),
+    ("go on from the positions where two models differ most", "--config sample.yaml --continue-from high.json"),
+)
 NO_FLAGS = ("models", "prompts", "dataset", "sampling", "output", "api")
 
 
@@ -45,7 +54,13 @@ def main(load_flow: Callable[[], Any], arguments: Sequence[str] | None = None) -
 def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     prepare_environment()
     parser = make_parser(
-        " ".join(command_words("sample")), _DESCRIPTION, SampleConfig, skip=NO_FLAGS, epilog=_EXIT_CODES
+        "sample",
+        _DESCRIPTION,
+        SampleConfig,
+        examples=_EXAMPLES,
+        epilog=_EXIT_CODES,
+        skip=NO_FLAGS,
+        required=("model1", "output_dir"),
     )
     config = parse_config(parser, SampleConfig, arguments)
     if config.dry_run:
@@ -89,10 +104,14 @@ def _dry_run(config: SampleConfig) -> int:
 
 
 def show(report: SampleReport) -> int:
-    """Print the files, and on standard error what is missing; returns the exit code."""
+    """Print the files, and on standard error how many they are and what is missing; returns the exit code."""
     for path in report.paths:
         print(path)  # noqa: T201
-    lines = [f"responses missing: {count:,} ({reason})" for reason, count in report.missing.items()]
+    left_alone = (
+        f", {report.n_left_alone:,} of them were there already and are left alone" if report.n_left_alone else ""
+    )
+    lines = [f"{report.n_responses:,} responses in {len(report.paths):,} files{left_alone}"]
+    lines += [f"responses missing: {count:,} ({reason})" for reason, count in report.missing.items()]
     if report.unreadable:
         lines.append(f"responses that flows.run would skip: {report.unreadable:,}")
     if report.n_unusable_prompts:

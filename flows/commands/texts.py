@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kl.output.digits import at_least, rounded
+from kl.output.glance import Figure
+from kl.output.headline import ANSWER
 from kl.statistics.intervals import CONFIDENCE, Estimate
 from kl.statistics.summary import Summary
 
 INTERVAL = f"{100 * CONFIDENCE:.0f} % CI"
+ALARM = "bold red"
+WARNING = "yellow"
+_DRIFT = {"drift": ALARM, "no drift": "bold green"}
 
 
 def signed(value: float, estimate: Estimate) -> str:
@@ -41,3 +46,18 @@ def warnings_of(summary: Summary) -> list[str]:
     """The run's warnings, and what its alignment diagnostic found."""
     reasons: Sequence[str] = (summary.alignment or {}).get("reasons", ())
     return [*summary.warnings, *(reason for reason in reasons if reason not in " ".join(summary.warnings))]
+
+
+def headline_styles(
+    figures: Sequence[Figure], *, alarms: bool, whole: bool, verdict: Sequence[tuple[str, str]] = ()
+) -> Mapping[str, str]:
+    """How a terminal shows the rows of the headline that answer the question, by label.
+
+    The KL per token is green if it has an interval over all positions (``whole``), red if it is not known or something
+    is alarming, and yellow between the two; an alert's ``verdict`` has the colour of its decision.
+    """
+    answer = next((figure for figure in figures if figure.estimate), None)
+    sure = answer is not None and answer.low != "" and whole
+    style = ALARM if answer is None or alarms else "bold green" if sure else "bold yellow"
+    decided = {label: _DRIFT.get(text.partition(":")[0], "bold yellow") for label, text in verdict}
+    return {ANSWER: style} | decided

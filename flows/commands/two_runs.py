@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
-from flows.commands.texts import INTERVAL, number_text, signed, warnings_of
+from flows.commands.texts import INTERVAL, WARNING, number_text, signed, warnings_of
 from flows.folder.finished import load_run
 from flows.runtime.terminal import print_lines
 from kl.finished.between import Between, QLists, kl_between
@@ -29,18 +29,21 @@ def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mappin
     column = comparable_column(a.summary, b.summary)
     difference = paired_difference(with_estimate(a, column), with_estimate(b, column))
     between = _between(a, b)
+    answer = verdict(difference.per_token, "token")
     lines = [
         f"P = {a.summary.model_p or 'not stated'}",
         f"A = {_named(a, labels)}: {_value_text(difference.a_per_token)}",
         f"B = {_named(b, labels)}: {_value_text(difference.b_per_token)}",
-        verdict(difference.per_token, "token"),
+        answer,
         verdict(difference.per_response, "response"),
         _paired_over(difference, measure_name(a.summary, column)),
         between if isinstance(between, str) else _between_text(between),
         *(f"warning: {note}" for note in notes([a.summary, b.summary], "AB", column)),
         *(f"warning: {side}: {text}" for side, run in (("A", a), ("B", b)) for text in warnings_of(run.summary)),
     ]
-    print_lines(out, lines)
+    for line in lines:
+        style = "bold" if line == answer else WARNING if line.startswith("warning: ") else ""
+        print_lines(out, [line], style=style)
     return {
         "a": str(folder_a),
         "b": str(folder_b),

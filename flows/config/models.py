@@ -232,8 +232,8 @@ class RunConfig(CommonConfig):
     )
     task_runner: TaskRunnerConfig = Field(
         default=TaskRunnerConfig(),
-        description="What works on the tasks: threads of one process, dask or ray; or a mapping with the address or "
-        "size of a cluster, such as {kind: dask, address: 'tcp://host:8786'}. Default: threads.",
+        description="What works on the tasks: threads of one process, dask or ray; in a file also a mapping with the "
+        "address or size of a cluster, such as {kind: dask, address: 'tcp://host:8786'}. Default: threads.",
     )
     dry_run: bool = Field(default=False, description="Say what would be asked and what it costs; call nothing.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backends.errors import ConfigError
 from backends.storage import write_bytes_atomic
-from flows.commands.arguments import Parser, command_words, exit_code_of
+from flows.commands.arguments import Parser, exit_code_of
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE
 
 _PARTS = ("examples", "automations", "prefect.yaml")
@@ -18,6 +18,7 @@ _DESCRIPTION = (
     "responses of a P to compare with, prompts, and prefect.yaml with automations/ for schedules (docs/deploying.md). "
     "Files that are there already are left alone: what they hold is yours."
 )
+_EXAMPLES = (("into a folder of its own", "kl"), ("where you are", "."))
 _EPILOG = "exit codes: 0 all are there; 3 some hold something else and were left alone; 2 a mistake in the call"
 _QUICKSTART = "examples/quickstart.yaml"
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: Sequence[str]) -> int:
-    parser = Parser(prog=" ".join(command_words("init")), description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser = Parser("init", _DESCRIPTION, _EXAMPLES, _EPILOG)
     parser.add_argument("folder", metavar="DIR", type=Path, help="Where to; made when absent.")
     folder: Path = parser.parse_args(arguments).folder
     written, there, other = 0, 0, 0

@@ -24,6 +24,7 @@ COMMANDS = {
     "analyze": "show a finished run; compare several; the history of a schedule",
     "convert": "write the documented form of responses from what services log",
     "backends": "which backends there are, what they can, need and are told",
+    "notify": "say what an event reports, as the deployment drift-alert does",
     "clean": "list or delete the batch files that a bucket still has",
     "completion": 'completion for a shell: eval "$(tokenkl completion bash)", or zsh, or fish',
 }
@@ -45,10 +46,8 @@ def _start(arguments: list[str]) -> int:
         _say(f"tokenkl {version('tokenkl')}")
     elif name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        raise ConfigError(
-            f"tokenkl has no {what} {name!r}.{did_you_mean(name, COMMANDS)} Known: {', '.join(COMMANDS)}; see "
-            "tokenkl --help"
-        )
+        meant = did_you_mean(name, [*COMMANDS, "--help", "--version"])
+        raise ConfigError(f"tokenkl has no {what} {name!r}.{meant} Known: {', '.join(COMMANDS)}; see tokenkl --help")
     elif name == "completion":
         _completion(arguments[1:])
     else:
@@ -66,7 +65,7 @@ def _run(name: str, arguments: list[str]) -> NoReturn:
 def _completion(arguments: list[str]) -> None:
     from argcomplete import shellcode
 
-    parser = Parser(prog="tokenkl completion", description="Prints what makes a shell complete this program's words.")
+    parser = Parser("completion", "Prints what makes a shell complete this program's words.", epilog="")
     parser.add_argument("shell", choices=_SHELLS)
     _say(shellcode(["tokenkl"], shell=parser.parse_args(arguments).shell))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,24 +17,25 @@ def console(*, silent: bool = False) -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH, quiet=silent)
 
 
-def print_pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
-    """Print (label, text) rows as two columns."""
+def print_pairs(out: Console, rows: Iterable[tuple[str, str]], styles: Mapping[str, str] | None = None) -> None:
+    """Print (label, text) rows as two columns: the labels in bold, or the rows alone that ``styles`` names by label."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in rows:
-        table.add_row(Text(label, style="bold"), Text(text))
+        style = "" if styles is None else styles.get(label, "")
+        table.add_row(Text(label, style="bold" if styles is None else style), Text(text, style=style))
     print_grid(out, table)
 
 
 def print_grid(out: Console, table: Table) -> None:
-    """Print a table; where no terminal folds it, without the blanks that fill the last column."""
-    if out.is_terminal:
+    """Print a table without the blanks that fill its last column."""
+    with out.capture() as drawn:
         out.print(table)
-        return
-    with out.capture() as text:
-        out.print(table)
-    print_lines(out, [line.rstrip() for line in text.get().splitlines()])
+    for line in drawn.get().removesuffix("\n").split("\n"):
+        text = Text.from_ansi(line)
+        text.rstrip()
+        out.print(text, soft_wrap=True)
 
 
 def print_lines(out: Console, lines: Sequence[str], *, style: str = "") -> None:

@@ -8,11 +8,13 @@ from kl.statistics.summary import Counts, Divergence, Summary
 
 Rows = list[tuple[str, str]]
 
+ANSWER = "KL(P‖Q) per token"  # the label of the first row
+
 
 def headline(summary: Summary) -> Rows:
     """(label, text) of the numbers to read first, in that order."""
     return [
-        ("KL(P‖Q) per token", _divergence_text(summary.kl_per_token)),
+        (ANSWER, _divergence_text(summary.kl_per_token)),
         ("KL(P‖Q) per response", _divergence_text(summary.kl_per_response)),
         *_noise_rows(summary),
         *_estimator_rows(summary),

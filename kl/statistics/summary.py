@@ -68,6 +68,11 @@ class Counts:
     responses_with_stop: int = 0
     responses_without_stop: int = 0
 
+    @property
+    def complete(self) -> bool:
+        """Whether every position that was selected is measured, of every response of every file."""
+        return not (self.missing or self.responses_not_scored or self.files_unreadable)
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:

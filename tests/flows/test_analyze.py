@@ -585,3 +585,15 @@ class TestProgram:
 def test_runs_by_one_estimator_are_compared_by_what_they_report(tmp_path):
     a = load_run(write_run(tmp_path / "a", STEADY, estimator="bucket")).summary
     assert comparable_column(a, a) == "kl_estimate"
+
+
+def test_the_headline_stands_out_where_colours_are_shown(steady, capsys, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in analyze(capsys, steady)[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[1;32mKL(P‖Q) per token" in analyze(capsys, steady)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = analyze(capsys, steady)[1]
+    assert "\x1b[1mKL(P‖Q) per token" in out
+    assert "\x1b[1;32m" not in out

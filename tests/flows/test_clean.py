@@ -15,7 +15,7 @@ import pytest
 from google.cloud import storage
 
 from backends.vertex.jobs.ledger import JobLedger
-from flows.clean import CleanConfig, parse_duration
+from flows.config.cleaning import CleanConfig, parse_duration
 from flows.config.reading import build_config
 from flows.folder.layout import OutputFolder
 from flows.folder.members import note_store
@@ -180,6 +180,7 @@ def test_it_shows_what_it_would_delete_and_does_so_with_yes(clean: Clean, world:
     sizes = [len(world.objects.read(f"gs://{BUCKET}/{name}")) for name in before if name.startswith("batch_input/")]
     assert input_line.split()[1:3] == ["2", f"{sum(sizes):,}"]
     assert "to delete: 2 files" in dry.out
+    assert [line for line in dry.out.splitlines() if line != line.rstrip()] == []
     assert "the batch job has ended" in dry.out
     assert f"kept: 1 file, {sizes[1]:,} bytes: the batch job is RUNNING (such as {RUNNING})" in dry.out
     assert "dry run: nothing was changed" in dry.out

@@ -76,6 +76,9 @@ def test_sample_run_analyse(
     again = sample(config)
     assert again.code == 0
     assert "5 of 5 files are there already and are left alone" in again.err
+    assert done.err.count("responses sampled: 10 of 10") == 1
+    assert again.err.endswith("10 responses in 5 files, 5 of them were there already and are left alone\n")
+    assert done.err.endswith("10 responses in 5 files\n")
     assert dict(vertex_world.rows_bought) == bought
 
     document = json.loads((folder / "003_what-do-you-know-about-the-number-3.json").read_text())
