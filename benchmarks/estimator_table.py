@@ -174,6 +174,24 @@ def collect(candidates: Sequence[CandidateQ], n_prompts: int, n_tokens: int, see
         yield asyncio.run(_pairs(candidate, responses, by_p, k))
 
 
+async def logits_of(texts: Sequence[str], n_tokens: int, models: tuple[str, str], kept: int) -> list[FloatArray]:
+    """Log-probabilities by two models of the tokens that either finds most probable, float64, shape (R, n_tokens, V).
+
+    The first model writes the responses; those that end before ``n_tokens`` are left out, so that R may be less than
+    the number of texts. V is ``kept``.
+    """
+    written = await _sample([Prompt((Turn("user", text),)) for text in texts], n_tokens, 1, 1)
+    responses = [response for response in written if len(response.positions) == n_tokens]
+    found: list[list[FloatArray]] = [[], []]
+    async with LocalBackend(BackendOptions()) as backend:
+        for response in responses:
+            both = [(await _scored(backend, CandidateQ(name, name), response, 1)).full for name in models]
+            best = np.argpartition(np.maximum(*both), -kept, axis=1)[:, -kept:]
+            for values, full in zip(found, both, strict=True):
+                values.append(np.take_along_axis(full, best, 1).astype(np.float64))
+    return [np.stack(values) for values in found]
+
+
 async def _sample(prompts: Sequence[Prompt], n_tokens: int, seed: int, k: int) -> list[Response]:
     found: list[Response] = []
     async with LocalBackend(BackendOptions()) as backend:

@@ -23,7 +23,9 @@ _LONGEST_NAME = 1 / 3  # of the terminal, where a table is divided
 
 
 def history_cells(frame: pl.DataFrame) -> Rows:
-    """What is shown of each run."""
+    """What is shown of each run; KL(Q then‖Q now) where an alert watched it."""
+    rows = [*frame.iter_rows(named=True)]
+    watched = any(row["then_now"] is not None for row in rows)
     return [
         {
             "began (UTC)": _text(row["started_at"] and f"{row['started_at']:%Y-%m-%d %H:%M}"),
@@ -33,13 +35,14 @@ def history_cells(frame: pl.DataFrame) -> Rows:
             "95 % CI": range_text(row["kl_per_token_low"], row["kl_per_token_high"]),
             "lower bound": bound_text(row["kl_per_token_certified_lower"]),
             "noise floor": number_text(row["noise_floor"]),
+            **({"Q then‖now": _then_now(row)} if watched else {}),
             "measured": _amount(row),
             "asked": "" if row["contexts_asked"] is None else f"{row['contexts_asked']:,}",
             "USD": number_text(row["cost_usd"]),
             "drift": _drift(row),
             "results": _text(row["output_dir"]),
         }
-        for row in frame.iter_rows(named=True)
+        for row in rows
     ]
 
 
@@ -54,10 +57,20 @@ def _amount(row: dict[str, Any]) -> str:
     return f"{row['measured']:,}{lost}"
 
 
+def _then_now(row: dict[str, Any]) -> str:
+    if row["then_now"] is None:
+        return ""
+    return f"{number_text(row['then_now'])} ({range_text(row['then_now_low'], row['then_now_high'])})"
+
+
 def _drift(row: dict[str, Any]) -> str:
     if row["drift"] in (None, "undecided"):
         return _text(row["drift"])
-    return f"{row['drift']}: {number_text(row['drift_difference'])} ({range_text(row['drift_low'], row['drift_high'])})"
+    what = "" if row["drift_of"] in (None, "pq") else " of Q"
+    if row["drift_low"] is None:  # a permutation test has no interval
+        return f"{row['drift']}{what}: {number_text(row['drift_difference'])}"
+    interval = range_text(row["drift_low"], row["drift_high"])
+    return f"{row['drift']}{what}: {number_text(row['drift_difference'])} ({interval})"
 
 
 def token_cells(rows: Rows) -> Rows:

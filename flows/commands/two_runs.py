@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,7 @@ def show_comparison(out: Console, folder_a: Path, folder_b: Path, labels: Mappin
         "difference_is": "KL(P‖A) - KL(P‖B) in nats: positive where B is nearer to P",
         "lines": lines,
         **asdict(difference),
-        "a_against_b": None
-        if isinstance(between, str)
-        else {
-            item.name: asdict(value) if isinstance(value := getattr(between, item.name), Estimate) else value
-            for item in fields(between)
-            if item.name != "responses"
-        },
+        "a_against_b": None if isinstance(between, str) else between.to_json(),
     }
 
 

@@ -242,10 +242,13 @@ class OpenRun:
         if plan.in_use is not None:
             raise RunEndedError(skipped_state(FolderInUseError(plan.in_use)))
         self._check(plan)
-        self._session = BackendSession(self.backend)
-        with self._session as session:
-            name_run(plan.models_p, self.comparison)
+        name_run(plan.models_p, self.comparison)
+        with ExitStack() as sessions:
+            session = sessions.enter_context(self._opened())
             plan = self._plan = self._preflight(plan, session)
+            if session.backend is not self.backend:  # planned again by what others wrote since, which it has not seen
+                sessions.close()
+                session = sessions.enter_context(self._opened())
             _log_plan(plan)
             if plan.n_to_ask:
                 self._prompts = rendered_prompts(plan.files, self.comparison, session)
@@ -268,6 +271,11 @@ class OpenRun:
         if self.member is None:  # others may be reading the parts
             self.stores.scores.compact_all()
         self._end_if_pending(plan)
+
+    def _opened(self) -> BackendSession:
+        """The session that `stop` cancels."""
+        self._session = BackendSession(self.backend)
+        return self._session
 
     def _check(self, plan: Plan) -> None:
         config = self.comparison.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -12,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from backends.errors import ConfigError, TokenKLError
-from backends.storage import as_location, remove_folder
+from backends.storage import as_location, read_bytes, remove_folder, write_bytes_atomic
 from flows.config.alert import AlertConfig
 from flows.config.comparison import Comparison
 from flows.config.folders import SETTINGS
@@ -27,6 +28,7 @@ from flows.watch.reference import Reference, load_baseline, load_previous
 from flows.watch.report import EXIT_COMPLETE, EXIT_DRIFT, EXIT_INCOMPLETE, RunReport
 from flows.watch.verdict import Verdict, decide, decide_q, undecided
 from kl.finished.between import kl_between
+from kl.output.report.page import with_drift
 from kl.output.room import refusal_of
 from kl.tables.totals import TokenTableError
 
@@ -171,8 +173,21 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
     concluded["recorded"] = True
     if verdict is None:
         return RunOutcome(report, Completed(message=report.line, data=report))
+    page = context.comparison.folder.report
+    if str(page) in report.paths:
+        _tell_page(page, concluded["drift"])
     report = replace(_with_verdict(report, verdict), failed_on_drift=drifted and config.fail_on_drift)
     return RunOutcome(report, _state(report, verdict, config))
+
+
+def _tell_page(page: Path, drift: dict[str, Any]) -> None:
+    """Add what was decided to the page of the run. That is in the other files, so that a page is not worth the run."""
+    try:
+        write_bytes_atomic(page, with_drift(read_bytes(page).decode(), drift).encode())
+    except OSError as error:
+        if refusal_of(error) is not None:
+            raise
+        logger.error("%s does not say what the alert decided: %s", page, error)
 
 
 def _identity(responses: ResponseTableFile, report: RunReport) -> Row:

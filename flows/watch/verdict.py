@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from kl.output.digits import at_least, rounded
 from kl.output.headline import bounded_text
 from kl.statistics.canary import CanaryTest
 from kl.statistics.drift import Change, Direction, DriftDecision, change
-from kl.statistics.intervals import Estimate
 from kl.tables.totals import RESPONSE_KEYS
 
 
@@ -142,6 +141,7 @@ class Verdict:
             "message": self.message,
             "threshold": self.alert.kl_per_token,
             "level": self.alert.level,
+            "interval_level": found.get("level"),
             "test": self.alert.test,
             "kl_per_token": found.get("run"),
             "kl_per_token_reference": found.get("reference"),
@@ -160,14 +160,8 @@ class Verdict:
             "noise_floor": self.noise_floor,
             "below_noise_floor": self.below_noise_floor,
             "first_positions": None if self.canary is None else asdict(self.canary),
-            "then_against_now": None if self.between is None else _between_json(self.between),
+            "then_against_now": None if self.between is None else self.between.to_json(),
         }
-
-
-def _between_json(found: Between) -> dict[str, Any]:
-    names = (item.name for item in fields(found) if item.name not in ("responses", "not_whole"))
-    values = {name: getattr(found, name) for name in names}
-    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in values.items()}
 
 
 def decide(alert: AlertConfig, responses: pl.DataFrame, reference: Reference | None) -> Verdict:

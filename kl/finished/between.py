@@ -7,8 +7,8 @@ exactly as P's and Q's are: the same checks, estimators and bounds, with a sprea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -68,6 +68,10 @@ class Between:
     missing: dict[str, int]
     responses: pl.DataFrame = field(repr=False)
     not_whole: pl.DataFrame = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures and counts as plain values."""
+        return {name: value for name, value in asdict(self).items() if name not in ("responses", "not_whole")}
 
 
 def kl_between(first: QLists, second: QLists, estimator: str = "censored") -> Between:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -13,8 +14,13 @@ from typing import Any
 import polars as pl
 import pytest
 
+from backends.errors import ConfigError
+from flows.analyze import main as analyze
+from flows.config.alert import AlertConfig
+from flows.config.models import RunConfig
 from flows.watch.events import DRIFT, VERSION_CHANGED
 from flows.watch.history import read_history
+from flows.watch.reference import load_baseline
 from tests import ROOT
 from tests.programs import Done, Run, clean_environment
 from tests.vertex_world.fixtures import make_vertex_world, vertex_world
@@ -179,6 +185,75 @@ def test_a_run_that_is_retried_emits_one_event_and_has_one_row(
     assert runs[0]["run_count"] == 3
     assert row["contexts_asked"] == 0, "the later tries found every answer on disk"
     assert len(events(prefect_api, DRIFT, history, 1)) == 1
+
+
+_WATCHED = """
+import sys
+from pathlib import Path
+from flows.runtime.environment import prepare_environment
+prepare_environment()
+from flows.config.models import RunConfig
+from flows.run import kl_divergence
+results = Path(sys.argv[2])
+for name in ("one", "two", "three"):
+    input()
+    config = RunConfig(input_dir=sys.argv[1], output_dir=results / name, history=results / "history.parquet",
+                       model2=sys.argv[3], backend={"name": "vertex_online"},
+                       alert={"of": "q", "kl_per_token": 0.0, "compared_with": "previous"})
+    print("state:", kl_divergence(config, return_state=True).name, flush=True)
+"""
+
+
+def test_a_model_that_moves_around_p_is_seen_against_itself(
+    vertex_world: VertexWorld, prefect_api: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Three days over the same responses: alone, unchanged, changed."""
+    folder, results = write_responses(vertex_world, tmp_path / "in", 7), tmp_path / "results"
+    environment = clean_environment(tmp_path / "home", PREFECT_API_URL=prefect_api) | vertex_world.environment()
+    command = [sys.executable, "-c", _WATCHED, str(folder), str(results), Q]
+    states: list[str] = []
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT
+        ) as days,
+    ):
+        assert days.stdin is not None
+        assert days.stdout is not None
+        for noise in (0.0, 0.0, 0.9):
+            vertex_world.language_model.noise[Q] = noise
+            print(file=days.stdin, flush=True)
+            states.append(next((line.split()[1] for line in days.stdout if line.startswith("state:")), "none"))
+    assert states == ["Completed", "Completed", "Drifted"], (tmp_path / "log").read_text()
+    history = results / "history.parquet"
+    alone, same, moved = read_history(history).rows(named=True)
+    assert (alone["drift"], alone["then_now"]) == ("undecided", None)
+    assert (same["drift"], same["then_now"], same["then_now_certified_lower"]) == ("no drift", 0, 0)
+    assert (moved["drift"], moved["drift_of"], moved["events"]) == ("drift", "q", [DRIFT])
+    assert 0 < moved["then_now_certified_lower"] < moved["then_now"]
+    assert moved["then_now_low"] < moved["then_now"] < moved["then_now_high"]
+    assert moved["then_now_contexts"] == moved["measured"]
+
+    (event,) = events(prefect_api, DRIFT, history, 1)
+    decided = json.loads((results / "three" / "summary.json").read_text())["drift"]
+    found = decided["then_against_now"]
+    assert event["payload"]["then_against_now"] == found
+    assert found["per_token"]["value"] == moved["then_now"]
+    assert decided["message"].startswith("drift: KL(Q then‖Q now) is ")
+    page = (results / "three" / "report.html").read_text()
+    assert html.escape(decided["message"], quote=False) in page
+    assert "has no earlier run to compare with" in (results / "one" / "report.html").read_text()
+
+    assert analyze(["--compare", str(results / "two"), str(results / "three"), "--json", "-"]) == 0
+    compared = json.loads(capsys.readouterr().out)["a_against_b"]
+    assert compared["per_token"] == found["per_token"]
+    assert analyze(["--history", str(results)]) == 0
+    assert "Q then‖now" in capsys.readouterr().out
+
+    alert = AlertConfig(kl_per_token=0.0, of="q", compared_with={"baseline": str(results / "one")})
+    other = RunConfig(input_dir=folder, output_dir=tmp_path / "out", model2=P, alert=alert)
+    with pytest.raises(ConfigError, match=f"its Q was '{Q}' and is '{P}' in this run"):
+        load_baseline(results / "one", other)
 
 
 @pytest.mark.parametrize(

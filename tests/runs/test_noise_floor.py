@@ -197,13 +197,16 @@ def test_submit_and_collect_take_the_model_that_the_submission_found(
     world.write_responses(tmp_path / "in", GONE, PROMPTS[:5], n=1, max_tokens=10, seed=3)
     world.objects.create_bucket("data")
     out = "gs://data/out" if remote else tmp_path / "out"
-    arguments = ("--input-dir", tmp_path / "in", "--output-dir", out, "--model2", Q, *FAST, *AGAIN)
+    # In a store of several runs what is there is looked at again when the plan changes, and by another backend then.
+    shared = () if remote else ("--scores-dir", tmp_path / "scores")
+    arguments = ("--input-dir", tmp_path / "in", "--output-dir", out, "--model2", Q, *FAST, *AGAIN, *shared)
 
     def run(stage: str) -> Done:
         return run_program("flows.run", *arguments, "--stage", stage, env=world.environment())
 
     submitted = run("submit")
     assert submitted.code == 0, submitted.err
+    assert "submitted: 60 contexts are in 6 batch jobs" in submitted.out
     assert len(world.jobs) == 6
     assert run("collect").code == 5
     world.hurry()

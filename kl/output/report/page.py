@@ -24,6 +24,7 @@ from kl.records import Prompt
 DEFAULT_TOP = 20
 _SCRIPTS = ("report.js", "reader.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
+_NO_DRIFT = "<!-- nothing was compared with an earlier run -->"  # no text from outside can hold it
 
 Prompts = Callable[[Collection[str]], Mapping[str, str]]
 
@@ -52,6 +53,17 @@ def write_report(run: Run, target: Path, *, prompts: Prompts | None = None, top:
     """
     page = _page(run, prompts, top)
     write_atomic(target, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+
+
+def with_drift(page: str, drift: Mapping[str, Any]) -> str:
+    """A page that was written before the run was compared with an earlier one, with what came of that.
+
+    Parameters
+    ----------
+    drift : mapping
+        As it stands in ``run.json``.
+    """
+    return page.replace(_NO_DRIFT, sections.drift_part(drift), 1)
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -86,6 +98,7 @@ def _page(run: Run, prompts: Prompts | None, top: int) -> str:
         "script": script,
         "models": joined(models),
         "verdict": sections.verdict_part(summary, charts.pop("certainty", None), worst),
+        "drift": sections.drift_part(drift) if (drift := run.record.get("drift")) else _NO_DRIFT,
         "about": sections.about(summary, run.record),
         "charts": joined(map(sections.figure, charts.values())),
         "movers": sections.movers_part(movers, chosen, tokens),

@@ -25,6 +25,7 @@ _SCALE = (
     "A nat is 1.44 bits. For scale, a model of 135M parameters against itself: weights rounded to eight bits "
     "0.002 nats a token, another system prompt 0.09, four bits 0.45, three bits 2.0."
 )
+_REFERENCE = {"folder": "Compared with", "finished_at": "Finished"}
 _READ_AS = {
     "certainty": "The dot is the estimate, the bar its interval over prompts: other prompts of the kind would have "
     "given something inside. The shaded band is what the lists of top tokens leave open; its left end is certain "
@@ -111,6 +112,15 @@ def _says(place: Place) -> Markup | None:
     for side, (token, mass) in place.says.items():
         parts += [f"{'; ' if parts else ''}{side.upper()} first: ", tag("code", in_a_line(token)), f" {_percent(mass)}"]
     return tag("span", *parts, class_="says")
+
+
+def drift_part(drift: Mapping[str, Any]) -> Markup:
+    """What an alert decided, and which run this one was compared with."""
+    reference = cast(dict[str, Any], drift.get("reference") or {})
+    facts = [(label, str(reference[name])) for name, label in _REFERENCE.items() if reference.get(name) is not None]
+    kind = "alarm" if drift["decision"] == "drift" else "notice"
+    shown = _pairs(facts) if facts else None
+    return tag("div", tag("h3", "Since an earlier run"), tag("p", drift["message"]), shown, class_=kind)
 
 
 def about(summary: Summary, record: Mapping[str, Any]) -> Markup:

@@ -139,3 +139,4 @@ def test_the_level_is_that_of_the_lower_end_alone(level: float) -> None:
         assert found.change is not None
         assert found.change.level == pytest.approx(2 * level - 1)
         assert found.to_json()["level"] == level
+        assert found.to_json()["interval_level"] == pytest.approx(2 * level - 1)
