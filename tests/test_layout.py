@@ -217,3 +217,8 @@ def test_backends_load_the_model_libraries_only_with_a_model() -> None:
 def test_the_registry_loads_no_sdk() -> None:
     loaded = loaded_by("from backends.registry import build_targets; build_targets()")
     assert not loaded & {"google", "gguf", "prefect"}
+
+
+def test_a_help_loads_no_arrays_and_no_flow() -> None:
+    loaded = loaded_by("import flows.doors.tokenkl, flows.doors.init, flows.commands.run, flows.commands.sample")
+    assert not loaded & {"numpy", "polars", "scipy", "prefect", "google", "rich"}

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 
 from backends.storage.files import StoredFile, list_remote
 from backends.storage.locations import is_remote
-from kl.input.responses import check_pattern, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +21,8 @@ def list_matching(folder: Path, pattern: str) -> list[tuple[str, StoredFile]]:
     ConfigError, OSError, ValueError
         If the folder or the pattern cannot be used.
     """
+    from kl.input.responses import list_files  # late: it loads arrays and tables, a command's help needs none
+
     if is_remote(folder):
         return list(_remote_files(folder, pattern))
     paths = list_files(folder, pattern, None)
@@ -37,6 +38,8 @@ def _stored(path: Path) -> StoredFile:
 
 
 def _remote_files(folder: Path, pattern: str) -> list[tuple[str, StoredFile]]:
+    from kl.input.responses import check_pattern  # late, as above
+
     check_pattern(pattern)
     parts = PurePosixPath(pattern).parts
     start = len(str(folder).rstrip("/")) + 1

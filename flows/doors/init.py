@@ -12,7 +12,14 @@ from backends.storage import write_bytes_atomic
 from flows.commands.arguments import Parser, exit_code_of
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE
 
-_PARTS = ("examples", "automations", "prefect.yaml")
+# And not whatever else lies beside them in a checkout.
+_PATTERNS = (
+    "examples/*.yaml",
+    "examples/prompts.txt",
+    "examples/responses/*.json",
+    "automations/*.yaml",
+    "prefect.yaml",
+)
 _DESCRIPTION = (
     "Writes the examples into a folder: configurations for the model in the box, for Vertex AI and for servers, "
     "responses of a P to compare with, prompts, and prefect.yaml with automations/ for schedules (docs/deploying.md). "
@@ -56,9 +63,8 @@ def _init(arguments: Sequence[str]) -> int:
 def _files() -> Iterator[tuple[str, bytes]]:
     """Each example by its place below the folder."""
     source = _source()
-    for part in _PARTS:
-        found = sorted(path for path in (source / part).rglob("*") if path.is_file())
-        for path in found or [source / part]:
+    for pattern in _PATTERNS:
+        for path in sorted(source.glob(pattern)):
             yield path.relative_to(source).as_posix(), path.read_bytes()
 
 

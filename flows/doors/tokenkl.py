@@ -72,15 +72,16 @@ def _completion(arguments: list[str]) -> None:
 
 def _complete(line: str) -> None:
     """Answer a shell: the words that may follow a line. Ends this program."""
-    from argcomplete import autocomplete
+    from argcomplete import autocomplete, split_line
 
-    words = line.split(" ")[1:]
-    if len(words) > 1 and words[0] in COMMANDS and words[0] != "completion":
+    *_, words, _ = split_line(line)  # the whole ones, with the program's name
+    name = words[1] if len(words) > 1 else ""
+    if name in COMMANDS and name != "completion":
         os.environ["_ARGCOMPLETE"] = "2"  # the program's name is two words; its parser answers (commands/arguments.py)
-        _run(words[0], [])
+        _run(name, [])
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("command", choices=COMMANDS)
-    if words[0] == "completion":
+    if name == "completion":
         parser.add_argument("shell", choices=_SHELLS)
     autocomplete(parser)
 

@@ -73,7 +73,7 @@ def test_a_command_is_named_as_it_was_called(tokenkl: Answer) -> None:
     ("line", "expected"),
     [
         ("tokenkl ", set(COMMANDS)),
-        ("tokenkl run --output", {"--output-dir"}),
+        ("tokenkl  run --input-dir 'my  responses' --output", {"--output-dir"}),
     ],
 )
 def test_a_shell_is_told_which_words_may_follow(line: str, expected: set[str], tmp_path: Path) -> None:
@@ -83,6 +83,16 @@ def test_a_shell_is_told_which_words_may_follow(line: str, expected: set[str], t
     call = [sys.executable, "-c", "from flows.doors.tokenkl import main; main()"]
     subprocess.run(call, cwd=ROOT, env=environment, check=True, timeout=60)
     assert {word.strip() for word in answer.read_text().split("\n")} >= expected
+
+
+def test_init_writes_what_is_tracked_and_nothing_else(tokenkl: Answer, tmp_path: Path) -> None:
+    listed = ["git", "ls-files", "examples", "automations", "prefect.yaml"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a checkout")
+    assert tokenkl("init", str(tmp_path / "demo"))[0] == 0
+    written = {path.relative_to(tmp_path / "demo").as_posix() for path in (tmp_path / "demo").rglob("*.*")}
+    assert {name for name in written if (tmp_path / "demo" / name).is_file()} == set(done.stdout.split())
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
