@@ -169,7 +169,7 @@ Start = Callable[..., Process]
 
 def _server_for(module: str, request: pytest.FixtureRequest, wanted: bool = True) -> dict[str, str]:
     """The session's server, for programs that run a flow; it is started when the first of them is."""
-    needed = wanted and module in ("flows.run", "flows.sample", "flows.pipeline")
+    needed = wanted and module in ("flows.run", "flows.sample", "flows.pipeline", "flows.notify")
     return {"PREFECT_API_URL": request.getfixturevalue("prefect_api")} if needed else {}
 
 

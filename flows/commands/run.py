@@ -43,7 +43,7 @@ _DESCRIPTION = (
 )
 _EXAMPLES = (
     (
-        "a real model in this process against itself in four bits: nothing to sign up for",
+        "a small model in this process against itself in four bits",
         "--config examples/quickstart.yaml",
     ),
     ("what would be asked, and what it costs", "--config run.yaml --dry-run"),

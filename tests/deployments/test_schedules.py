@@ -230,6 +230,7 @@ def test_a_drift_event_starts_the_alert_once_with_its_figures(world: World) -> N
     wait_for(lambda: world.state(run["id"])["type"] == "COMPLETED", "the alert run has not completed")
     assert run["parameters"] == {"event": DRIFT, "payload": figures}
     wait_for(lambda: "kl_per_token = 0.123456" in world.log(run["id"]), "the figures are not in the log")
+    assert "kl_per_token = 0.123456" in world.state(run["id"])["message"]
     (artifact,) = world.artifacts(run["id"]).values()
     assert artifact["key"] == "tokenkl-drift-detected"
     assert "| kl_per_token | 0.123456 |" in artifact["data"]

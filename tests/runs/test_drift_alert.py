@@ -303,3 +303,9 @@ def test_a_fixed_folder_is_compared_with_what_it_held(run_program: Run, vertex_w
     assert row["drift"] == "drift", done.out
     assert row["drift_reference"] == str(tmp_path / "out")
     assert pl.read_parquet(tmp_path / "out/responses.parquet").height == 8
+
+
+def test_an_alert_by_hand_says_what_the_event_reports(run_program: Run) -> None:
+    done = run_program("flows.notify", "tokenkl.drift.detected", "kl_per_token=0.62", "results=results/a=b")
+    assert done.code == 0, done.err
+    assert done.out == "tokenkl.drift.detected: kl_per_token = 0.62, results = results/a=b\n"
