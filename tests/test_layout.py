@@ -37,7 +37,7 @@ kl.output.report        page
 
 backends                errors extras hookspecs settings / base builtin keys / registry session / catalogue
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
-backends.scores         rows / chunk_log / lines raw_log / journal / store
+backends.scores         rows / chunk_log damage / lines parts raw_log / journal / aside / store
 backends.contract       subject / setup / answers / calls / __init__
 backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
 import msgspec
 
 from backends.scores.lines import SUFFIX, lines_in
-from backends.scores.rows import row_of
+from backends.scores.rows import LISTS, WANTED, row_of
 from backends.storage import local_copies
 from kl.records import Score, ScoreFailure
 
@@ -59,28 +59,93 @@ class ScoreJournal:
         self._lines.clear()
 
 
-def recorded(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Prompt id → rows that killed runs left in journals; a line that was cut short is dropped."""
+class BrokenLine(NamedTuple):
+    """A line of a journal that is no row of scores."""
+
+    path: Path
+    line: bytes
+    why: str
+
+
+def recorded(paths: Iterable[Path], on_broken: Callable[[BrokenLine], None]) -> dict[str, list[dict[str, Any]]]:
+    """Prompt id → rows that killed runs left in journals; their values are still to be checked (`damage`).
+
+    The end of a killed run cuts the last line, which is dropped. Any other that is no row is for ``on_broken``.
+    """
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for path, copy in local_copies(paths):
         with copy.open("rb") as file:
             for line in file:
                 try:
                     prompt_id, row = _recorded(line)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    # The end of a killed run cuts the last line; a machine that fails may leave any bytes.
-                    logger.warning("%s: a line was cut short and is left out; its context is asked again", path)
+                except (ValueError, TypeError, LookupError, RecursionError, msgspec.MsgspecError) as error:
+                    if line.endswith(b"\n"):
+                        on_broken(BrokenLine(path, line, str(error)))
+                    else:
+                        logger.warning("%s: a line was cut short and is left out; its context is asked again", path)
                     continue
                 by_prompt.setdefault(prompt_id, []).append(row)
     return by_prompt
 
 
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Texts: TypeAlias = list[str | None]
+_Numbers: TypeAlias = list[float | None]
+_Ids: TypeAlias = list[_Id | None]
+_Bytes: TypeAlias = list[bytes | None]
+
+
+class _Row(msgspec.Struct, frozen=True, kw_only=True):
+    """The columns of a row, by their types; lines of earlier versions lack some."""
+
+    key: str | None
+    model: str | None
+    model_version: str | None
+    tokens: _Texts | None
+    logprobs: _Numbers | None
+    token_ids: _Ids | None
+    token_bytes: _Bytes | None
+    sampled_token: str | None
+    sampled_logprob: float | None
+    sampled_id: _Id | None
+    finish_reason: str | None
+    input_tokens: _Id | None
+    output_tokens: _Id | None
+    n_dropped: _Count | None
+    reason: str | None
+    error: str | None
+    scored_at: datetime
+    full_logprobs: _Numbers | None = None
+    exact_versus: str | None = None
+    exact_kl: float | None = None
+    exact_reverse_kl: float | None = None
+    exact_js: float | None = None
+    exact_tv: float | None = None
+    vocabulary: _Count | None = None
+    vocabulary_versus: _Count | None = None
+    wanted_tokens: _Texts | None = None
+    wanted_logprobs: _Numbers | None = None
+    wanted_ids: _Ids | None = None
+    wanted_bytes: _Bytes | None = None
+
+
 def _recorded(line: bytes) -> tuple[str, dict[str, Any]]:
-    row = json.loads(line)
+    read = json.loads(line)
+    if not isinstance(read, dict):
+        raise TypeError("it is no object")
+    row = cast("dict[str, Any]", read)
     row["scored_at"] = datetime.fromisoformat(row["scored_at"])
     for name in _BYTES:
         row[name] = row.get(name) and [item if item is None else bytes(item) for item in row[name]]
-    return row.pop("prompt_id"), row
+    prompt_id = row.pop("prompt_id", None)
+    if not isinstance(prompt_id, str) or Path(prompt_id).name != prompt_id:
+        raise ValueError(f"prompt_id {prompt_id!r} is none")
+    row = msgspec.structs.asdict(msgspec.convert(row, _Row))
+    for names in (LISTS, WANTED):  # a table would fill them up
+        if len({len(row[name] or ()) for name in names}) > 1:
+            raise ValueError(f"lists of unequal lengths ({', '.join(names)})")
+    return prompt_id, row
 
 
 def _line(row: dict[str, Any]) -> bytes:

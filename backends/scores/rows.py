@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from kl.columns import NO_ID, Entries, TopLists
-from kl.records import ExactPair, Score, ScoreFailure
+from kl.records import LARGEST_MASS, Candidate, ExactPair, Score, ScoreFailure
 from kl.scores import FACTS, ScoreTable
 
 SCORES = pl.Schema(
@@ -49,18 +50,44 @@ SCORES = pl.Schema(
         "wanted_bytes": pl.List(pl.Binary),
     }
 )
-_LISTS = ["tokens", "logprobs", "token_ids", "token_bytes"]  # of the candidates, equally long
+LISTS = ["tokens", "logprobs", "token_ids", "token_bytes"]  # of the candidates, equally long
 WANTED = ("wanted_tokens", "wanted_logprobs", "wanted_ids", "wanted_bytes")
 _EMPTY = dict.fromkeys(SCORES.names())
 
 EXACT = (
     "exact_versus", "exact_kl", "exact_reverse_kl", "exact_js", "exact_tv", "vocabulary", "vocabulary_versus",
 )  # fmt: skip
+LARGEST_LOGPROB = math.log(LARGEST_MASS)  # in a list that may still be one of rounded values
 ADDED = frozenset((*EXACT, *WANTED))  # parts of earlier versions lack them
+
+
+def storable(result: Score | ScoreFailure) -> Score | ScoreFailure:
+    """The same without what no list of log-probabilities holds, so that nothing stored passes for damaged later.
+
+    What has no number is dropped and counted. A value above 0 is no rounding: the list is none, and asking for it again
+    would buy the same.
+    """
+    if isinstance(result, ScoreFailure):
+        return result
+    lists = (result.top, result.wanted)
+    if all((value := item[1]) is not None and value <= LARGEST_LOGPROB for items in lists for item in items):
+        return result
+    top, wanted = (tuple(item for item in items if _has_number(item)) for items in lists)
+    largest = max((value for item in (*top, *wanted) if (value := item[1]) is not None), default=0.0)
+    if largest > LARGEST_LOGPROB:
+        message = f"Q's list has the log-probability {largest:.4g}, above 0: it is none. Check the backend's settings."
+        return ScoreFailure(result.key, "mass-above-1-q", message, final=True)
+    n_dropped = result.n_dropped + len(result.top) - len(top)
+    return replace(result, top=top, wanted=wanted, n_dropped=n_dropped)
+
+
+def _has_number(item: Candidate) -> bool:
+    return item.logprob is not None and not math.isnan(item.logprob)
 
 
 def row_of(model: str, result: Score | ScoreFailure) -> dict[str, Any]:
     """A score, or a failure, of ``model`` as a row of `SCORES`."""
+    result = storable(result)
     row: dict[str, Any] = {**_EMPTY, "key": result.key, "model": model, "scored_at": datetime.now(UTC)}
     if isinstance(result, ScoreFailure):
         row["reason"], row["error"] = result.reason, result.message
@@ -100,13 +127,13 @@ def _frame_by_columns(rows: Sequence[dict[str, Any]]) -> pl.DataFrame | None:
         [_column(name, dtype, [row.get(name) for row in rows], longest) for name, dtype in SCORES.items()]
     )
     if min(lengths) < longest:
-        frame = frame.with_columns(pl.col(_LISTS).list.head(pl.lit(pl.Series(lengths))))
+        frame = frame.with_columns(pl.col(LISTS).list.head(pl.lit(pl.Series(lengths))))
     return frame
 
 
 def _column(name: str, dtype: Any, values: list[Any], longest: int) -> pl.Series:
     """A column; lists are put together first, filled up to the longest one: polars takes each list by itself slowly."""
-    if name not in _LISTS:
+    if name not in LISTS:
         return pl.Series(name, values, dtype=dtype)  # also those of wanted tokens: few, and mostly none
     flat = [item for value in values for item in (value if len(value) == longest else _filled(value, longest))]
     return pl.Series(name, flat, dtype=dtype.inner).reshape((len(values), longest)).cast(dtype)
@@ -154,7 +181,7 @@ def results_of(frame: pl.DataFrame) -> Stored:
     facts = frame.select(FACTS.names()).cast(FACTS)
     has_wanted = WANTED[0] in frame.columns and frame[WANTED[0]].null_count() < frame.height
     wanted = _lists_of(frame, *WANTED) if has_wanted else None
-    return Stored(ScoreTable(_lists_of(frame, *_LISTS), sampled, facts, wanted), failures)
+    return Stored(ScoreTable(_lists_of(frame, *LISTS), sampled, facts, wanted), failures)
 
 
 def _lists_of(frame: pl.DataFrame, tokens: str, logprobs: str, ids: str, stated: str) -> TopLists:

@@ -15,13 +15,20 @@ as it is.
 A part is written whole or not at all. The same score may stand in two parts (a run was killed between writing a merged
 part and removing its pieces); the answers are equal and the first one read counts. All parts are one plain table:
 ``polars.read_parquet("scores/*/*.parquet")``.
+
+What is damaged is no score: its context is asked again. It was paid for, so that it is kept, by whoever may change the
+store, in a place of its own; a fault of the disk or the network is no damage, and raised::
+
+    scores/set_aside/<prompt_id>/<part>.parquet
+    scores/set_aside/journals/<name>.jsonl
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Iterable, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +36,10 @@ import numpy as np
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.scores.journal import SUFFIX, ScoreJournal, recorded
+from backends.scores.aside import SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
+from backends.scores.damage import damage
+from backends.scores.journal import SUFFIX, BrokenLine, ScoreJournal, recorded
+from backends.scores.parts import Part, packed
 from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
 from backends.storage import (
     COPIES,
@@ -44,12 +54,17 @@ from backends.storage import (
 from kl.records import ExactPair, Score, ScoreFailure
 from kl.scores import Scores
 
-__all__ = ["SCORES", "ScoreJournal", "ScoreStore"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["SCORES", "Alone", "ScoreJournal", "ScoreStore"]
 
 _JOURNALS = "journals"
+_NO_PROMPTS = (_JOURNALS, SET_ASIDE)  # folders of a store
 _PARTS_WORTH_MERGING = 4
 _JOURNALS_AT_ONCE = 500  # objects of a second each
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
+
+Alone = Callable[[], AbstractContextManager[None]]
 
 
 class Compared(NamedTuple):
@@ -77,10 +92,28 @@ class ScoreStore:
         Also keep failures that may pass: for the record of one run, never where it is decided what is bought.
     journals : Path, optional
         Where answers are kept at first; each of several runs that use one store has a place of its own.
+    alone : callable, optional
+        Enters a context in which nobody else changes the store. With it, what is damaged is set aside where it is
+        decided what is asked; without, it is only left out.
+
+    Attributes
+    ----------
+    n_damaged, n_broken : int
+        Rows that could not be used, and parts that could not be read, of all that was read through this object.
     """
 
-    def __init__(self, root: Path, *, every_failure: bool = False, journals: Path | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        every_failure: bool = False,
+        journals: Path | None = None,
+        alone: Alone | None = None,
+    ) -> None:
         self.root = root
+        self.n_damaged = self.n_broken = 0
+        self._alone = alone
+        self._named: set[str] = set()
         self._journals = root / _JOURNALS if journals is None else journals
         self._every_failure = every_failure
         self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
@@ -92,8 +125,7 @@ class ScoreStore:
 
     def known_keys(self, prompt_id: str) -> set[str]:
         """Keys that need not be asked again: scores, and failures that are final."""
-        parts = self._parts(prompt_id)
-        return {key for part in parts for key in self._read(part, ["key"])["key"]}
+        return {key for _, part in self._each(prompt_id, tidy=True) for key in part.rows(["key"])["key"]}
 
     def load(self, prompt_id: str, keys: Iterable[str]) -> dict[str, Score | ScoreFailure]:
         """The stored results among ``keys``, without full vocabularies."""
@@ -115,17 +147,18 @@ class ScoreStore:
         asked = list(dict.fromkeys(keys))
         columns = [*_LIGHT, *WANTED] if wanted else _LIGHT
         none = pl.DataFrame(schema={name: SCORES[name] for name in columns})
-        found = pl.concat([none, *(self._read(part, columns, asked) for part in self._parts(prompt_id))])
+        parts = (part.rows(columns) for _, part in self._each(prompt_id))
+        found = pl.concat([none, *(rows.filter(pl.col("key").is_in(asked)) for rows in parts)])
         return found.unique("key", keep="first", maintain_order=True)
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""
         found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-        for part in self._parts(prompt_id):
+        for _, part in self._each(prompt_id):
             missing = [key for key in keys if key not in found]
             if not missing:
                 break
-            frame = self._read(part, ["key", "full_logprobs"], missing)
+            frame = part.rows(["key", "full_logprobs"]).filter(pl.col("key").is_in(missing))
             for key, values in zip(frame["key"], frame["full_logprobs"], strict=True):
                 if values is not None:
                     found[key] = values.to_numpy()
@@ -134,23 +167,22 @@ class ScoreStore:
     def load_exact(self, prompt_id: str, keys: Iterable[str]) -> dict[tuple[str, str], ExactPair]:
         """What was found of whole vocabularies, by the key of the score and that of the other model's."""
         wanted = list(keys)
-        rows = (row for part in self._parts(prompt_id) for row in self._exact_rows(part, wanted).iter_rows(named=True))
+        frames = (part.rows(["key", *EXACT]).filter(pl.col("key").is_in(wanted)) for _, part in self._each(prompt_id))
+        rows = (row for frame in frames for row in frame.drop_nulls("exact_versus").iter_rows(named=True))
         return {(row["key"], row["exact_versus"]): exact_of(row) for row in rows}
-
-    def _exact_rows(self, part: StoredFile, keys: list[str] | None) -> pl.DataFrame:
-        return self._read(part, ["key", *EXACT], keys).filter(pl.col("exact_versus").is_not_null())
 
     def compared(self, prompt_id: str) -> Compared:
         """What is on disk of whole vocabularies; a part has either pairs or vocabularies."""
         pairs: set[frozenset[str]] = set()
         whole: set[str] = set()
         failed: set[str] = set()
-        for part in self._parts(prompt_id):
-            rows = self._exact_rows(part, None)
+        for _, part in self._each(prompt_id, tidy=True):
+            rows = part.rows(["key", "reason", "exact_versus"])
+            failed.update(rows.drop_nulls("reason")["key"])
+            rows = rows.drop_nulls("exact_versus")
             pairs.update(map(frozenset, zip(rows["key"], rows["exact_versus"], strict=True)))
-            failed.update(self._read(part, ["key", "reason"]).drop_nulls("reason")["key"])
             if rows.is_empty():
-                whole |= self._whole_keys(part)
+                whole.update(part.rows(["key", "full_logprobs"]).drop_nulls("full_logprobs")["key"])
         return Compared(frozenset(pairs), frozenset(whole), frozenset(failed))
 
     def append(self, prompt_id: str, model: str, results: Sequence[Score | ScoreFailure]) -> None:
@@ -163,8 +195,7 @@ class ScoreStore:
     def write_rows(self, prompt_id: str, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows of the schema `SCORES` as one part."""
         if rows:
-            frame = frame_of(rows)
-            self._write(frame, self.root / prompt_id / _part_name(frame))
+            self._write(frame_of(rows), prompt_id)
 
     def journal(self, name: str) -> ScoreJournal:
         """A journal for the answers of one group; ``name`` must be free among those open."""
@@ -181,11 +212,21 @@ class ScoreStore:
         count = 0
         for start in range(0, len(paths), at_once):
             some = paths[start : start + at_once]
-            for prompt_id, rows in recorded(some).items():
-                self.write_rows(prompt_id, rows)
-                count += len(rows)
+            broken: list[BrokenLine] = []
+            for prompt_id, rows in recorded(some, broken.append).items():
+                count += self._take_in(prompt_id, frame_of(rows))
+            keep_lines(self.root, broken)
             in_parallel(remove, some)
         return count
+
+    def _take_in(self, prompt_id: str, frame: pl.DataFrame) -> int:
+        frame = frame.with_columns(damage(frame).alias("why"))
+        damaged, sound = (frame.filter(is_some) for is_some in (pl.col("why").is_not_null(), pl.col("why").is_null()))
+        if not damaged.is_empty():
+            keep_journaled(self.root, prompt_id, damaged)
+        if not sound.is_empty():
+            self._write(sound.drop("why"), prompt_id)
+        return sound.height
 
     def compact_all(self) -> None:
         """Merge small parts, prompt by prompt. No other run may be using the folder."""
@@ -194,20 +235,27 @@ class ScoreStore:
 
     def _prompts(self) -> list[str]:
         if self._listing is not None:
-            return [name for name in self._listing.subfolders() if name != _JOURNALS]
+            return [name for name in self._listing.subfolders() if name not in _NO_PROMPTS]
         folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
-        return [folder.name for folder in folders if folder.is_dir() and folder.name != _JOURNALS]
+        return [folder.name for folder in folders if folder.is_dir() and folder.name not in _NO_PROMPTS]
 
     def compact(self, prompt_id: str) -> None:
         """Merge the many small parts of a prompt into one, sorted by key."""
-        parts = self._parts(prompt_id)
-        if len(parts) < _PARTS_WORTH_MERGING or any(self._whole_keys(part) for part in parts):
+        if len(self._parts(prompt_id)) < _PARTS_WORTH_MERGING:
             return
-        frame = pl.concat(self._read(part, SCORES.names()).select(SCORES.names()) for part in parts)
-        frame = frame.unique(["key", "exact_versus"], keep="first").sort("key", "exact_versus")
-        target = self.root / prompt_id / _part_name(frame)
-        self._write(frame, target)
-        in_parallel(remove, [part.path for part in parts if part.path != target])
+        frames: list[pl.DataFrame] = []
+        paths: list[Path] = []
+        for file, part in self._each(prompt_id, tidy=True):
+            frame = part.rows(SCORES.names())
+            if part.is_harmed or frame["full_logprobs"].null_count() < frame.height:
+                return
+            frames.append(frame)
+            paths.append(file.path)
+        if not frames:
+            return
+        frame = pl.concat(frames).unique(["key", "exact_versus"], keep="first").sort("key", "exact_versus")
+        target = self._write(frame, prompt_id)
+        in_parallel(remove, [path for path in paths if path != target])
         self._note_change(prompt_id)
 
     def _parts(self, prompt_id: str) -> list[StoredFile]:
@@ -215,40 +263,105 @@ class ScoreStore:
             return self._listing.files_of(prompt_id)
         return [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
 
-    def _whole_keys(self, part: StoredFile) -> set[str]:
-        """The keys that have a vocabulary in a part."""
-        with COPIES.open(part) as path:
-            frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-            return set(frame.filter(pl.col("full_logprobs").is_not_null()).select("key").collect()["key"])
+    def _each(self, prompt_id: str, *, tidy: bool = False) -> Iterator[tuple[StoredFile, Part]]:
+        """The parts of a prompt, without what is damaged; with ``tidy`` that is set aside where this run may do so.
 
-    def _read(self, part: StoredFile, columns: list[str], keys: list[str] | None = None) -> pl.DataFrame:
-        with COPIES.open(part) as path:
-            try:
-                added = ADDED.intersection(columns)  # parts of earlier versions lack them
-                absent = added - set(pl.read_parquet_schema(path)) if added else added
-                held = [name for name in columns if name not in absent]
-                frame = pl.read_parquet(path, columns=held, glob=False, hive_partitioning=False)
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise ConfigError(
-                    f"the stored scores in {part.path} cannot be read ({error}). Restore the file, or move it away: "
-                    "its scores are then asked for, and paid for, again."
-                ) from error
-        frame = frame.with_columns(pl.lit(None, SCORES[name]).alias(name) for name in columns if name in absent)
-        return frame if keys is None else frame.filter(pl.col("key").is_in(keys))
+        What another run puts in the place of a part is given, too.
+        """
+        seen: set[str] = set()
+        gone: set[str] = set()
+        while True:
+            for file in self._parts(prompt_id):
+                if file.path.name in seen:
+                    continue
+                try:
+                    part = self._opened(file, tidy=tidy)
+                except FileNotFoundError as error:  # another run has replaced it since it was listed
+                    if file.path.name in gone:
+                        raise _unreadable(file, error) from error
+                    gone.add(file.path.name)
+                    break
+                seen.add(file.path.name)
+                if part is None:
+                    break
+                self._name(file, part)
+                yield file, part
+            else:
+                return
+            self._note_change(prompt_id)
 
-    def _write(self, frame: pl.DataFrame, target: Path) -> None:
-        # Two tasks write a part of one name only with equal keys.
-        packed = io.BytesIO()
-        frame.write_parquet(packed, compression="zstd")
-        write_bytes_atomic(target, packed.getvalue())
-        self._note_change(target.parent.name)
+    def _opened(self, file: StoredFile, *, tidy: bool) -> Part | None:
+        """A part; None if another, or none, is in its place now."""
+        part = Part(file.path.name, _content(file))
+        if part.changed:
+            raise ConfigError(
+                f"{file.path} is not as it was written (its checksum is another), though it can be read. If you "
+                "changed it, give it another name: its scores count then. If not, move it away: they are asked for, "
+                "and paid for, again."
+            )
+        if not tidy or self._alone is None:
+            return part
+        if part.is_harmed:
+            self._count(part)
+            with self._alone():
+                return put_right(self.root, file.path.parent.name, file.path)
+        if not is_remote(file.path) and (name := part.name_to_prove()) is not None:
+            with self._alone():
+                os.replace(file.path, file.path.with_name(name))  # so that it need not be checked each time
+            return None
+        return part
+
+    def _name(self, file: StoredFile, part: Part) -> None:
+        """Say what is damaged, once, where it stays."""
+        if not part.is_harmed or str(file.path) in self._named:
+            return
+        self._named.add(str(file.path))
+        self._count(part)
+        logger.warning(
+            "%s %s: not used; a run sets it aside in %s, and asks again",
+            file.path, harm_of(part), self.root / SET_ASIDE,
+        )  # fmt: skip
+
+    def _count(self, part: Part) -> None:
+        self.n_damaged += part.damaged.height
+        self.n_broken += part.broken is not None
+
+    def _write(self, frame: pl.DataFrame, prompt_id: str) -> Path:
+        name, content = packed(frame)
+        target = self.root / prompt_id / name
+        write_bytes_atomic(target, content)
+        self._note_change(prompt_id)
+        return target
 
     def _note_change(self, prompt_id: str) -> None:
         if self._listing is not None:
             self._listing.note_change(prompt_id)
 
 
-def _part_name(frame: pl.DataFrame) -> str:
-    """The same for the same keys and pairs."""
-    content = "".join(frame["key"]) + "".join(frame["exact_versus"].drop_nulls())
-    return f"{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.parquet"
+def _content(file: StoredFile) -> bytes:
+    """The bytes of a part.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is gone.
+    ConfigError
+        If the storage does not give it, which says nothing of what it holds.
+    """
+    try:
+        with COPIES.open(file) as path:
+            content = path.read_bytes()
+        if is_remote(file.path) and len(content) != file.size:
+            raise OSError(f"{len(content):,} of {file.size:,} bytes came")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return content
+
+
+def _unreadable(file: StoredFile, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the stored scores in {file.path} cannot be read ({error}). They are not taken for lost, and nothing is asked "
+        "in their place: run again when the storage gives them."
+    )

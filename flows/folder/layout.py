@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.scores.store import ScoreStore
+from backends.scores.store import Alone, ScoreStore
 from kl.finished import names
 
 HISTORY_FILE = "history.parquet"  # of many runs: beside their folders, or in one that all of them use
@@ -100,10 +100,10 @@ class OutputFolder:
         """The record of the run, which is written last."""
         return self.path / names.RECORD
 
-    def stores(self, journals: Path | None = None) -> Stores:
-        """Where answers go; ``journals`` is where they are kept at first, by default in the store."""
+    def stores(self, journals: Path | None = None, alone: Alone | None = None) -> Stores:
+        """Where answers go; the arguments are as of `ScoreStore`."""
         failures = ScoreStore(self.unfinished / "failures", every_failure=True)
-        return Stores(ScoreStore(self.scores, journals=journals), failures)
+        return Stores(ScoreStore(self.scores, journals=journals, alone=alone), failures)
 
 
 @dataclass(frozen=True, slots=True)

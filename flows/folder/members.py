@@ -73,6 +73,13 @@ class Member:
         self._claimed = np.array([], dtype=np.uint64)
         self._waiting_since: float | None = None
 
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """While this is entered, no other run changes what is stored."""
+        with exclusive(self._scores / _MEMBERS):
+            self.check()
+            yield
+
     def holds(self, wanted: Missing) -> bool:
         """Whether all these contexts are claimed by this run."""
         return bool(np.isin(_joined(wanted), self._claimed, assume_unique=True).all())
@@ -82,8 +89,7 @@ class Member:
 
         What was claimed before is let go.
         """
-        with exclusive(self._scores / _MEMBERS):
-            self.check()
+        with self.alone():
             holders = self._holders(wanted)
             self._claimed = np.array([], dtype=np.uint64) if holders else _joined(wanted)
             write_bytes_atomic(self._folder / _CLAIMED, self._claimed.astype("<u8").tobytes())

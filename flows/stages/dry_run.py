@@ -128,6 +128,7 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
         ("positions", f"{plan.n_positions:,}, of which {plan.n_selected:,} are measured"),
         ("distinct contexts", f"{plan.n_contexts:,}"),
         ("on disk already", f"{plan.n_stored:,}"),
+        *_damaged_rows(plan),
         ("in jobs of earlier runs", f"{plan.n_in_flight:,}"),
         ("requests", f"{plan.n_to_ask:,} in {_groups_text(plan, comparison)}"),
         ("request bytes", f"{work.request_bytes:,}"),
@@ -138,6 +139,13 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
         ("interval, expected", expected_width_text(plan.n_prompts, plan.n_selected, pilot=_pilot(comparison))),
     ]
     return rows + [(f"skipped: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+
+
+def _damaged_rows(plan: Plan) -> Rows:
+    if not plan.n_damaged and not plan.n_broken:
+        return []
+    found = f"{plan.n_damaged:,} scores and {plan.n_broken:,} files"
+    return [("damaged on disk", f"{found}, named in the log: a run sets them aside and asks again")]
 
 
 def _again_rows(plan: Plan) -> Rows:

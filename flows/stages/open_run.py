@@ -194,7 +194,8 @@ class OpenRun:
 
     def _look(self) -> None:
         """See what is on disk and in jobs now."""
-        self.stores = self.comparison.folder.stores(self.member and self.member.journals)
+        stores, member = self.comparison.folder.stores, self.member
+        self.stores = stores(None, nullcontext) if member is None else stores(member.journals, member.alone)
         self.backend = self.comparison.build_backend(flow_run.id)
         self.backend.check_lock = self.check_lock
 

@@ -77,9 +77,11 @@ class Plan:
     ``n_positions`` counts the positions of all readable responses, ``n_selected`` those that are measured,
     ``n_contexts`` the distinct contexts among them (of both models where both are asked, without what is left to a
     later run), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of an earlier run answers.
-    ``estimate`` is for the contexts that are not on disk; of the models ``unpriced`` no price is known. ``again`` is
-    the part of all these that asks a model a second time. ``missing`` has the contexts that are asked: prompt id → the
-    first 64 bits of each key. ``in_use`` says why none of it may be asked: another run is at it.
+    ``n_damaged`` and ``n_broken`` count the stored scores that could not be used, and the parts that could not be read:
+    what they answered is asked. ``estimate`` is for the contexts that are not on disk; of the models ``unpriced`` no
+    price is known. ``again`` is the part of all these that asks a model a second time. ``missing`` has the contexts
+    that are asked: prompt id → the first 64 bits of each key. ``in_use`` says why none of it may be asked: another run
+    is at it.
     """
 
     files: list[InputFile]
@@ -94,6 +96,8 @@ class Plan:
     n_contexts: int = 0
     n_stored: int = 0
     n_in_flight: int = 0
+    n_damaged: int = 0
+    n_broken: int = 0
     estimate: WorkEstimate = field(default_factory=WorkEstimate)
     unpriced: set[str] = field(default_factory=set[str])
     again: AgainPlan = field(default_factory=AgainPlan)
@@ -166,7 +170,7 @@ def make_plan(
                     (by_job.setdefault(job, []) if job else together).append(selection)
             if new:
                 fresh.append(new)
-    plan.n_prompts = len(seen)
+    plan.n_prompts, plan.n_damaged, plan.n_broken = len(seen), store.n_damaged, store.n_broken
     plan.n_in_flight = sum(len(selection.positions) for job in by_job.values() for selection in job)
     # Few contexts of each response, which as jobs of their own would each take the place of a job of many.
     joint = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from backends.base import WAITING, ScoreRequest
 from backends.errors import BackendError, ModelNotUsableError
+from backends.scores.rows import storable
 from backends.scores.store import ScoreJournal
 from flows.folder.layout import Stores
 from flows.folder.room import disk_refused
@@ -73,6 +74,7 @@ class _Incoming:
             raise BackendError(f"the backend answered {result.key}, which was not asked or was answered before.")
         self.open_keys.discard(result.key)
         prompt_id, model = self.where[result.key]
+        result = storable(result)
         self.waiting.append(result)  # first: what the journal refuses may still become a part
         try:
             self.journal.add(prompt_id, model, result)

@@ -174,7 +174,8 @@ def test_p_is_computed_anew_beside_another_q_and_where_its_half_is_lost(
         frame = pl.read_parquet(path)
         frame.filter(pl.col("model") == "smollm2-135m").with_columns(
             exact_versus=pl.lit(None, pl.String)
-        ).write_parquet(path)
+        ).write_parquet(path.with_name(f"half-{path.name}"))
+        path.unlink()
     again = run_example(run_program, output, "--input-dir", str(three_files))
     assert again["kl_exact"].to_list() == first
     assert json.loads((output / "run.json").read_text())["contexts_asked"] == 2 * n

@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from backends.errors import ConfigError
 from backends.scores import rows
 from backends.scores.journal import recorded
 from backends.scores.rows import EXACT, SCORES, results_of, row_of
@@ -49,7 +48,7 @@ def test_a_journal_gives_back_what_was_put_in(token: str, logprob: float | None,
     journal = ScoreStore(tmp_path).journal("group")
     for result in (kept, blocked, ScoreFailure("k3", "row-error", "503")):
         journal.add("p", "m", result)
-    rows = recorded([tmp_path / "journals" / "group.jsonl"])["p"]
+    rows = recorded([tmp_path / "journals" / "group.jsonl"], print)["p"]
     written = [row_of("m", result) for result in (kept, blocked)]
     assert [{**row, "scored_at": None} for row in rows] == [{**row, "scored_at": None} for row in written]
 
@@ -96,15 +95,6 @@ def test_compacting_keeps_every_score_once(tmp_path) -> None:
     assert store.load("p", "abcde") == {key: score(key) for key in "abcde"}
     store.compact("p")
     assert store.known_keys("p") == set("abcde")
-
-
-def test_a_part_that_was_cut_short_is_named(tmp_path) -> None:
-    store = ScoreStore(tmp_path)
-    store.append("p", "m", [score("k1")])
-    (part,) = tmp_path.glob("p/*.parquet")
-    part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(ConfigError, match=part.name):
-        store.known_keys("p")
 
 
 def test_temporary_files_of_a_killed_run_are_no_scores(tmp_path) -> None:
@@ -214,6 +204,7 @@ def test_parts_of_earlier_versions_have_no_figures_and_are_read_all_the_same(tmp
     store.append("p", "m", [score("k1", full_logprobs=np.zeros(3, np.float32)), score("k2")])
     (path,) = (tmp_path / "p").glob("*.parquet")
     pl.read_parquet(path).drop(EXACT).write_parquet(path)
+    path.rename(path.with_name("earlier.parquet"))
     store.append("p", "m", [score("k3", exact=pair("k4"))])
     assert store.load("p", ["k1", "k2", "k3"]).keys() == {"k1", "k2", "k3"}
     assert store.load_exact("p", ["k1", "k2", "k3"]).keys() == {("k3", "k4")}
@@ -256,6 +247,7 @@ def test_parts_of_earlier_versions_have_no_wanted_tokens(tmp_path) -> None:
     store.append("p", "m", [score("k1")])
     (part,) = (tmp_path / "p").glob("*.parquet")
     pl.read_parquet(part).drop(rows.WANTED).write_parquet(part)
+    part.rename(part.with_name("earlier.parquet"))
     store.append("p", "m", [score("k2", wanted=WANTED)])
     assert store.load("p", ["k1", "k2"]) == {"k1": score("k1"), "k2": score("k2", wanted=WANTED)}
 

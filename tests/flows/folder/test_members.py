@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from backends.errors import ConfigError
@@ -96,6 +98,25 @@ def test_a_run_that_left_in_order_is_not_said_to_have_ended_at_once(
         run.wait(wanted(A), holders)
         assert "ended at once" not in caplog.text
         assert len(list((tmp_path / "members").iterdir())) == 1
+
+
+def test_runs_that_share_a_store_set_aside_what_is_damaged_one_at_a_time(tmp_path: Path) -> None:
+    sound = ScoreStore(tmp_path)
+    sound.append("prompt", "q", [Score(key, (Candidate("a", -0.1),)) for key in (A, B)])
+    (part,) = (tmp_path / "prompt").iterdir()
+    damaged = pl.col("logprobs").list.eval(pl.element() + pl.Series([float("nan")]))
+    whole = pl.read_parquet(part).with_columns(pl.when(pl.col("key") == B).then(damaged).otherwise("logprobs"))
+    with member_of(tmp_path, nothing) as one, member_of(tmp_path, nothing) as two, ThreadPoolExecutor() as pool:
+        for number in range(5):
+            whole.write_parquet(tmp_path / "prompt" / f"{number}.parquet")
+        part.unlink()
+        stores = [ScoreStore(tmp_path, alone=member.alone) for member in (one, two)]
+        assert list(pool.map(lambda store: store.known_keys("prompt"), stores)) == [{A}, {A}]
+        assert two.claim(wanted(B)) == []
+        assert len(one.claim(wanted(B))) == 1, "what is asked again is claimed as ever"
+    (kept,) = (tmp_path / "set_aside" / "prompt").iterdir()
+    assert pl.read_parquet(kept)["key"].to_list() == [B]
+    assert [path.name[16] for path in (tmp_path / "prompt").iterdir()] == ["-"]
 
 
 def test_journals_that_were_moved_into_a_store_are_taken_in(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from backends.errors import ConfigError
-from backends.scores.store import ScoreStore
+from backends.scores.rows import SCORES, row_of
+from backends.scores.store import Alone, ScoreStore
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.reading import validate
@@ -40,6 +43,7 @@ def plan_of(tmp_path: Path) -> MakePlan:
         files: dict[str, tuple[str, list[list[str]]]],
         in_flight: dict[str, str] | None = None,
         at_once: int = 50,
+        alone: Alone | None = None,
         **settings: Any,
     ) -> tuple[Plan, Comparison, ScoreStore]:
         folder = tmp_path / "in"
@@ -55,7 +59,7 @@ def plan_of(tmp_path: Path) -> MakePlan:
         }
         config = validate(RunConfig, values | {"backend": "vertex_online", "project_id": "p"} | settings)
         comparison = Comparison.of(config, RunValues.of_a_dry_run())
-        store = ScoreStore(comparison.folder.scores)
+        store = ScoreStore(comparison.folder.scores, alone=alone)
         return make_plan(find_inputs(config), comparison, store, in_flight or {}, at_once), comparison, store
 
     return make
@@ -376,3 +380,23 @@ def test_a_sampled_token_is_wanted_once_whatever_its_text_in_the_list(plan_of: M
     assert made.wanted is not None
     added = [[(item.token, item.token_id) for item in top[2:]] for top in made.wanted]
     assert added == [[], [], [("a", 7)], [("b", None)]]
+
+
+def test_what_is_damaged_on_disk_is_planned_and_estimated_again_and_what_is_sound_is_not(
+    plan_of: MakePlan, tmp_path: Path
+) -> None:
+    files = {"a.json": ("Hi", [["x", "y", "z"]])}
+    first, comparison, store = plan_of(files)
+    keys = asked(first, comparison)
+    (prompt_id,) = first.missing
+    rows = [row_of("m", Score(key, (Candidate("a", -0.1),))) for key in keys]
+    rows[1]["logprobs"] = [-0.1, -0.2]
+    (store.root / prompt_id).mkdir(parents=True)
+    pl.DataFrame(rows, schema=SCORES, orient="row").write_parquet(store.root / prompt_id / "part.parquet")
+    for again, n_found in ((plan_of(files), 1), (plan_of(files, alone=nullcontext), 1), (plan_of(files), 0)):
+        plan, comparison, store = again
+        assert asked(plan, comparison) == keys[1:2]
+        assert (plan.n_stored, plan.n_damaged, plan.n_broken) == (2, n_found, 0)
+        assert 0 < plan.estimate.cost_usd < first.estimate.cost_usd
+        said = [text for label, text in plan_rows(plan, comparison) if label == "damaged on disk"]
+        assert said == ["1 scores and 0 files, named in the log: a run sets them aside and asks again"] * n_found

@@ -1,0 +1,117 @@
+"""A part of the table of scores: proven by the checksum in its name, or checked row by row.
+
+A part that this program wrote is called by a hash of its keys and the checksum of its bytes. Where both agree nothing
+else need be looked at. Where they do not, no row can be told from a wrong one: of a thousand flipped bits fifty give
+other numbers without an error. Parts of other names (of earlier versions, of other programs) are checked each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import zlib
+from collections.abc import Sequence
+
+import polars as pl
+
+from backends.scores.damage import damage, misfit
+from backends.scores.rows import ADDED, SCORES
+
+_PROVEN = re.compile(r"[0-9a-f]{16}-([0-9a-f]{8})\.parquet")
+_NO_ROWS = pl.DataFrame(schema={**SCORES, "why": pl.String})
+# A panic of Polars on garbage is none of Python's exceptions.
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
+
+
+def packed(frame: pl.DataFrame) -> tuple[str, bytes]:
+    """A table of scores as the name and the content of a part."""
+    content = io.BytesIO()
+    frame.write_parquet(content, compression="zstd")
+    return proven_name(frame, content.getvalue()), content.getvalue()
+
+
+def proven_name(frame: pl.DataFrame, content: bytes) -> str:
+    """What a part with these rows is called."""
+    keys = "".join(frame["key"].drop_nulls()) + "".join(frame["exact_versus"].drop_nulls())
+    digest = hashlib.sha256(keys.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{digest}-{zlib.crc32(content):08x}.parquet"
+
+
+class Part:
+    """A part that was read.
+
+    Attributes
+    ----------
+    broken : str or None
+        Why it is no table of scores; then it has no rows.
+    proven : bool
+        Whether it is as it was written.
+    changed : bool
+        Whether it is not, and shows no damage: nothing says whether somebody changed it, or a disk.
+    damaged : pl.DataFrame
+        The rows that cannot be used, with ``why``.
+    """
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self._content = content
+        self.broken: str | None = None
+        self.damaged = _NO_ROWS
+        self._sound: pl.DataFrame | None = None
+        written = _PROVEN.fullmatch(name)
+        self.proven = written is not None and int(written[1], 16) == zlib.crc32(content)
+        if not self.proven:
+            self._check()
+        self.changed = written is not None and not self.proven and not self.is_harmed
+        if written is not None and not self.damaged.is_empty():
+            self.broken = f"its checksum is another, and {self.damaged.height} of its scores are damaged"
+            self.damaged = _NO_ROWS
+
+    def _check(self) -> None:
+        try:
+            schema = pl.read_parquet_schema(io.BytesIO(self._content))
+            self.broken = misfit(schema)
+            if self.broken is not None:
+                return
+            columns = [name for name in SCORES.names() if name in schema]
+            frame = self._columns(columns).cast({name: SCORES[name] for name in columns})
+            frame = _with_absent(frame, SCORES.names())
+            frame = frame.with_columns(damage(frame).alias("why"))
+        except _UNREADABLE as error:
+            self.broken = " ".join(str(error).split()) or type(error).__name__
+            return
+        self._sound = frame.filter(pl.col("why").is_null()).drop("why")
+        self.damaged = frame.filter(pl.col("why").is_not_null())
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether there is anything in it that cannot be used."""
+        return self.broken is not None or not self.damaged.is_empty()
+
+    def name_to_prove(self) -> str | None:
+        """Under which name it would be proven, if it is sound and only lacks that."""
+        if self._sound is None or self.is_harmed or self.changed:
+            return None
+        schema = pl.read_parquet_schema(io.BytesIO(self._content))
+        is_own = all(SCORES.get(name) == dtype for name, dtype in schema.items())
+        return proven_name(self._sound, self._content) if is_own else None
+
+    def rows(self, columns: Sequence[str]) -> pl.DataFrame:
+        """Some columns of the rows that can be used."""
+        if self.broken is not None:
+            return pl.DataFrame(schema={name: SCORES[name] for name in columns})
+        if self._sound is not None:
+            return self._sound.select(columns)
+        held = columns
+        if added := ADDED.intersection(columns):  # parts of earlier versions lack them
+            absent = added - set(pl.read_parquet_schema(io.BytesIO(self._content)))
+            held = [name for name in columns if name not in absent]
+        return _with_absent(self._columns(held), columns)
+
+    def _columns(self, columns: Sequence[str]) -> pl.DataFrame:
+        return pl.read_parquet(io.BytesIO(self._content), columns=list(columns), hive_partitioning=False)
+
+
+def _with_absent(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    absent = [pl.lit(None, SCORES[name]).alias(name) for name in columns if name not in frame.columns]
+    return frame.with_columns(absent).select(columns)
