@@ -1,12 +1,13 @@
 """What all tests share: a Prefect server and programs; and no test reaches beyond this machine."""
 
-import itertools
 import os
 import socket
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.programs import SessionServer, prefect_api, process_worker, run_process, run_program, start_program
 
@@ -29,26 +30,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(SessionServer().stop)
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """A file of tests goes to one process: what they share, models above all, is made once."""
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deal the slow tests, whole files of them, to the processes of xdist, which begin with them.
-
-    Each process is given an equal number of tests in their order, and an idle one takes from the end of what another
-    has: so only short tests are moved, and a server for a file of slow tests is started once.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    hands: list[list[pytest.Item]] = [[] for _ in range(config.workerinput["workercount"])]
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    short = [item for item in items if not item.get_closest_marker("slow")]
-    for _, tests in itertools.groupby(slow, key=lambda item: item.path):
-        min(hands, key=len).extend(tests)
-    share = len(items) // len(hands)
-    for hand in hands:
-        n = share - len(hand) if hand is not hands[-1] else len(short)
-        hand += short[:n]
-        del short[:n]
-    items[:] = itertools.chain.from_iterable(hands)
+    """Begin with the files that take long, so that no process is alone with one at the end."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

