@@ -66,8 +66,8 @@ def is_google(path: Path) -> bool:
 
 
 def resolved(path: Path) -> Path:
-    """The path by which two names of one place are equal."""
-    return path if is_remote(path) else path.resolve()
+    """The path by which two names of one place are equal; one of links in a circle stays as it is."""
+    return path if is_remote(path) else Path(os.path.realpath(path))
 
 
 def is_within(path: Path, folder: Path) -> bool:

@@ -141,3 +141,13 @@ def test_a_mistake_in_the_call_is_one_line(
     assert len(lines) == 1
     assert shown in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_links_in_a_circle_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = written(tmp_path / "in", {"good.json": GOOD})
+    (folder / "a.json").symlink_to("a.json")
+    assert main([str(folder), str(tmp_path / "out")]) == 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.json"]
+    assert capsys.readouterr().err.startswith("a.json: the file cannot be read: Too many levels of symbolic links.")
+    assert main([str(folder / "a.json"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -118,3 +118,28 @@ def test_where_only_lines_are_the_pattern_for_them_is_named(tmp_path: Path) -> N
     (tmp_path / "x.jsonl").write_bytes(RESPONSES)
     with pytest.raises(ConfigError, match=r"Files that match '\*.jsonl': 1\."):
         find_inputs(validate(RunConfig, {"input_dir": tmp_path, "output_dir": tmp_path / "out", "model2": "q"}))
+
+
+def test_links_in_a_circle_and_links_to_nothing_are_files_that_cannot_be_read_and_the_others_are_read(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, target in {"a.json": "b.json", "b.json": "a.json", "c.json": "nowhere", "d": ".", "e": "../in"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "f.json").write_text("[]")
+    for pattern in ("*.json", "**/*.json"):
+        files = find_inputs(
+            validate(RunConfig, {"input_dir": folder, "output_dir": tmp_path / "o", "model2": "q", "pattern": pattern})
+        )
+        defects = {file.source_file: file_defect(parsed) for file, parsed in read_inputs(files)}
+        assert list(defects) == ["a.json", "b.json", "c.json", "f.json"]
+        assert [defects[name].message.split(". ")[0] for name in ("a.json", "b.json", "c.json")] == [
+            "a.json: the file cannot be read: Too many levels of symbolic links",
+            "b.json: the file cannot be read: Too many levels of symbolic links",
+            "c.json: the file cannot be read: No such file or directory",
+        ]
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    with pytest.raises(ConfigError, match="circle' does not exist or is no directory"):
+        find_inputs(validate(RunConfig, {"input_dir": circle, "output_dir": tmp_path / "o", "model2": "q"}))
