@@ -23,11 +23,12 @@ from flows.config.backend import resolve_backend
 from flows.config.cleaning import CleanConfig, parse_duration
 from flows.folder.layout import OutputFolder
 from flows.folder.members import store_of
-from flows.runtime.environment import prepare_environment
+from flows.runtime.environment import prepare_environment, say
 from flows.runtime.progress import ProgressReporter
 from flows.runtime.terminal import console, print_grid, print_lines
 from flows.sampling.state import SamplingState
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE
+from kl.signs import on_a_line
 
 if TYPE_CHECKING:
     from backends.vertex.cleaning.cleaner import BucketCleaner
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
     except TokenKLError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        say(f"error: {error}")
         return EXIT_ERROR
 
 
@@ -204,7 +205,7 @@ def _show_inventory(bucket: str, location: str, inventory: Inventory, config: Cl
         table.add_column(title, justify="right", no_wrap=True)
     for prefix, totals in inventory.by_prefix.items():
         cells = (prefix, f"{totals.files:,}", f"{totals.size:,}", _time(totals.oldest), _time(totals.newest))
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(on_a_line(cell)) for cell in cells))
     print_grid(console(), table)
     for decision, judged in sorted(inventory.judged().items(), key=lambda item: (item[0].action.value, item[0].reason)):
         _say(f"{decision.action.value}: {_amount(judged.totals)}: {decision.reason} (such as {judged.example})")

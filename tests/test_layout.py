@@ -17,7 +17,7 @@ ROOMS = ("kl", "backends", "flows")
 # From the bottom up. A line is a folder and its modules, by floors between slashes: a module imports from lower floors
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
-kl                      pieces records / columns / scores
+kl                      pieces records signs / columns / scores
 kl.input                hidden problems / logprobs prompts texts writer / contents / documents
 kl.input.shapes         requests / completions gemini outputs rows / answers
 kl.input                appended / sources / responses / conversion
@@ -54,7 +54,7 @@ backends.vertex.jobs    rows waves / work / rounds
 backends.vertex         online / batch
 backends.vertex.cleaning inventory / lifecycle / cleaner
 
-flows.runtime           environment logs server terminal / progress
+flows.runtime           environment server terminal / logs progress
 flows.config            form groups runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers

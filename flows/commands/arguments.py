@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from backends.errors import ConfigError, TokenKLError, did_you_mean
 from flows.config.models import CommonConfig
 from flows.config.reading import SHORT_FORMS, ModelT, build_config, inner_model, read_yaml
-from flows.runtime.environment import show_lines, shows
+from flows.runtime.environment import say, show_lines, shows
 from flows.watch.report import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 
@@ -271,13 +271,13 @@ def exit_code_of(program: Callable[[], int]) -> int:
     try:
         return program()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        say(f"error: {error}")
         return EXIT_USAGE
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        say(f"error: {error}")
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("stopped. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        say("stopped. Run the same command again to go on.")
         return EXIT_INTERRUPTED
 
 
@@ -304,9 +304,9 @@ def result_of(state: Any) -> Any:
     if isinstance(result, BaseException) and not expected:
         traceback.print_exception(result)  # a fault of this program: whoever mends it needs to see where
     if not state.is_completed():
-        print(f"error: {result if expected else state.message}", file=sys.stderr)  # noqa: T201
+        say(f"error: {result if expected else state.message}")
         return None
     if result is None:
         lost = "its result is lost, what it wrote is not: run the same command again to see it"
-        print(f"error: the flow ended {state.name}; {lost}", file=sys.stderr)  # noqa: T201
+        say(f"error: the flow ended {state.name}; {lost}")
     return result

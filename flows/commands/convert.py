@@ -15,6 +15,7 @@ from backends.errors import ConfigError
 from backends.storage import as_location, exists, is_remote, is_within, read_bytes, write_bytes_atomic
 from flows.commands.arguments import Parser, exit_code_of
 from flows.folder.output import prepare_output
+from flows.runtime.environment import say
 from flows.runtime.progress import ProgressReporter
 from flows.runtime.terminal import console, print_pairs
 from flows.stages.inputs import InputFile, list_inputs, opened, read_ahead
@@ -131,7 +132,7 @@ def _note(item: Converted, counts: _Counts) -> None:
         if problem.repaired:
             counts.repaired[problem.kind] += problem.count
         else:
-            _say(problem.message)
+            say(problem.message)
     counts.responses += len(read.responses)
     counts.left_out += len(read.unreadable) or (0 if read.responses else 1)
 
@@ -155,7 +156,7 @@ def _write(document: dict[str, Any], target: Path, counts: _Counts) -> None:
     elif read_bytes(target) == data:
         counts.there += 1
     else:
-        _say(f"{target} holds something else and is left alone: move it, or choose another OUT.")
+        say(f"{target} holds something else and is left alone: move it, or choose another OUT.")
         counts.left_out += 1
 
 
@@ -169,7 +170,3 @@ def _show(counts: _Counts, output: Path) -> None:
         *((f"noted: {kind}", f"{count:,}") for kind, count in sorted(counts.repaired.items())),
     ]
     print_pairs(console(), rows)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201

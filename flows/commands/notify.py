@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flows.commands.arguments import Parser, add_levels, exit_code_of, take_level
-from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.environment import prepare_environment, say, start_own_server
 from flows.runtime.server import begin_server, load_with_server
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
@@ -44,5 +44,5 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     if state.is_completed():
         print(state.message)  # noqa: T201
         return EXIT_COMPLETE
-    print(f"error: {state.message}", file=sys.stderr)  # noqa: T201
+    say(f"error: {state.message}")
     return EXIT_ERROR

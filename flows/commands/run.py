@@ -20,7 +20,7 @@ from flows.commands.arguments import (
 )
 from flows.config.models import RunConfig
 from flows.config.templates import RunValues, names_the_run
-from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.environment import prepare_environment, say, start_own_server
 from flows.runtime.server import OwnServer, begin_server, load_with_server
 from flows.watch.report import (
     EXIT_COMPLETE,
@@ -122,12 +122,12 @@ def _run_flow(
     if isinstance(stopped, InterruptedRunError | NoRoomError):
         command = _command(arguments, pinning_flags(config, stopped.config))
     if isinstance(stopped, NoRoomError):
-        print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        say(f"error: {stopped} Go on with: {command}")
         return EXIT_ERROR
     if isinstance(stopped, InterruptedRunError):
         folder = OutputFolder(stopped.config.output_dir, stopped.config.scores_dir)
         stored = f"every answer that arrived is in {folder.scores}"
-        print(f"stopped: {stored}; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        say(f"stopped: {stored}; {stopped} Go on with: {command}")
         return EXIT_INTERRUPTED
     if isinstance(stopped, PendingReport):
         return _pending(stopped, config, arguments)
@@ -152,11 +152,11 @@ def _leave_without_server(error: Exception, folder: OutputFolder, server: OwnSer
     if report is None:
         kept = f"What was bought before is in {folder.scores}"
         todo = "Start the server, or unset PREFECT_API_URL to have one for the run; then run the same command again."
-        print(f"error: {gone}. {kept}. {todo}", file=sys.stderr)  # noqa: T201
+        say(f"error: {gone}. {kept}. {todo}")
         code = EXIT_ERROR
     else:
         show(report)
-        print(f"warning: {gone}; it shows this run as running. The results above are whole.", file=sys.stderr)  # noqa: T201
+        say(f"warning: {gone}; it shows this run as running. The results above are whole.")
         code = report.exit_code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -18,7 +18,7 @@ from flows.commands.arguments import (
 )
 from flows.config.sampling import SampleConfig
 from flows.config.templates import RunValues
-from flows.runtime.environment import prepare_environment, start_own_server
+from flows.runtime.environment import prepare_environment, say, start_own_server
 from flows.runtime.server import begin_server, load_with_server
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED
 
@@ -82,10 +82,10 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
     if isinstance(stopped, InterruptedRunError | NoRoomError):
         command = shlex.join([*command_words("sample"), *arguments])
     if isinstance(stopped, NoRoomError):
-        print(f"error: {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        say(f"error: {stopped} Go on with: {command}")
         return EXIT_ERROR
     if isinstance(stopped, InterruptedRunError):
-        print(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}", file=sys.stderr)  # noqa: T201
+        say(f"stopped: every response that arrived is on disk; {stopped} Go on with: {command}")
         return EXIT_INTERRUPTED
     report: SampleReport | None = result_of(state)
     if report is None:
@@ -117,5 +117,5 @@ def show(report: SampleReport) -> int:
     if report.n_unusable_prompts:
         lines.append(f"prompts that cannot be used: {report.n_unusable_prompts:,}")
     for line in lines:
-        print(line, file=sys.stderr)  # noqa: T201
+        say(line)
     return EXIT_COMPLETE if report.complete else EXIT_INCOMPLETE

@@ -16,6 +16,7 @@ from rich.text import Text
 from flows.commands.texts import bound_text, number_text, quoted, range_text
 from flows.folder.finished import Rows
 from flows.runtime.terminal import print_grid, print_lines
+from kl.signs import on_a_line
 from kl.tables.totals import INFINITE
 
 _GAP = 2  # characters between columns
@@ -131,6 +132,7 @@ def print_table(out: Console, title: str, rows: Rows) -> None:
     if not rows:
         out.print("none: nothing has an estimate")
         return
+    rows = [{name: on_a_line(cell) for name, cell in row.items()} for row in rows]
     widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in rows)) for name in rows[0]}
     first, *others = widths
     blocks = _blocks(others, widths, out.width - widths[first])

@@ -10,6 +10,7 @@ from pathlib import Path
 from backends.errors import ConfigError
 from backends.storage import write_bytes_atomic
 from flows.commands.arguments import Parser, exit_code_of
+from flows.runtime.environment import say
 from flows.watch.report import EXIT_COMPLETE, EXIT_INCOMPLETE
 
 # And not whatever else lies beside them in a checkout.
@@ -51,7 +52,7 @@ def _init(arguments: Sequence[str]) -> int:
                 there += 1
             else:
                 other += 1
-                print(f"{target} holds something else and is left alone", file=sys.stderr)  # noqa: T201
+                say(f"{target} holds something else and is left alone")
         except OSError as error:
             raise ConfigError(f"{target} cannot be written: {error.strerror or error}.") from error
     counts = f"{written} files written" + f", {there} were there" * (there > 0) + f", {other} left alone" * (other > 0)

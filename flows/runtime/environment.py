@@ -10,6 +10,8 @@ from typing import TextIO
 
 from dotenv import find_dotenv, load_dotenv
 
+from kl.signs import on_a_line
+
 # Each can be overridden in the environment or in .env.
 _PREFECT_DEFAULTS = {
     # What goes wrong is said once, by the program; Prefect would add its own lines and tracebacks.
@@ -37,8 +39,22 @@ class _StandardError(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class LineFormatter(logging.Formatter):
+    """Keeps a message on its line: names of files and models in it may hold anything."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, before a traceback."""
+        record.message = on_a_line(record.message)
+        return super().formatMessage(record)
+
+
+def say(line: str) -> None:
+    """Print a line on standard error."""
+    print(on_a_line(line), file=sys.stderr)  # noqa: T201
+
+
 _terminal = _StandardError()  # one a process, however often it is prepared
-_terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+_terminal.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
 
 
 def prepare_environment() -> None:

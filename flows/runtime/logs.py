@@ -17,6 +17,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 
 from backends.errors import TokenKLError
+from flows.runtime.environment import LineFormatter
 
 _OUR_LOGGERS = ("flows", "backends", "kl")
 # Said when the state with the reason is set already.
@@ -40,6 +41,7 @@ class _RunLogHandler(APILogHandler):
 
 _handler = _RunLogHandler()
 _handler.setLevel(logging.INFO)
+_handler.setFormatter(LineFormatter())
 _at_work: dict[object, tuple[str, contextvars.Context]] = {}  # flow run, and the context to send in
 _lock = threading.Lock()
 

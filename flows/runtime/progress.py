@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from flows.runtime.environment import shows
+from kl.signs import on_a_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class _Panel(Progress):
         yield from super().get_renderables()
         details = [detail for detail in self._details() if detail]
         if details:
-            yield Text("; ".join(details), style="dim")
+            yield Text(on_a_line("; ".join(details)), style="dim")
 
 
 class _RateColumn(ProgressColumn):

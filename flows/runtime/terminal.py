@@ -1,4 +1,7 @@
-"""What people read on standard output: text is folded into a terminal, a row is a line in a file or a pipe."""
+"""What people read on standard output: text is folded into a terminal, a row is a line in a file or a pipe.
+
+Names of files, models and prompts come from anywhere: what would act on a terminal is shown as a sign.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from kl.signs import on_a_line
 
 _FILE_WIDTH = 10_000  # characters, more than any row has
 
@@ -24,7 +29,8 @@ def print_pairs(out: Console, rows: Iterable[tuple[str, str]], styles: Mapping[s
     table.add_column(overflow="fold")
     for label, text in rows:
         style = "" if styles is None else styles.get(label, "")
-        table.add_row(Text(label, style="bold" if styles is None else style), Text(text, style=style))
+        label_style = "bold" if styles is None else style
+        table.add_row(Text(on_a_line(label), style=label_style), Text(on_a_line(text), style=style))
     print_grid(out, table)
 
 
@@ -41,4 +47,4 @@ def print_grid(out: Console, table: Table) -> None:
 def print_lines(out: Console, lines: Sequence[str], *, style: str = "") -> None:
     """Print each text as a line of its own; the terminal, not we, breaks long ones."""
     for line in lines:
-        out.print(Text(line, style=style), soft_wrap=True)
+        out.print(Text(on_a_line(line), style=style), soft_wrap=True)

@@ -6,11 +6,9 @@ import unicodedata
 from functools import lru_cache
 
 from kl.pieces import REPLACEMENT
+from kl.signs import sign
 
 LONGEST = 200  # letters of a token that are shown
-_KEPT = {"\n", " "}  # the page shows them: as they are in a text, as signs in a list
-_NAMED = {"\t": "⇥", "\r": "␍"}
-_UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
 
 
 @lru_cache(maxsize=65_536)
@@ -33,17 +31,9 @@ def visible(token: str, stated: bytes | None = None, longest: int = LONGEST) -> 
     cut = token[:longest]
     if unicodedata.category(cut[0]).startswith("M"):
         cut = "◌" + cut
-    return "".join(map(_sign, cut)) + ("…" if len(token) > longest else "")
+    return "".join(letter if letter == "\n" else sign(letter) for letter in cut) + ("…" if len(token) > longest else "")
 
 
 def in_a_line(text: str) -> str:
     """What `visible` gives, with blanks and new lines as signs: for a list, where they would not be seen."""
     return text.replace(" ", "␣").replace("\n", "⏎")
-
-
-def _sign(letter: str) -> str:
-    if letter in _KEPT or letter.isprintable():
-        return letter
-    if unicodedata.category(letter) in _UNSEEN:
-        return _NAMED.get(letter) or f"⟨U+{ord(letter):04X}⟩"
-    return letter
