@@ -81,11 +81,12 @@ def _run(load_flow: Callable[[], Any], arguments: Sequence[str]) -> int:
 def _dry_run(config: RunConfig) -> int:
     from flows.config.comparison import Comparison
     from flows.runtime.terminal import console, print_pairs
-    from flows.stages.dry_run import check_cost, plan_rows, plan_without_calls
+    from flows.stages.dry_run import check_cost, check_readable, plan_rows, plan_without_calls
 
     comparison = Comparison.of(config, RunValues.of_a_dry_run())
     plan = plan_without_calls(comparison)
     print_pairs(console(), plan_rows(plan, comparison))
+    check_readable(plan, config.input_dir)
     check_cost(plan, config.max_cost_usd)
     return EXIT_COMPLETE
 

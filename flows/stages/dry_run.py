@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
@@ -74,6 +75,26 @@ def discovered(comparison: Comparison, *, call: bool) -> Comparison:
         return replace(comparison, options=asyncio.run(built.discover(model, call=False)))
     with BackendSession(built) as session:
         return replace(comparison, options=session.run(built.discover(model)))
+
+
+def check_readable(plan: Plan, input_dir: Path) -> None:
+    """Refuse an input of which nothing can be read, with the one reason, or the most frequent and an example of it.
+
+    Responses without a token are no mistake of the input: they are a result of which nothing is measured.
+
+    Raises
+    ------
+    ConfigError
+        Before anything is asked.
+    """
+    refused = {(item.source_file, item.response_idx): item for item in reversed(plan.problems) if not item.repaired}
+    kinds = Counter(item.kind for item in refused.values() if item.kind != "empty-response")
+    if plan.n_responses or not kinds:
+        return
+    ((kind, n),) = kinds.most_common(1)
+    example = next(item.message for item in plan.problems if item.kind == kind and not item.repaired)
+    often = "" if len(refused) == 1 else f" ({n:,} of {len(refused):,} files and responses are refused so)"
+    raise ConfigError(f"nothing in {input_dir} can be used, and nothing was asked: {example}{often}")
 
 
 def check_cost(plan: Plan, max_cost_usd: float | None) -> None:

@@ -36,7 +36,7 @@ from flows.folder.room import DiskRefusedError, Reserve, one_line_on_room
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.progress import ProgressReporter
-from flows.stages.dry_run import check_cost, discovered, plan_rows, plan_without_calls, without_refused
+from flows.stages.dry_run import check_cost, check_readable, discovered, plan_rows, plan_without_calls, without_refused
 from flows.stages.inputs import InputFile, parsed_files_kept
 from flows.stages.passes import check_first_answers, first_to_judge
 from flows.stages.pending import pending_state, skipped_state, unchanged_state
@@ -123,6 +123,7 @@ def _dry_run(comparison: Comparison) -> State[RunReport]:
     for label, text in rows:
         logger.info("%s: %s", label, text)
     show_plan(rows, comparison.config)
+    check_readable(plan, comparison.config.input_dir)
     check_cost(plan, comparison.config.max_cost_usd)
     return Completed(message="dry run: nothing was asked")
 
@@ -242,6 +243,7 @@ class OpenRun:
         """
         if plan.in_use is not None:
             raise RunEndedError(skipped_state(FolderInUseError(plan.in_use)))
+        _log_problems(plan)
         self._check(plan)
         name_run(plan.models_p, self.comparison)
         with ExitStack() as sessions:
@@ -280,6 +282,7 @@ class OpenRun:
 
     def _check(self, plan: Plan) -> None:
         config = self.comparison.config
+        check_readable(plan, config.input_dir)
         # A collect makes follow-up jobs at most, for what was within the limit when it was submitted.
         if config.stage != "collect":
             check_cost(plan, config.max_cost_usd)
@@ -452,12 +455,17 @@ class OpenRun:
         return outcome.state
 
 
-def _log_plan(plan: Plan) -> None:
+def _log_problems(plan: Plan) -> None:
     defects = [problem for problem in plan.problems if not problem.repaired]
+    if len(defects) == 1 and not plan.n_responses:
+        return  # the run ends with it
     for problem in defects[:_PROBLEMS_SHOWN]:
         logger.warning("%s", problem.message)
     if len(defects) > _PROBLEMS_SHOWN:
         logger.warning("… and %d more; responses.parquet names them all", len(defects) - _PROBLEMS_SHOWN)
+
+
+def _log_plan(plan: Plan) -> None:
     logger.info(
         "%d responses in %d files: %d positions, %d contexts, %d of them on disk, %d to ask in %d groups",
         plan.n_responses, len(plan.files), plan.n_positions, plan.n_contexts, plan.n_stored, plan.n_to_ask,

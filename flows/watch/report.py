@@ -21,7 +21,8 @@ EXIT_INTERRUPTED = 130
 EXIT_CODES = (
     "exit codes: 0 every position measured; 3 finished, but positions or responses are missing (each with its reason "
     "in the outputs); 4 drifted, with --fail-on-drift; 5 with --stage collect: jobs still run, collect again later; "
-    "2 a mistake in the settings or the call; 130 stopped by a signal; 1 anything else"
+    "2 a mistake in the settings or the call, or an input of which nothing can be used; 130 stopped by a signal; "
+    "1 anything else"
 )
 
 

@@ -69,17 +69,18 @@ def test_each_broken_file_is_named_and_the_good_ones_are_measured(run_program: R
     assert result["responses"][0]["error"]
 
 
-def test_nothing_usable_at_all_is_still_a_finished_run(run_program: Run, tmp_path: Path) -> None:
+def test_nothing_usable_at_all_is_a_mistake_in_one_line_and_asks_nothing(run_program: Run, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "bad.json").write_bytes(b"{")
     output = tmp_path / "out"
     arguments = ("--backend", "local", "--model2", "smollm2-135m@int8")
     done = run_program("flows.run", "--input-dir", folder, "--output-dir", output, *arguments)
-    assert done.code == 3, done.err
-    assert "Traceback" not in done.out + done.err
-    assert pl.read_parquet(output / "tokens.parquet").height == 0
-    assert json.loads((output / "summary.json").read_text())["counts"]["files_unreadable"] == 1
+    assert done.code == 2, done.err
+    assert done.out == ""
+    (line,) = [line for line in done.err.splitlines() if "bad.json" in line]
+    assert line.startswith(f"error: nothing in {folder} can be used, and nothing was asked: bad.json: not JSON: ")
+    assert not output.exists()
 
 
 def usage_mistake(run: Run, *arguments: object) -> str:

@@ -20,7 +20,7 @@ from flows.config.reading import validate
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.refusals import Refusal, note_refusals, refused_models
-from flows.stages.dry_run import check_cost, plan_rows
+from flows.stages.dry_run import check_cost, check_readable, plan_rows
 from flows.stages.inputs import find_inputs, read_input
 from flows.stages.plan import Plan, bought_again, make_plan, requests_of
 from kl.records import Candidate, Position, Prompt, Response, Score, Turn
@@ -400,3 +400,35 @@ def test_what_is_damaged_on_disk_is_planned_and_estimated_again_and_what_is_soun
         assert 0 < plan.estimate.cost_usd < first.estimate.cost_usd
         said = [text for label, text in plan_rows(plan, comparison) if label == "damaged on disk"]
         assert said == ["1 scores and 0 files, named in the log: a run sets them aside and asks again"] * n_found
+
+
+REFUSED = {
+    "a.json": {"prompt": "Hi", "responses": [{"text": "x"}, {"text": "y"}]},
+    "b.json": {"prompt": "Hi", "responses": [{"text": "z"}]},
+    "c.json": {"responses": []},
+}
+EMPTY = {"d.json": {"prompt": "Hi", "responses": [{"text": "", "logprobs": {"content": []}}]}}
+
+
+@pytest.mark.parametrize(
+    ("documents", "line"),
+    [
+        (
+            REFUSED,
+            r"nothing was asked: a.json, response 0: `logprobs` is missing. .*\(3 of 4 files and responses are.*so\)$",
+        ),
+        ({"c.json": REFUSED["c.json"]}, r"can be used, and nothing was asked: c.json: [^(]*$"),
+        (REFUSED | EMPTY, r"\(3 of 5 files"),
+        (EMPTY, None),
+        (REFUSED | {"good.json": {"prompt": "Hi", "responses": [response(["x"])]}}, None),
+    ],
+)
+def test_an_input_of_which_nothing_can_be_used_is_refused_with_the_most_frequent_reason(
+    documents: dict[str, Any], line: str | None, plan_of: MakePlan, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, document in documents.items():
+        (tmp_path / "in" / name).write_text(json.dumps(document))
+    plan, comparison, _ = plan_of({})
+    with pytest.raises(ConfigError, match=line) if line is not None else nullcontext():
+        check_readable(plan, comparison.config.input_dir)
