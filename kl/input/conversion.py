@@ -151,7 +151,8 @@ def _row(row: object, defect: Defect | None, is_position: bool) -> Object:
     raw = as_plain(row) or {}
     token = _named(raw, _TOKEN)
     if defect is not None:
-        reason = raw.get("unusable", defect.message.partition(": ")[2])
+        stated = raw.get("unusable")
+        reason = stated if isinstance(stated, str) else defect.message.partition(": ")[2]
         return {**token, "logprob": None, "top_logprobs": [], "unusable": reason}
     kept = _named(raw, (*_TOKEN, "logprob", "may_lack", "unusable"))
     top = as_list(raw.get("top_logprobs"))

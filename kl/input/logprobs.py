@@ -27,6 +27,7 @@ _ID_END = 2**63
 _FEW_POSITIONS, _FEW_SHARE = 3, 0.1
 _LARGEST_SHARE = 0.125  # of a response's positions that may be unusable for whatever reason
 _LONGEST_REASON = 300  # characters of a text in a file
+_MARKS = {"may_lack": bool, "unusable": str}  # of a position
 _MIXED_UP = frozenset({"sampled-disagrees", "sampled-above-list"})
 
 
@@ -99,6 +100,9 @@ def _read_position(raw: object, index: int, notes: Notes, *, needs_list: bool, h
     listed = _read_top(entry.get("top_logprobs"), index, notes)
     if sampled is None:
         return None
+    for name, kind in _MARKS.items():
+        if (mark := entry.get(name)) is not None and not isinstance(mark, kind):
+            notes.defect_at(index, "bad-mark", f"`{name}` is {show(mark)}")
     if isinstance(reason := entry.get("unusable"), str):
         notes.defect_at(index, "unusable-list", " ".join(reason.split())[:_LONGEST_REASON])
     if listed is None or index in notes.unusable:

@@ -61,6 +61,7 @@ WHAT_TO_DO = {
     "bad-token-id": "`token_id` must be a whole number from 0 to 2**63-1, or absent.",
     "bad-bytes": "`bytes` must be a list of whole numbers from 0 to 255, or absent.",
     "no-top-logprobs": "Sample again with top_logprobs of at least 1.",
+    "bad-mark": "`may_lack` is true or false, `unusable` a text that says why; or leave it out.",
     "bad-top-logprobs": "`top_logprobs` must be a list of {token, logprob} objects.",
     "repeated-token-id": "One list cannot hold a token with two values; sample again.",
     "mass-above-one": "The listed probabilities are no distribution; check that they are natural logarithms.",

@@ -57,7 +57,7 @@ FULL: dict[str, Any] = {
             "model": "p",
             "model_version": "p-001",
             "temperature": 1.0,
-            "logprobs": {"content": [position(" So", 12), position(".", 3)]},
+            "logprobs": {"content": [position(" So", 12), position(".", 3) | {"may_lack": False, "unusable": None}]},
         }
     ],
 }  # fmt: skip
