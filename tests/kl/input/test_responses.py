@@ -155,7 +155,7 @@ DEFECTS = [
     Defect("list null", set_position(1, top_logprobs=None), "no-top-logprobs", 1),
     Defect("list empty", set_position(1, top_logprobs=[]), "no-top-logprobs", 1, "an empty list"),
     Defect("may_lack is a number", set_position(1, may_lack=1), "bad-mark", 1, "`may_lack` is 1"),
-    Defect("unusable is no text", set_position(1, unusable=True), "bad-mark", 1, "`unusable` is true"),
+    Defect("unusable is no text", set_position(1, unusable=True), "bad-mark", 1, "`unusable` is True"),
     Defect("list is a number", set_position(1, top_logprobs=7), "bad-top-logprobs", 1, "7"),
     Defect(
         "list of masked tokens only", set_position(1, top_logprobs=[{"token": "a", "logprob": -9999.0}]),
