@@ -253,27 +253,40 @@ class OpenRun:
                 sessions.close()
                 session = sessions.enter_context(self._opened())
             _log_plan(plan)
-            if plan.n_to_ask:
-                self._prompts = rendered_prompts(plan.files, self.comparison, session)
-            else:
-                self._prompts = rendered_before(self.comparison)
-            with stop_on_signal(session) as stopped:
-                with self._scoring(plan, session):
-                    yield plan
-                if stopped.is_set():
-                    line = session.interrupt() or "nothing goes on elsewhere."
-                    raise InterruptedRunError(line, self.comparison.config)
-            self._report = self.backend.report()
+            with self._jobs_named():
+                if plan.n_to_ask:
+                    self._prompts = rendered_prompts(plan.files, self.comparison, session)
+                else:
+                    self._prompts = rendered_before(self.comparison)
+                with stop_on_signal(session) as stopped:
+                    with self._scoring(plan, session):
+                        yield plan
+                    if stopped.is_set():
+                        line = session.interrupt() or "nothing goes on elsewhere."
+                        raise InterruptedRunError(line, self.comparison.config)
+                self._report = self.backend.report()
+                if self._error is not None:
+                    raise self._error
             self._going_on = self.backend.going_on()
             cut_short = session.cancelled
-        if self._error is not None:
-            raise self._error
         self.check_lock()
         if cut_short:
             raise SessionClosedError("asking was stopped before its end, for a reason that is in the log; run again.")
         if self.member is None:  # others may be reading the parts
             self.stores.scores.compact_all()
         self._end_if_pending(plan)
+
+    @contextmanager
+    def _jobs_named(self) -> Generator[None]:
+        """An end before the end says which jobs go on; that of the user says it itself."""
+        try:
+            yield
+        except InterruptedRunError:
+            raise
+        except Exception:
+            if line := self.backend.going_on():
+                logger.warning("%s", line)
+            raise
 
     def _opened(self) -> BackendSession:
         """The session that `stop` cancels."""
