@@ -14,8 +14,10 @@ from backends.storage import is_remote
 from kl.output.room import refusal_of
 
 _RESERVE = ".reserve"
-# Answers in flight and those that wait for the disk, with room for their part of the table: some thousand.
-_RESERVE_BYTES = 4_000_000
+# Some thousand short answers: those in flight and those that wait for the disk, with room for their part of the table.
+_FEWEST_BYTES = 4_000_000
+_ENTRY_BYTES = 150  # of a candidate: 70 to 100 in a line of JSON, 25 in the table
+_CHUNK_BYTES = 4_000_000
 
 
 class DiskRefusedError(OSError):
@@ -50,10 +52,18 @@ class NoRoomError(TokenKLError):
 
 
 class Reserve:
-    """Room on the disk of a folder, for the answers in flight when a write is refused there."""
+    """Room on the disk of a folder, for the answers in flight when a write is refused there.
 
-    def __init__(self, folder: Path) -> None:
+    Parameters
+    ----------
+    folder : Path
+    n_entries : int
+        How many candidates these answers may have in all.
+    """
+
+    def __init__(self, folder: Path, n_entries: int = 0) -> None:
         self._path = folder / _RESERVE
+        self._n_bytes = max(_FEWEST_BYTES, n_entries * _ENTRY_BYTES)
 
     @contextmanager
     def kept(self) -> Generator[None]:
@@ -67,11 +77,13 @@ class Reserve:
         if not is_remote(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                # No zeros: some file systems keep those for nothing.
-                self._path.write_bytes(os.urandom(_RESERVE_BYTES))
+                with self._path.open("wb") as file:
+                    for start in range(0, self._n_bytes, _CHUNK_BYTES):
+                        # No zeros: some file systems keep those for nothing.
+                        file.write(os.urandom(min(_CHUNK_BYTES, self._n_bytes - start)))
             except OSError as error:
                 self.give_up()
-                needed = f"{error.strerror}; {_RESERVE_BYTES / 1e6:g} MB are kept for answers in flight"
+                needed = f"{error.strerror}; {self._n_bytes / 1e6:,.0f} MB are kept for answers in flight"
                 raise OSError(error.errno, needed, str(self._path)) from error
         try:
             yield

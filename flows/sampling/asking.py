@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from heapq import nlargest
 from typing import Any
 
 from backends.base import Backend, Sample, SampleRequest
 from backends.service.breaker import NOT_ASKED
 from backends.session import BackendSession, SessionClosedError
 from flows.config.sampling import SampleConfig
-from flows.folder.room import Reserve
+from flows.folder.room import Reserve, disk_refused
 from flows.runtime.interrupts import InterruptedRunError, stop_on_signal
 from flows.runtime.progress import ProgressReporter
 from flows.sampling.files import Target
@@ -66,8 +67,9 @@ class Sampler:
         self.failures = dict(plan.failures)
         self._unwritten: set[Target] = set()
         self._unreadable: Counter[str] = Counter()
-        self._reserve = Reserve(plan.state.folder)
+        self._reserve = Reserve(plan.state.folder, _entries_in_flight(plan))
         self._refusal: OSError | None = None
+        self._n_lost = 0
 
     def run(self) -> SampleReport:
         """Ask for what is missing; gives what is there at the end.
@@ -125,7 +127,7 @@ class Sampler:
                     await self._store(result, backend)
                     progress.advance(int(isinstance(result, Sample)))
                 if self._refusal is not None:
-                    raise self._refusal
+                    raise disk_refused(self._refusal, self._n_lost)
                 left = [request for request in left if self._may_ask_again(request)]
                 limit = config.max_cost_usd
                 spent += self.plan.estimate(left).cost_usd or 0.0
@@ -144,7 +146,8 @@ class Sampler:
     async def _store(self, result: Sample | ScoreFailure, backend: Backend) -> None:
         """Put a result on disk, and in its file with the last of the file; where that is refused, no more is asked.
 
-        What is in flight then is stored in the room that was kept for it.
+        What is in flight then is stored in the room that was kept for it, and counted where even that is too small. A
+        line that is refused is written with the next one that is not.
         """
         stored = False
         try:
@@ -153,15 +156,19 @@ class Sampler:
             if self._refusal is None and target is not None and not target.missing:
                 await asyncio.to_thread(self._write, target)
         except OSError as error:
-            if refusal_of(error) is None or self._refusal is not None:
+            if refusal_of(error) is None:
                 raise
+            if self._refusal is not None:
+                self._n_lost += 1
+                return
             self._refusal = error
             self._reserve.give_up()
-            if not backend.stop_asking(f"the disk takes no more: {error}"):
-                raise
-            logger.error("%s: no more is asked; responses in flight are waited for", error)
+            waits = backend.stop_asking(f"the disk takes no more: {error}")
             if not stored:
-                await asyncio.to_thread(self._take, result)
+                await self._store(result, backend)
+            if not waits:
+                raise disk_refused(error, self._n_lost) from error
+            logger.error("%s: no more is asked; responses in flight are waited for", error)
 
     def _may_ask_again(self, request: SampleRequest) -> bool:
         failure = self.failures.get(request.key)
@@ -186,7 +193,7 @@ class Sampler:
             return None
         entry = _entry(result, self.plan.config, index)
         try:
-            self.plan.state.add({"key": result.key, "response": entry})  # before anything else: it is paid for
+            self._add({"key": result.key, "response": entry})  # before anything else: it is paid for
         except ValueError as error:  # a NaN, which no file can have
             self._note(ScoreFailure(result.key, "no-number", f"the response cannot be written: {error}."))
             return None
@@ -198,7 +205,11 @@ class Sampler:
     def _note(self, failure: ScoreFailure) -> None:
         self.failures[failure.key] = failure
         if failure.final:
-            self.plan.state.add({"key": failure.key, "reason": failure.reason, "message": failure.message})
+            self._add({"key": failure.key, "reason": failure.reason, "message": failure.message})
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self.plan.state.add(entry)
+        self._n_lost = 0  # those that were refused stand before it
 
     def _write(self, target: Target) -> None:
         if not target.entries:
@@ -246,6 +257,14 @@ async def _preflight(backend: Backend, config: SampleConfig, requests: Sequence[
         else:
             version = await backend.preflight_sampling(model, config.sampling.settings)
         logger.info("%s can be sampled%s", model, f" ({version})" if version else "")
+
+
+def _entries_in_flight(plan: SamplePlan) -> int:
+    """How many candidates the responses may have that are in flight at once; jobs keep what they answered."""
+    if plan.backend.capabilities.deferred:
+        return 0
+    longest = (item.settings.max_tokens * (1 + item.settings.top_logprobs) for item in plan.requests)
+    return sum(nlargest(getattr(plan.options, "max_concurrent", 1), longest))
 
 
 def _no_result(key: str) -> ScoreFailure:

@@ -353,7 +353,7 @@ class OpenRun:
                     yield
                 return
             place = comparison.folder.scores if self.member is None else self.member.journals.parent
-            reserve = Reserve(place)
+            reserve = Reserve(place, _entries_in_flight(plan, comparison))
             self.scorer = StoringScorer(self.comparison, self.stores, session, on_result, reserve)
             workers = max(1, min(len(plan.groups), self.backend.parallel_groups()))
             with (
@@ -466,6 +466,17 @@ class OpenRun:
         self._note_end(None)
         show_report(outcome.report, self.comparison.config, self.spent())
         return outcome.state
+
+
+def _entries_in_flight(plan: Plan, comparison: Comparison) -> int:
+    """How many candidates the answers may have that are in flight at once; jobs keep what they answered."""
+    can = comparison.backend.capabilities
+    if can.deferred or not can.remote:
+        return 0
+    parts = (len(item.positions) for group in plan.groups for item in group.selections)
+    together = max(parts, default=0) if can.one_pass else 1
+    n_answers = min(plan.n_to_ask, getattr(comparison.options, "max_concurrent", 1) * together)
+    return n_answers * comparison.config.k * (2 if comparison.config.wanted_tokens else 1)
 
 
 def _log_problems(plan: Plan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ import pytest
 
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
 from backends.errors import ConfigError, ModelNotUsableError
-from flows.sampling.asking import Sampler
+from flows.folder.room import DiskRefusedError, Reserve
+from flows.sampling.asking import Sampler, _entries_in_flight
 from flows.sampling.files import SAMPLED_BY
 from flows.sampling.plan import SamplePlan, plan_rows, plan_sampling
 from kl.input.responses import RENDERED, prompt_sha256
@@ -160,11 +162,60 @@ class Filling(Plugin):
             yield Sample(request.key, response(request))
 
 
+class Refilling(Filling):
+    """The room that was kept is taken, too."""
+
+    name = "plugin"
+
+    def stop_asking(self, why: str) -> bool:
+        rest = self.full.with_name("rest")
+        with suppress(OSError), rest.open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+        return super().stop_asking(why)
+
+
+def test_responses_that_could_be_stored_nowhere_are_counted(
+    small_disk: tuple[Path, Resize], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, resize = small_disk
+    resize(16_000_000)
+    for name, value in (("full", folder / "filler"), ("in_flight", None), ("written", 0)):
+        monkeypatch.setattr(Refilling, name, value, raising=False)
+    plan = replace(planned(folder, num_responses=50), backend=Refilling)
+    with pytest.raises(DiskRefusedError) as ended:
+        Sampler(plan).run()
+    for name in ("filler", "rest"):
+        (folder / name).unlink()
+    n_stored = 100 - len(planned(folder, num_responses=50).requests)
+    assert Refilling.written - n_stored == ended.value.n_lost >= 3
+
+
+def test_the_room_that_is_kept_is_that_of_the_responses_in_flight(small_disk: tuple[Path, Resize]) -> None:
+    folder, resize = small_disk
+    resize(16_000_000)
+    with Reserve(folder).kept():
+        assert (folder / ".reserve").stat().st_size == 4_000_000
+    plan = planned(folder, num_responses=3, sampling={"max_tokens": 8000})
+    (request, *_) = plan.requests
+    n_entries = _entries_in_flight(replace(plan, options=Concurrent(max_concurrent=4)))
+    assert n_entries == 4 * 8000 * (1 + request.settings.top_logprobs)
+    with Reserve(folder, 80_000).kept():
+        assert (folder / ".reserve").stat().st_size == 12_000_000
+    with pytest.raises(OSError, match="18 MB are kept"), Reserve(folder, 120_000).kept():
+        pass
+    assert not (folder / ".reserve").exists()
+
+
+class Concurrent(BackendOptions):
+    max_concurrent: int
+
+
 def test_responses_in_flight_are_stored_when_the_disk_is_full(
     small_disk: tuple[Path, Resize], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, resize = small_disk
-    resize(6_000_000)
+    resize(16_000_000)
     for name, value in (("full", folder / "filler"), ("in_flight", None), ("written", 0)):
         monkeypatch.setattr(Filling, name, value, raising=False)
     plan = replace(planned(folder, num_responses=50), backend=Filling)
