@@ -59,7 +59,7 @@ flows.config            form groups runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling / cleaning
-flows.folder            room layout / finished lock refusals / members
+flows.folder            room layout / finished lock / members refusals
 flows.config            folders / submitted / comparison
 flows.folder            answers / vocabularies
 flows.runtime           interrupts / hooks

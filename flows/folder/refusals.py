@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from backends.errors import ConfigError
 from backends.storage import read_bytes
 from flows.folder.layout import OutputFolder
+from flows.folder.lock import exclusive
 from flows.folder.output import write_json
 
 _ANYWHERE = ""  # where a model was refused, in a record that does not say it: {model: why}
@@ -38,11 +39,12 @@ def refused_models(place: OutputFolder, at: str = _ANYWHERE) -> dict[str, Refusa
 
 
 def note_refusals(place: OutputFolder, refused: Mapping[str, Refusal], at: str = _ANYWHERE) -> None:
-    """Put models on record beside those that are."""
-    record = _read(place)
-    for model, (why, kept) in refused.items():
-        record[model] = record.get(model, {}) | {at: {"why": why, "kept": sorted(kept)}}
-    write_json(place.refusals, record)
+    """Put models on record beside those that are, also by runs that share the store and do the same just now."""
+    with exclusive(place.refusals):
+        record = _read(place)
+        for model, (why, kept) in refused.items():
+            record[model] = record.get(model, {}) | {at: {"why": why, "kept": sorted(kept)}}
+        write_json(place.refusals, record)
 
 
 def _read(place: OutputFolder) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from backends.keys import short_key
 from backends.scores.store import ScoreStore
 from flows.folder.layout import OutputFolder
 from flows.folder.members import check_store, member_of, note_store, store_of, take_in_moved
+from flows.folder.refusals import Refusal, note_refusals, refused_models
 from kl.records import Candidate, Score
 
 A, B, C = (f"{digit}" * 32 for digit in "abc")
@@ -56,6 +57,7 @@ import os, sys
 from array import array
 from pathlib import Path
 from backends.scores.store import ScoreStore
+from flows.folder.refusals import Refusal, note_refusals, refused_models
 from flows.folder.members import member_of
 from kl.records import Candidate, Score
 keys = sys.argv[2:]
@@ -149,3 +151,11 @@ def test_scores_that_a_shared_store_would_not_have_are_not_bought_again(tmp_path
     own.lock.touch()
     with pytest.raises(ConfigError, match=f"is the store of the output folder {own.path}"):
         check_store(OutputFolder(tmp_path / "out", own.scores))
+
+
+def test_what_runs_that_share_a_store_put_on_record_at_once_is_all_there(tmp_path: Path) -> None:
+    shared = OutputFolder(tmp_path / "out", tmp_path / "store")
+    models = [f"model {number}" for number in range(12)]
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(lambda model: note_refusals(shared, {model: Refusal("no rights")}, "here"), models))
+    assert sorted(refused_models(shared, "here")) == sorted(models)
