@@ -54,6 +54,11 @@ class _Claim:
         return f"process {self.process} on {self.host}, since {self.since}"
 
 
+def _now() -> float:
+    """Seconds as others count them: those for which this machine slept are among them, where it counts these."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 class Lease:
     """One holder's view of a lock.
 
@@ -92,20 +97,20 @@ class Lease:
         LeaseHeldError
             If its holder lives.
         """
-        give_up = time.monotonic() + patience_s
+        give_up = _now() + patience_s
         watched, since = None, 0.0
         while True:
             number, claim = self._newest()
             free = claim is None or claim.released
-            expired = claim is not None and claim == watched and time.monotonic() - since > claim.lease_s
+            expired = claim is not None and claim == watched and _now() - since > claim.lease_s
             if (free or expired) and self._take(number + 1):
                 return
             if claim != watched:
-                if claim is not None and not claim.released and watched is not None and time.monotonic() >= give_up:
+                if claim is not None and not claim.released and watched is not None and _now() >= give_up:
                     raise LeaseHeldError(claim.holder)
                 if watched is None and claim is not None and not free:
                     logger.info("%s is held by %s; watching whether it lives", self._folder, claim.holder)
-                watched, since = claim, time.monotonic()
+                watched, since = claim, _now()
             time.sleep(self._lease_s / _POLLS_PER_LEASE)
 
     def _newest(self) -> tuple[int, _Claim | None]:
@@ -123,7 +128,7 @@ class Lease:
                 ) from error
 
     def _take(self, number: int) -> bool:
-        self._renewed_at = time.monotonic()
+        self._renewed_at = _now()
         if not create(self._path(number), self._content()):
             return False
         self._number = number
@@ -142,22 +147,20 @@ class Lease:
     def _keep(self) -> None:
         """Renew until the end. A renewal may hang as long as the network does: the expiry does not wait for it."""
         while not self._ended.wait(self._lease_s / _RENEWALS_PER_LEASE):
-            watchdog = threading.Timer(
-                self._renewed_at + self._lease_s - time.monotonic(), self._give_up, ["no answer"]
-            )
+            watchdog = threading.Timer(self._renewed_at + self._lease_s - _now(), self._give_up, ["no answer"])
             watchdog.daemon = True
             watchdog.start()
             try:
                 self._renew()
             except (TokenKLError, OSError) as error:
                 logger.warning("the lock %s was not renewed: %s", self._folder, error)
-                if time.monotonic() - self._renewed_at > self._lease_s:
+                if _now() - self._renewed_at > self._lease_s:
                     self._give_up(str(error))
             finally:
                 watchdog.cancel()
 
     def _renew(self) -> None:
-        started = time.monotonic()
+        started = _now()
         with self._state:
             if self._ended.is_set():
                 return
@@ -184,7 +187,7 @@ class Lease:
             With the reason.
         """
         lost = self._lost
-        if lost is None and time.monotonic() - self._renewed_at > self._lease_s:
+        if lost is None and _now() - self._renewed_at > self._lease_s:
             lost = "it was not renewed in time"  # this process was held up, and its own thread does not know yet
         if lost is not None:
             raise LeaseLostError(f"the lock {self._folder} could not be kept ({lost}); another run may be at work.")
