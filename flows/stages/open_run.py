@@ -112,8 +112,6 @@ def open_run(written: RunConfig) -> Generator[OpenRun]:
         if is_remote(comparison.folder.path):
             run.token_parts = stack.enter_context(scratch_folder())
         run.begin()
-        if written.stage == "submit":
-            note_submission(written, comparison.config.output_dir, RunValues.of_this_run())
         yield run
 
 
@@ -253,6 +251,8 @@ class OpenRun:
                 sessions.close()
                 session = sessions.enter_context(self._opened())
             _log_plan(plan)
+            if self.comparison.config.stage == "submit":  # from here on there may be jobs
+                note_submission(self.comparison.written, self.comparison.config.output_dir, RunValues.of_this_run())
             with self._jobs_named():
                 if plan.n_to_ask:
                     self._prompts = rendered_prompts(plan.files, self.comparison, session)

@@ -107,6 +107,9 @@ def test_a_collect_that_finds_the_folder_in_use_or_nothing_submitted_changes_not
         skipped = run_program("flows.run", *collect, env=world.environment())
     assert skipped.code == 5, skipped.err
     assert "skipped: another run is using" in skipped.out
+    limited = [*flags(tmp_path, "of-{date}"), "--stage", "submit", "--max-cost-usd", "0.0000001"]
+    assert run_program("flows.run", *limited, env=world.environment()).code == 2
+    assert not list(tmp_path.rglob(".submitted/*")), "what made no job is not waited for"
     nothing = run_program("flows.run", *collect, env=world.environment())
     assert nothing.code == 5, nothing.err
     assert "5 contexts are in no batch job: --stage submit, or a run without --stage, buys them." in nothing.out
