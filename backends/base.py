@@ -11,23 +11,34 @@ A backend is built once per process from its validated `Options`, used from one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from backends.asked import Sample, SampleRequest, ScoreRequest, WorkEstimate
 from backends.errors import ConfigError
 from backends.settings import SampleSettings
-from kl.records import Prompt, Response, Score, ScoreFailure
+from kl.records import Prompt, Score, ScoreFailure
+from kl.text_tokens import prompt_tokens_of, text_tokens
 
-if TYPE_CHECKING:
-    from kl.columns import TopLists  # it loads Polars, which a command's help does not need
-
-# A rule of thumb for prompts, which are text without tokens; good to a factor of about 1.5 across languages.
-_BYTES_PER_TOKEN = 4
+__all__ = [
+    "NOT_SUBMITTED",
+    "UNREAD",
+    "WAITING",
+    "Backend",
+    "BackendOptions",
+    "Capabilities",
+    "Sample",
+    "SampleRequest",
+    "SampleSettings",
+    "ScoreRequest",
+    "WorkEstimate",
+    "compares_pairs",
+    "own_name",
+]
 
 # Reasons of a failure that `Backend.submit` and `Backend.collect` give to keys that have no answer yet.
 WAITING = "waiting"
@@ -48,129 +59,6 @@ class BackendOptions(BaseModel):
         description="System text given to this backend's model in place of the one in the response file; "
         "an empty text asks for none. Default: the file's own.",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """Contexts of one response that a model is asked about.
-
-    The context of position ``t`` is ``prompt`` followed by the first ``t`` tokens of the response, as text
-    ``text[:prefix_ends[t]]``. Only ``positions`` are asked; ``keys[i]`` belongs to ``positions[i]`` and comes back in
-    the result. Prefixes are cut when they are needed, so a long response costs no more memory than its text.
-
-    Attributes
-    ----------
-    name : str
-        How the response is called in logs and job files.
-    model : str
-        The model that is asked.
-    prompt : Prompt
-        With the system text that this model is to see.
-    text : str
-        P's response.
-    prefix_ends : tuple of int
-        For every position of the response, where its prefix ends in ``text`` (characters).
-    token_ids : tuple of int, optional
-        P's token ids for every position, where all are known.
-    positions : tuple of int
-        The positions asked, rising.
-    keys : tuple of str
-        One content hash per position asked.
-    top_logprobs : int
-        How many candidates to report.
-    full_vocabulary : bool
-        Also report the log-probability of every token (backends with that capability only).
-    gaps : tuple of (int, str)
-        (position, reason) of positions whose prefix no text says, asked where token ids are given: a backend that must
-        fall back to the text gives them a failure of that reason.
-    wanted : TopLists, of one list for each position asked, optional
-        Given only with the capability ``wanted_tokens``: tokens whose values are asked for beside the candidates (P's
-        listed ones and the one it sampled), as P names them; their log-probabilities are NaN. `Score.wanted` says those
-        that the model has and does not list; a token that is none of its own, or not certainly one, is left out.
-    counterparts : tuple of str
-        Given only with the capability ``exact_pairs``: for each position asked, the key under which the other model is
-        asked about the same context, in the same call where it is asked now; empty where nobody is. The score of each
-        of two such keys then has `Score.exact`, and no ``full_logprobs``, which are not kept.
-    """
-
-    name: str
-    model: str
-    prompt: Prompt
-    text: str
-    prefix_ends: tuple[int, ...]
-    token_ids: tuple[int, ...] | None
-    positions: tuple[int, ...]
-    keys: tuple[str, ...]
-    top_logprobs: int
-    full_vocabulary: bool = False
-    gaps: tuple[tuple[int, str], ...] = ()
-    counterparts: tuple[str, ...] = ()
-    wanted: TopLists | None = None
-
-    def contexts(self) -> Iterator[tuple[int, str, str]]:
-        """(position, key, prefix text) of each position asked."""
-        for position, key in zip(self.positions, self.keys, strict=True):
-            yield position, key, self.text[: self.prefix_ends[position]]
-
-    def only(self, wanted: Container[str]) -> ScoreRequest:
-        """The same request for those of its contexts whose key is wanted; positions of one key are asked once."""
-        first: dict[str, int] = {}
-        for index, key in enumerate(self.keys):
-            if key in wanted:
-                first.setdefault(key, index)
-        chosen = first.values()
-        return replace(
-            self,
-            positions=tuple(self.positions[index] for index in chosen),
-            keys=tuple(first),
-            counterparts=tuple(self.counterparts[index] for index in chosen) if self.counterparts else (),
-            wanted=None if self.wanted is None else self.wanted.take(np.array([*chosen], dtype=np.int64)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """One response that a model is to write.
-
-    Attributes
-    ----------
-    key : str
-        Of this response; comes back in the result.
-    name : str
-        How it is called in logs and job files.
-    model : str
-        The model that writes.
-    prompt : Prompt
-        With the system text that this model is to see.
-    settings : SampleSettings
-    index : int
-        Its number among the responses to this prompt, from 0; its seed is ``settings.seed + index``.
-    prefix : str
-        How the response begins: the model goes on from there, and only what it adds is the response.
-    prefix_ids : tuple of int, optional
-        The token ids of the prefix, where they are known.
-    """
-
-    key: str
-    name: str
-    model: str
-    prompt: Prompt
-    settings: SampleSettings
-    index: int = 0
-    prefix: str = ""
-    prefix_ids: tuple[int, ...] | None = None
-
-
-class Sample(NamedTuple):
-    """A response that was written, under the key of its request; its ``source_file`` is empty.
-
-    The token counts are those of the service, for the bill; ``output_tokens`` is of the response alone.
-    """
-
-    key: str
-    response: Response
-    input_tokens: int | None = None
-    output_tokens: int | None = None
 
 
 class Capabilities(NamedTuple):
@@ -200,31 +88,6 @@ class Capabilities(NamedTuple):
     wanted_tokens: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WorkEstimate:
-    """What a set of requests comes to, known before anything is sent.
-
-    Token counts are estimates: prompts at four bytes a token, prefixes by P's own tokens. ``cost_usd`` is None where no
-    price is known, 0 where nothing is charged.
-    """
-
-    requests: int = 0
-    request_bytes: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost_usd: float | None = 0.0
-
-    def __add__(self, other: WorkEstimate) -> WorkEstimate:
-        known = self.cost_usd is not None and other.cost_usd is not None
-        return WorkEstimate(
-            self.requests + other.requests,
-            self.request_bytes + other.request_bytes,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            (self.cost_usd or 0.0) + (other.cost_usd or 0.0) if known else None,
-        )
-
-
 def _unlocked() -> None:
     """Nobody else uses the backend's folder."""
 
@@ -245,6 +108,8 @@ class Backend(ABC):
         What the class is registered as. It is not inherited: a subclass is another backend.
     needs : tuple of str
         What must be there beside the program, each in a few words for the list of backends.
+    template_tokens : int
+        About how many tokens a chat template puts around each turn, and before the answer; for estimates.
     run_id : str or None
         The flow run that uses the backend, set before it is entered; a backend with remote jobs records it with them.
     check_lock : callable
@@ -255,6 +120,7 @@ class Backend(ABC):
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     capabilities: ClassVar[Capabilities]
     needs: ClassVar[tuple[str, ...]] = ()
+    template_tokens: ClassVar[int] = 5
     name: ClassVar[str | None] = None
     run_id: str | None = None
     check_lock: Callable[[], None] = staticmethod(_unlocked)
@@ -309,18 +175,35 @@ class Backend(ABC):
         """What a request comes to; calls nothing."""
         if not request.positions:
             return WorkEstimate()
-        prompt_tokens = -(-len(request.prompt.canonical().encode("utf-8")) // _BYTES_PER_TOKEN)
-        input_tokens = sum(prompt_tokens + position for position in request.positions)
         n = len(request.positions)
+        prompt_tokens = n * prompt_tokens_of(request.prompt, cls.template_tokens).tokens
+        input_tokens = prompt_tokens + sum(request.positions)
         cost = cls.cost_usd(options, request.model, input_tokens, n)
-        return WorkEstimate(n, cls.request_bytes(request), input_tokens, n, cost)
+        return WorkEstimate(n, cls.request_bytes(request), input_tokens, n, cost, prompt_tokens)
 
     @classmethod
     def estimate_sample(cls, options: BackendOptions, request: SampleRequest) -> WorkEstimate:
         """What a response comes to at most, for it may end before ``max_tokens``; calls nothing."""
         n_bytes = len(request.prompt.canonical().encode("utf-8")) + len(request.prefix.encode("utf-8"))
-        n_in, n_out = -(-n_bytes // _BYTES_PER_TOKEN), request.settings.max_tokens
-        return WorkEstimate(1, n_bytes, n_in, n_out, cls.cost_usd(options, request.model, n_in, n_out))
+        n_prompt, n_prefix = prompt_tokens_of(request.prompt, cls.template_tokens).tokens, len(request.prefix_ids or ())
+        if request.prefix and request.prefix_ids is None:
+            n_prompt += ceil(text_tokens(request.prefix).tokens)
+        n_in, n_out = n_prompt + n_prefix, request.settings.max_tokens
+        return WorkEstimate(1, n_bytes, n_in, n_out, cls.cost_usd(options, request.model, n_in, n_out), n_prompt)
+
+    async def count_prompt_tokens(self, model: str, prompts: Sequence[Prompt]) -> Sequence[int | None] | None:
+        """How many tokens a model is given for each prompt, by its own tokenizer and template; nothing is charged.
+
+        None, for all or for one, where nobody knows: then the estimate by rule stands. The backend is entered. It is
+        asked for a few prompts of a run, before anything is bought, and what it raises or takes longer than seconds
+        for is done without.
+
+        Raises
+        ------
+        BackendError
+            If the service does not count now.
+        """
+        return None
 
     def parallel_groups(self) -> int:
         """How many groups of responses may be at work at once."""

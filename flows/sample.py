@@ -25,7 +25,7 @@ from flows.folder.room import one_line_on_room
 from flows.runtime.logs import expected_errors_in_one_line, run_logging
 from flows.runtime.terminal import console, print_pairs
 from flows.sampling.asking import Sampler, SampleReport
-from flows.sampling.plan import check_cost, check_sampling, plan_rows, plan_sampling, with_folder
+from flows.sampling.plan import check_cost, check_sampling, count_prompts, plan_rows, plan_sampling, with_folder
 from flows.sampling.state import SamplingState, leave_no_lock
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def sample(config: SampleConfig) -> SampleReport:
             logger.warning("%s", note)
         if plan.n_left_alone:
             logger.info("%d of %d files are there already and are left alone", plan.n_left_alone, len(plan.targets))
+        count_prompts(plan)
         check_cost(plan)
         report = Sampler(plan).run()
         check_lock()

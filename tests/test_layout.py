@@ -17,7 +17,7 @@ ROOMS = ("kl", "backends", "flows")
 # From the bottom up. A line is a folder and its modules, by floors between slashes: a module imports from lower floors
 # only, and modules of one floor know nothing of each other. An __init__ has a floor if it imports anything.
 FLOORS = """
-kl                      pieces records signs / columns / scores
+kl                      pieces records signs / columns text_tokens / scores
 kl.input                hidden problems / logprobs prompts texts writer / contents / documents
 kl.input.shapes         requests / completions gemini outputs rows / answers
 kl.input                appended / sources / responses / conversion
@@ -35,7 +35,7 @@ kl.output.report        comparisons markup movers selection spread verdict visib
 kl.finished             names lists shown worst / between run / reading
 kl.output.report        page
 
-backends                errors extras hookspecs settings / base builtin keys / registry session / catalogue
+backends                errors extras hookspecs settings / asked / base builtin keys / registry session
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
 backends.scores         rows / chunk_log damage / lines parts raw_log / journal / aside / store
 backends.contract       subject / setup / answers / calls / __init__
@@ -43,7 +43,7 @@ backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
-backends.service        bought merging retry / breaker / limit
+backends.service        bought counting merging retry / breaker / limit
 backends.openai_compatible client presets / answers found server vocabulary / asking options
 backends.openai_compatible proofs wanted / scoring / sampling / backend
 backends.vertex         status / wire / answers prices / samples options
@@ -55,7 +55,7 @@ backends.vertex         online / batch
 backends.vertex.cleaning inventory / lifecycle / cleaner
 
 flows.runtime           environment server terminal / logs progress
-flows.config            form groups runner / reading templates
+flows.config            catalogue form groups runner / reading templates
 flows.folder            output
 flows.cluster           mapping preload / runners / workers
 flows.config            alert / models / backend sampling / cleaning

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, TypeVar
 
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
-from backends.local.contexts import caught, contexts_of, together
+from backends.local.contexts import caught, contexts_of, lengths, together
 from backends.local.engine import ENGINE
 from backends.local.gguf import BACKEND, find_packages
 from backends.local.models import LocalModel, check_model, find_file, find_model, load_model, template_of
@@ -97,6 +97,10 @@ class LocalBackend(Backend):
             If the model has no form for the prompt.
         """
         return await _in_worker(lambda: template_of(find_model(model)).text(prompt))
+
+    async def count_prompt_tokens(self, model: str, prompts: Sequence[Prompt]) -> list[int | None]:
+        """By the tokenizer and the template in the model file, whose weights are not read."""
+        return await _in_worker(lambda: lengths(template_of(find_model(model)), prompts))
 
     def parallel_groups(self) -> int:
         """More than one, so that short responses, too, fill the matrices that go through the model."""

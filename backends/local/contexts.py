@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
@@ -52,6 +52,17 @@ class Template(Protocol):
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of everything before the answer."""
         ...
+
+
+def lengths(template: Template, prompts: Iterable[Prompt]) -> list[int | None]:
+    """How many tokens each prompt is as a template writes it; None for one that the model has no form for."""
+    found: list[int | None] = []
+    for prompt in prompts:
+        try:
+            found.append(len(template.encode(prompt)))
+        except PromptRefusedError:
+            found.append(None)
+    return found
 
 
 class Asked(NamedTuple):

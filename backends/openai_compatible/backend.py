@@ -113,7 +113,7 @@ class OpenAICompatibleBackend(Backend):
         alone = super().estimate(options, request.only({request.keys[-1]}))
         input_tokens = alone.input_tokens + 1
         cost = cls.cost_usd(options, request.model, input_tokens, 1)
-        return WorkEstimate(work.requests, alone.request_bytes, input_tokens, 1, cost)
+        return WorkEstimate(work.requests, alone.request_bytes, input_tokens, 1, cost, alone.prompt_tokens)
 
     def parallel_groups(self) -> int:
         """As many as may be in flight, some at least."""
@@ -231,6 +231,11 @@ class OpenAICompatibleBackend(Backend):
             If the server cannot write the prompt.
         """
         return await (await self._scorer(model)).rendered(prompt)
+
+    async def count_prompt_tokens(self, model: str, prompts: Sequence[Prompt]) -> list[int | None] | None:
+        """Where the server lends its tokenizer."""
+        vocabulary = (await self._scorer(model)).vocabulary
+        return None if vocabulary is None else await vocabulary.counts(prompts)
 
     # Asking.
 

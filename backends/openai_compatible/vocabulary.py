@@ -130,6 +130,13 @@ class ServerVocabulary:
             except StatusError as error:
                 self._prompts[prompt] = PromptRefusedError(f"the server cannot write this conversation: {error}")
 
+    async def counts(self, prompts: Sequence[Prompt]) -> list[int | None]:
+        """How many tokens each prompt is, up to where the answer begins; None for one that it cannot write."""
+        for prompt in prompts:
+            await self.fetch_prompt(prompt)
+        found = (self._prompts[prompt] for prompt in prompts)
+        return [None if isinstance(ids, PromptRefusedError) else len(ids) for ids in found]
+
     async def rendered(self, prompt: Prompt) -> str:
         """A prompt as the model is given it, control tokens by their names."""
         await self.fetch_prompt(prompt)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from backends.base import Backend, BackendOptions, Capabilities, Sample, SampleRequest, ScoreRequest
-from backends.local.contexts import caught, contexts_of, together
+from backends.local.contexts import caught, contexts_of, lengths, together
 from backends.local.units import Prepared
 from backends.transformers.checkpoints import BACKEND, find_checkpoint, installed_versions
-from backends.transformers.loading import LoadedModel, Models
+from backends.transformers.loading import LoadedModel, Models, words_of
 from backends.transformers.options import TransformersOptions
 from backends.transformers.passes import Passes
 from backends.transformers.sampling import sample_steps
@@ -96,6 +96,10 @@ class TransformersBackend(Backend):
             If the model has no form for the prompt.
         """
         return await self._in_worker(lambda: self._load(model).template.text(prompt))
+
+    async def count_prompt_tokens(self, model: str, prompts: Sequence[Prompt]) -> list[int | None]:
+        """By the checkpoint's tokenizer and template; its weights are not loaded."""
+        return await self._in_worker(lambda: lengths(words_of(find_checkpoint(model, self._options))[1], prompts))
 
     def parallel_groups(self) -> int:
         """More than one, so that short responses, too, fill a pass."""

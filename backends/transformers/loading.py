@@ -169,7 +169,7 @@ class LoadedModel:
             raise unusable(self.checkpoint.name, f"{what}; serve it with vLLM and ask it there.")
 
 
-def _words_of(checkpoint: Checkpoint) -> Words:
+def words_of(checkpoint: Checkpoint) -> Words:
     """Tokenizer and template, and the limit of a context that the tokenizer knows."""
     options, name = checkpoint.options, checkpoint.name
     if checkpoint.gguf_file is not None:
@@ -327,7 +327,7 @@ class Models:
             while len(self._models) >= _KEPT:
                 self._models.popitem(last=False)
                 self._free()
-            self._models[key] = LoadedModel(checkpoint, _model_of(checkpoint), _words_of(checkpoint))
+            self._models[key] = LoadedModel(checkpoint, _model_of(checkpoint), words_of(checkpoint))
         self._models.move_to_end(key)
         return self._models[key]
 

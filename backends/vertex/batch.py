@@ -32,7 +32,7 @@ from kl.records import Score, ScoreFailure
 
 __all__ = ["VertexBatchBackend", "VertexBatchOptions"]
 
-_PROOFS_AT_ONCE = 4  # calls that prove that a model can be used
+_CALLS_AT_ONCE = 8  # that prove that a model can be used, and count tokens
 
 
 class VertexBatchBackend(GeminiBackend):
@@ -68,7 +68,7 @@ class VertexBatchBackend(GeminiBackend):
     async def __aenter__(self) -> Self:
         options = self.options
         self._client = make_client(self._project, self._location, options.request_timeout_s)
-        self._models = model_calls(self._project, self._location, options.request_timeout_s, max_calls=_PROOFS_AT_ONCE)
+        self._models = model_calls(self._project, self._location, options.request_timeout_s, max_calls=_CALLS_AT_ONCE)
         self._jobs = BatchJobs(
             self._client, self._project, self._location, options.retry_deadline_s, options.request_timeout_s
         )

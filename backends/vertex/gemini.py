@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import asyncio
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,20 +11,24 @@ from typing import Any, ClassVar
 from backends.base import Backend, BackendOptions, SampleSettings, ScoreRequest
 from backends.errors import ConfigError
 from backends.scores.raw_log import RawLog
+from backends.service.retry import StatusError
 from backends.vertex import answers, wire
 from backends.vertex.options import GeminiOptions
 from backends.vertex.prices import price_of, token_cost
 from backends.vertex.service.calls import prove_usable, prove_writes
 from backends.vertex.service.model_calls import ModelCalls
-from backends.vertex.service.retry import DailyQuotaError
+from backends.vertex.service.retry import DailyQuotaError, translated
 from backends.vertex.service.setup import check_credentials, check_model_name
-from kl.records import Score, ScoreFailure
+from kl.records import Prompt, Score, ScoreFailure
+
+_BAD_REQUEST = 400
 
 
 class GeminiBackend(Backend):
     """A backend whose model is asked by ``generateContent`` requests; subclasses say where and send them."""
 
     price_share: ClassVar[float] = 1.0  # of the list price
+    template_tokens: ClassVar[int] = 0  # the service counts texts alone
 
     _models: ModelCalls  # while it is entered
     _wants_credentials = True  # of Google; an API key is none
@@ -79,6 +84,25 @@ class GeminiBackend(Backend):
         """One tiny online request for a response."""
         with self._noting_quota(model):
             return await prove_writes(self._models, model, settings, self._retry_deadline_s)
+
+    async def count_prompt_tokens(self, model: str, prompts: Sequence[Prompt]) -> list[int | None]:
+        """By ``countTokens``, a call for each prompt; none is repeated."""
+        counted = await asyncio.gather(*(self._count(model, prompt) for prompt in prompts), return_exceptions=True)
+        for count in counted:
+            if isinstance(count, BaseException):
+                raise count
+        return [count for count in counted if not isinstance(count, BaseException)]
+
+    async def _count(self, model: str, prompt: Prompt) -> int | None:
+        body = wire.as_json(wire.count_body(prompt, system_field=self._wants_credentials))
+        try:
+            with translated("count tokens"):
+                total = answers.as_object(await self._models.count(model, body)).get("totalTokens")
+        except StatusError as error:
+            if error.status == _BAD_REQUEST:
+                return None  # of this prompt alone
+            raise
+        return total if isinstance(total, int) else None
 
     @contextmanager
     def _noting_quota(self, model: str) -> Generator[None]:

@@ -77,6 +77,15 @@ def request_body(prompt: Prompt, prefix: str, config: dict[str, Any]) -> dict[st
     return body
 
 
+def count_body(prompt: Prompt, *, system_field: bool) -> dict[str, Any]:
+    """The body that has a prompt counted; a service without a field for the system text gets it as a turn."""
+    body = request_body(prompt, "", {})
+    del body["generationConfig"]
+    if not system_field and (system := body.pop("systemInstruction", None)):
+        body["contents"] = [{"role": "user", **system}, *body["contents"]]
+    return body
+
+
 class RequestBodies:
     """The bodies of a response's contexts as JSON, in ASCII: that of `request_body`, one per position asked.
 

@@ -222,8 +222,8 @@ def _metavar(name: str, field: FieldInfo) -> str:
 
 def _options_of_chosen(arguments: Sequence[str]) -> list[str]:
     """The options of the backend that a call names, by flag or in its file; nothing if it names none."""
-    from backends.catalogue import describe, full_text
     from backends.registry import check_known, registered
+    from flows.config.catalogue import describe, full_text
 
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--backend")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from backends.catalogue import BackendText, describe, full_text, short_text
 from backends.registry import check_known, registered
 from flows.commands.arguments import Parser, exit_code_of
+from flows.config.catalogue import BackendText, describe, full_text, short_text
 from flows.watch.report import EXIT_COMPLETE, EXIT_ERROR
 
 _DESCRIPTION = (

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.scores.store import Alone, ScoreStore
+from backends.service.counting import COUNTS
 from kl.finished import names
 
 HISTORY_FILE = "history.parquet"  # of many runs: beside their folders, or in one that all of them use
-# Files of a run, or a sampling, that asked nothing: locks, and who would have been asked.
-LEFT_BY_NOTHING = frozenset({".lock", f".{HISTORY_FILE}.lock", "identity", "models"})
+# Files of a run, or a sampling, that asked nothing: locks, who would have been asked, and what its prompts are.
+LEFT_BY_NOTHING = frozenset({".lock", f".{HISTORY_FILE}.lock", "identity", "models", COUNTS})
 
 
 @dataclass(frozen=True, slots=True)

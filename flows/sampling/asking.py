@@ -22,7 +22,7 @@ from flows.sampling.files import Target
 from flows.sampling.identity import check_identities
 from flows.sampling.plan import SamplePlan
 from flows.stages.prompts import prompt_hashes
-from flows.watch.spending import Spending, details_of
+from flows.watch.spending import Spending, compared_text, details_of
 from kl.input.responses import RENDERED
 from kl.input.writer import response_entry
 from kl.output.room import refusal_of
@@ -70,6 +70,7 @@ class Sampler:
         self._reserve = Reserve(plan.state.folder, _entries_in_flight(plan))
         self._refusal: OSError | None = None
         self._n_lost = 0
+        self._counted: dict[str, int] = {}  # input tokens by the service, of each answer that says them
 
     def run(self) -> SampleReport:
         """Ask for what is missing; gives what is there at the end.
@@ -101,9 +102,18 @@ class Sampler:
                 except SessionClosedError:
                     if not stopped.is_set():
                         raise
+            self._log_counted()
             if stopped.is_set():
                 line = session.interrupt() or "nothing goes on elsewhere."
                 raise InterruptedRunError(line, config)
+
+    def _log_counted(self) -> None:
+        """How far the estimate was right."""
+        counted, plan = self._counted, self.plan
+        estimated = plan.estimate([request for request in plan.requests if request.key in counted]).input_tokens
+        n = len(counted)
+        if plan.backend.capabilities.remote and (line := compared_text(estimated, n, sum(counted.values()), n)):
+            logger.info("%s", line)
 
     async def _rounds(self, backend: Backend) -> None:
         """Ask, and ask again for what came without what it must have."""
@@ -124,6 +134,8 @@ class Sampler:
                     )
                 async for result in backend.sample(left):
                     spending.note(self.plan.places[result.key][0].model, result)
+                    if isinstance(result, Sample) and result.input_tokens:
+                        self._counted[result.key] = result.input_tokens
                     await self._store(result, backend)
                     progress.advance(int(isinstance(result, Sample)))
                 if self._refusal is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from backends.base import Backend, BackendOptions, SampleRequest, WorkEstimate
 from backends.errors import ConfigError
+from backends.service.counting import TextSample, TokenCounts, count_texts, worth_counting
+from backends.session import BackendSession
 from backends.storage import as_location
 from flows.config.backend import resolve_backend
 from flows.config.sampling import SampleConfig
@@ -17,7 +19,9 @@ from flows.config.templates import RunValues, fill
 from flows.sampling.files import SAMPLED_BY, Target, targets_of
 from flows.sampling.prompts import Prompts, check_source, find_prompts
 from flows.sampling.state import SamplingState
+from flows.watch.spending import counted_text
 from kl.records import ScoreFailure
+from kl.text_tokens import prompt_tokens_of
 
 _FORMAT = "tokenkl-sample-1"
 _KEY_HEX_DIGITS = 32
@@ -43,6 +47,7 @@ class SamplePlan:
     failures: dict[str, ScoreFailure] = field(default_factory=dict[str, ScoreFailure])
     n_left_alone: int = 0
     n_recorded: int = 0
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     def build_backend(self) -> Backend:
         """The backend with its records in the state folder."""
@@ -61,7 +66,19 @@ class SamplePlan:
 
     def estimate(self, requests: list[SampleRequest]) -> WorkEstimate:
         """What some of the requests come to at most."""
-        return sum((self.backend.estimate_sample(self.options, request) for request in requests), WorkEstimate())
+        return sum(map(self._estimate, requests), WorkEstimate())
+
+    def _estimate(self, request: SampleRequest) -> WorkEstimate:
+        work = self.backend.estimate_sample(self.options, request)
+        script = prompt_tokens_of(request.prompt, self.backend.template_tokens).script
+        return self.counts.corrected(work, request.model, script, self.backend, self.options)
+
+    def texts(self) -> TextSample:
+        """Prompts that may be counted, those of responses that are there among them: a later run draws the same."""
+        texts, around = TextSample(), self.backend.template_tokens
+        for target in self.targets:
+            texts.note_prompt(target.model, target.asked.prompt, target.n_wanted, around)
+        return texts
 
 
 def with_folder(config: SampleConfig, values: RunValues) -> SampleConfig:
@@ -184,6 +201,15 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode("ascii")).hexdigest()
 
 
+def count_prompts(plan: SamplePlan) -> None:
+    """Have the backend's own tokenizer correct the estimate, where something would be spent."""
+    requests = plan.to_buy()
+    if not worth_counting(plan.backend, plan.estimate(requests), plan.config.max_cost_usd):
+        return
+    with BackendSession(plan.build_backend()) as session:
+        plan.counts = session.run(count_texts(session.backend, plan.texts()))
+
+
 def check_cost(plan: SamplePlan) -> None:
     """Refuse to start above the limit, or where no price is known to hold against it.
 
@@ -204,7 +230,8 @@ def check_cost(plan: SamplePlan) -> None:
         )
     if cost > limit:
         raise ConfigError(
-            f"this may cost up to {cost:.4f} USD, above max_cost_usd = {limit:g}. Raise it, or ask for less."
+            f"this may cost up to {cost:.4f} USD, above max_cost_usd = {limit:g}. Raise it, or ask for less. "
+            f"Its input tokens: {counted_text(plan.counts)}."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from backends.base import UNREAD
 from backends.errors import ConfigError
 from backends.scores.lines import SUFFIX, lines_in
+from backends.service.counting import COUNTS
 from backends.storage import files_in, is_remote, local_copies, read_bytes, remove, remove_folder, write_bytes_atomic
 from flows.folder.layout import OutputFolder
 
@@ -96,6 +97,7 @@ class SamplingState:
             remove_folder(folder)
         remove(self._identity)
         remove(self._identities)
+        remove(self.folder / COUNTS)
 
 
 def leave_no_lock(folder: OutputFolder) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import ConfigError
+from backends.service.counting import count_texts, counts_here
 from backends.session import BackendSession
 from backends.vertex.prices import PRICES_AS_OF
 from flows.config.comparison import Comparison
@@ -22,6 +23,7 @@ from flows.folder.refusals import refused_models
 from flows.stages.inputs import find_inputs
 from flows.stages.plan import Plan, make_plan
 from flows.stages.reuse import check_raw
+from flows.watch.spending import counted_text
 from kl.statistics.position_sampling import Variation, expected_width_text, variation_of_pilot
 
 logger = logging.getLogger("flows.run")
@@ -30,7 +32,7 @@ Rows = list[tuple[str, str]]
 
 
 def plan_without_calls(comparison: Comparison) -> Plan:
-    """The plan of a run, from files alone; the backend is built and never entered."""
+    """The plan of a run, from files alone; a backend is entered only if what it is asked stays on this machine."""
     if comparison.config.reuse_raw is not None:
         check_raw(comparison.config.reuse_raw)
     check_store(comparison.folder)
@@ -38,7 +40,11 @@ def plan_without_calls(comparison: Comparison) -> Plan:
     scores = comparison.folder.stores().scores
     scores.prefetch()
     built = comparison.build_backend()
-    return make_plan(find_inputs(comparison.config), comparison, scores, built.in_flight(), built.parallel_groups())
+    plan = make_plan(find_inputs(comparison.config), comparison, scores, built.in_flight(), built.parallel_groups())
+    if not (plan.n_to_ask and counts_here(comparison.backend)):
+        return plan
+    with BackendSession(built) as session:
+        return plan.counted(session.run(count_texts(built, plan.texts)), comparison)
 
 
 def without_refused(comparison: Comparison) -> Comparison:
@@ -119,7 +125,7 @@ def check_cost(plan: Plan, max_cost_usd: float | None) -> None:
     if cost > max_cost_usd:
         raise ConfigError(
             f"the estimated cost of {cost:.4f} USD is above max_cost_usd = {max_cost_usd:g}. Raise it, or measure less "
-            f"(--max-files).{left}"
+            f"(--max-files). Its input tokens: {counted_text(plan.counts)}.{left}"
         )
 
 
@@ -154,6 +160,7 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
         ("requests", f"{plan.n_to_ask:,} in {_groups_text(plan, comparison)}"),
         ("request bytes", f"{work.request_bytes:,}"),
         ("input tokens, estimated", f"{work.input_tokens:,}"),
+        *_counted_rows(plan),
         ("output tokens, estimated", f"{work.output_tokens:,}"),
         ("cost, estimated", _cost_text(work.cost_usd, plan)),
         *_again_rows(plan),
@@ -169,12 +176,16 @@ def _damaged_rows(plan: Plan) -> Rows:
     return [("damaged on disk", f"{found}, named in the log: a run sets them aside and asks again")]
 
 
+def _counted_rows(plan: Plan) -> Rows:
+    return [("prompts counted", counted_text(plan.counts))] if plan.counts.n_prompts else []
+
+
 def _again_rows(plan: Plan) -> Rows:
-    again = plan.again
+    again, work = plan.again, plan.estimate_again
     if not again.n_drawn:
         return []
     models = ", ".join(f"{model} at {count:,} positions" for model, count in sorted(again.n_drawn.items()))
-    asked = f"{again.estimate.requests:,} of the requests, {_cost_text(again.estimate.cost_usd, plan)}"
+    asked = f"{work.requests:,} of the requests, {_cost_text(work.cost_usd, plan)}"
     return [("noise floor", f"asks again {models}: {asked}")]
 
 

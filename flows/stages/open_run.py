@@ -17,6 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from backends.base import Backend
 from backends.errors import BackendError, ConfigError, ModelNotUsableError
+from backends.service.counting import count_texts, worth_counting
 from backends.session import BackendSession, SessionClosedError
 from backends.storage import exists, is_remote, remove_folder, scratch_folder
 from flows.cluster.mapping import ended, results_of, tasks_run_by
@@ -48,7 +49,7 @@ from flows.watch.artifacts import progress_artifacts, show_plan, show_report
 from flows.watch.ending import DriftContext, RunOutcome, drift_context
 from flows.watch.naming import name_run
 from flows.watch.report import RunReport
-from flows.watch.spending import Spending, details_of
+from flows.watch.spending import Spending, compared_text, details_of
 from kl.records import Score, ScoreFailure
 
 logger = logging.getLogger("flows.run")
@@ -242,10 +243,11 @@ class OpenRun:
         if plan.in_use is not None:
             raise RunEndedError(skipped_state(FolderInUseError(plan.in_use)))
         _log_problems(plan)
-        self._check(plan)
+        check_readable(plan, self.comparison.config.input_dir)
         name_run(plan.models_p, self.comparison)
         with ExitStack() as sessions:
             session = sessions.enter_context(self._opened())
+            plan = self._checked(plan, session)
             plan = self._plan = self._preflight(plan, session)
             if session.backend is not self.backend:  # planned again by what others wrote since, which it has not seen
                 sessions.close()
@@ -270,6 +272,7 @@ class OpenRun:
             self._going_on = self.backend.going_on()
             cut_short = session.cancelled
         self.check_lock()
+        self._log_counted(plan)
         if cut_short:
             raise SessionClosedError("asking was stopped before its end, for a reason that is in the log; run again.")
         if self.member is None:  # others may be reading the parts
@@ -293,16 +296,20 @@ class OpenRun:
         self._session = BackendSession(self.backend)
         return self._session
 
-    def _check(self, plan: Plan) -> None:
-        config = self.comparison.config
-        check_readable(plan, config.input_dir)
+    def _checked(self, plan: Plan, session: BackendSession) -> Plan:
+        """The plan with what its texts are by the backend's own tokenizer, if it is within the limit of cost."""
+        config, comparison = self.comparison.config, self.comparison
         # A collect makes follow-up jobs at most, for what was within the limit when it was submitted.
         if config.stage != "collect":
+            worth_it = worth_counting(comparison.backend, plan.estimate, config.max_cost_usd)
+            if plan.n_to_ask > plan.n_in_flight and worth_it:
+                plan = plan.counted(session.run(count_texts(session.backend, plan.texts)), comparison)
             check_cost(plan, config.max_cost_usd)
         # Workers that the run starts itself have its folders and programs; they begin when there is work for them.
         if self.cluster is not None and config.task_runner.address is not None:
             needs = Needs(absolute(plan.files[0].path), absolute(config.output_dir))
             check_workers(self.cluster.get(), config.task_runner.kind, needs)
+        return plan
 
     def _preflight(self, plan: Plan, session: BackendSession) -> Plan:
         """Prove that the models can be used; gives the plan that stands then."""
@@ -330,9 +337,7 @@ class OpenRun:
         if refused:
             note_refusals(self.comparison.folder, refused, self.comparison.place)
         self.comparison = self.comparison.without(refused, unasked)
-        plan = self.plan(plan.files)
-        self._check(plan)
-        return plan
+        return self._checked(self.plan(plan.files), session)
 
     @contextmanager
     def _scoring(self, plan: Plan, session: BackendSession) -> Generator[None]:
@@ -429,6 +434,15 @@ class OpenRun:
         elif written.stage == "collect" and not state.result(raise_on_failure=False).n_waiting:
             put_last(written, folder)
 
+    def _log_counted(self, plan: Plan) -> None:
+        """How far the estimate was right."""
+        if not self.comparison.backend.capabilities.remote:
+            return
+        counted = sum(n_in for outcome in self._outcomes for n_in, _ in outcome.tokens.values())
+        n_scored = sum(outcome.n_scored for outcome in self._outcomes)
+        if line := compared_text(plan.estimate.input_tokens, plan.n_to_ask, counted, n_scored):
+            logger.info("%s", line)
+
     def record(self) -> dict[str, Any]:
         """What ``run.json`` says of how the results came about."""
         plan, outcomes, comparison = self._plan, self._outcomes, self.comparison
@@ -440,8 +454,8 @@ class OpenRun:
             "contexts_asked": plan.n_to_ask,
             "contexts_scored_now": sum(outcome.n_scored for outcome in outcomes),
             "contexts_refused_now": sum(outcome.n_final for outcome in outcomes),
-            "asked_again": {"positions": dict(plan.again.n_drawn), "estimate": asdict(plan.again.estimate)},
-            "estimate": asdict(plan.estimate),
+            "asked_again": {"positions": dict(plan.again.n_drawn), "estimate": asdict(plan.estimate_again)},
+            "estimate": asdict(plan.estimate) | {"prompts_counted": plan.counts.n_prompts},
             "preflight_version": self._proven,
             "model_versions_now": sorted({version for outcome in outcomes for version in outcome.versions}),
             "backend_report": self._report,

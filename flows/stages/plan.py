@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from backends.base import ScoreRequest, WorkEstimate, compares_pairs
 from backends.keys import short_key
 from backends.scores.store import Compared, ScoreStore
+from backends.service.counting import TextSample, TokenCounts, counts_here
 from flows.config.comparison import Comparison, Side
 from flows.stages.inputs import InputFile, read_ahead, read_input, read_inputs
 from kl.input.problems import InputProblem
+from kl.text_tokens import prompt_tokens_of
 
 _REPEATS_TOGETHER = 1000  # responses of which a job asks some contexts again; their texts are in memory together
 
@@ -60,14 +62,20 @@ class AgainPlan:
 
     n_drawn: Counter[str] = field(default_factory=Counter[str])
     fresh: Counter[str] = field(default_factory=Counter[str])
-    estimate: WorkEstimate = field(default_factory=WorkEstimate)
     unpriced: set[str] = field(default_factory=set[str])
 
-    def note(self, request: ScoreRequest, fresh: int, estimate: WorkEstimate) -> None:
+    def note(self, request: ScoreRequest, fresh: int) -> None:
         """Count one response."""
         self.n_drawn[request.model] += len(request.positions)
         self.fresh[request.model] += fresh
-        self.estimate += estimate
+
+
+class Part(NamedTuple):
+    """Requests of which one correction of the estimate holds: of one model, with prompts of one script."""
+
+    model: str
+    script: str
+    again: bool
 
 
 @dataclass(slots=True)
@@ -78,10 +86,11 @@ class Plan:
     ``n_contexts`` the distinct contexts among them (of both models where both are asked, without what is left to a
     later run), ``n_stored`` those that are on disk already, ``n_in_flight`` those that a job of an earlier run answers.
     ``n_damaged`` and ``n_broken`` count the stored scores that could not be used, and the parts that could not be read:
-    what they answered is asked. ``estimate`` is for the contexts that are not on disk; of the models ``unpriced`` no
-    price is known. ``again`` is the part of all these that asks a model a second time. ``missing`` has the contexts
-    that are asked: prompt id → the first 64 bits of each key. ``in_use`` says why none of it may be asked: another run
-    is at it.
+    what they answered is asked. ``parts`` are estimates for the contexts that are not on disk; of the models
+    ``unpriced`` no price is known. ``again`` is the part of all these that asks a model a second time. ``texts`` may be
+    counted by the backend's own tokenizer, ``counts`` says what came of it, if it was done. ``missing`` has the
+    contexts that are asked: prompt id → the first 64 bits of each key. ``in_use`` says why none of it may be asked:
+    another run is at it.
     """
 
     files: list[InputFile]
@@ -98,9 +107,11 @@ class Plan:
     n_in_flight: int = 0
     n_damaged: int = 0
     n_broken: int = 0
-    estimate: WorkEstimate = field(default_factory=WorkEstimate)
+    parts: dict[Part, WorkEstimate] = field(default_factory=dict[Part, WorkEstimate])
     unpriced: set[str] = field(default_factory=set[str])
     again: AgainPlan = field(default_factory=AgainPlan)
+    texts: TextSample = field(default_factory=TextSample)
+    counts: TokenCounts = field(default_factory=TokenCounts)
     missing: dict[str, array[int]] = field(default_factory=dict[str, "array[int]"])
     in_use: str | None = None
 
@@ -108,6 +119,24 @@ class Plan:
     def n_to_ask(self) -> int:
         """Contexts that are asked now."""
         return sum(group.n_positions for group in self.groups)
+
+    @property
+    def estimate(self) -> WorkEstimate:
+        """What all of it comes to."""
+        return sum(self.parts.values(), WorkEstimate())
+
+    @property
+    def estimate_again(self) -> WorkEstimate:
+        """What of it is asked a second time."""
+        return sum((work for part, work in self.parts.items() if part.again), WorkEstimate())
+
+    def counted(self, counts: TokenCounts, comparison: Comparison) -> Plan:
+        """The same with the estimate that the counts of some texts correct."""
+        backend, options = comparison.backend, comparison.options
+        parts = {
+            part: counts.corrected(work, part.model, part.script, backend, options) for part, work in self.parts.items()
+        }
+        return replace(self, parts=parts, counts=counts)
 
 
 def make_plan(
@@ -156,13 +185,11 @@ def make_plan(
                 )
                 jobs = _by_job(missing, in_flight)
                 if request is not None:
-                    to_ask = request.only({key for _, key in missing})
-                    estimate = comparison.backend.estimate(comparison.options, to_ask) if missing else WorkEstimate()
-                    plan.estimate += estimate
-                    if estimate.cost_usd is None:
-                        (plan.again if side == "again" else plan).unpriced.add(request.model)
+                    if missing:
+                        _add_estimate(plan, comparison, request.only({key for _, key in missing}), side)
                     if side == "again":
-                        plan.again.note(request, len(jobs.get("", ())), estimate)
+                        plan.again.note(request, len(jobs.get("", ())))
+                    _note_texts(plan, comparison, request, len(parsed.responses))
                 for job, positions in jobs.items():
                     selection = Selection(file, response.response_idx, side, np.asarray(positions, dtype=np.int32))
                     later = side == "again" or isinstance(side, int)
@@ -182,6 +209,24 @@ def make_plan(
     size = group_size(comparison, len(fresh), free - min(len(joint), free // 2))
     plan.groups = [_group(selections) for selections in by_job.values()] + list(_chunks(fresh, size)) + joint
     return plan
+
+
+def _add_estimate(plan: Plan, comparison: Comparison, request: ScoreRequest, side: Side) -> None:
+    """Count what is asked of one response."""
+    work = comparison.backend.estimate(comparison.options, request)
+    script = prompt_tokens_of(request.prompt, comparison.backend.template_tokens).script
+    part = Part(request.model, script, side == "again")
+    plan.parts[part] = plan.parts.get(part, WorkEstimate()) + work
+    if work.cost_usd is None:
+        (plan.again if part.again else plan).unpriced.add(request.model)
+
+
+def _note_texts(plan: Plan, comparison: Comparison, request: ScoreRequest, n_responses: int) -> None:
+    """Have the texts of a response drawn for counting, whatever of it is on disk: a later run draws the same."""
+    if comparison.backend.capabilities.remote or (comparison.config.dry_run and counts_here(comparison.backend)):
+        around = comparison.backend.template_tokens
+        plan.texts.note_prompt(request.model, request.prompt, n_responses * len(request.positions), around)
+        plan.texts.note_response(request)
 
 
 def _waits(model: str, comparison: Comparison, in_flight: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from backends.base import NOT_SUBMITTED, WAITING, Backend, BackendOptions, Sample
+from backends.service.counting import TokenCounts
 from kl.records import Score, ScoreFailure
 
 _NOT_ASKED = frozenset({WAITING, NOT_SUBMITTED})
@@ -62,6 +63,30 @@ class Spending:
             return ""
         at_least = "at least " if has_unknown or len(known) < len(costs) else ""
         return f"{at_least}{sum(known):.4f}{self._limit} USD spent"
+
+
+def counted_text(counts: TokenCounts) -> str:
+    """How the input tokens of an estimate are known."""
+    if not counts.n_prompts:
+        return "estimated from the texts"
+    what = "1 prompt was" if counts.n_prompts == 1 else f"{counts.n_prompts:,} prompts were"
+    return f"{what} counted by the model's own tokenizer, any others estimated with that"
+
+
+def compared_text(estimated: int, n_asked: int, counted: int, n_counted: int) -> str:
+    """``estimated 1.23 M input tokens, the service counted 1.20 M``; nothing where there is nothing to compare."""
+    if not (estimated and counted):
+        return ""
+    if n_counted == n_asked:
+        return f"estimated {_tokens(estimated)} input tokens, the service counted {_tokens(counted)}"
+    return (
+        f"estimated {_tokens(estimated)} input tokens for {n_asked:,} requests, "
+        f"the service counted {_tokens(counted)} for the {n_counted:,} that it answered"
+    )
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}"
 
 
 def details_of(backend: Backend, spending: Spending) -> Callable[[], list[str]]:

@@ -65,6 +65,9 @@ def test_sample_run_analyse(
     assert re.search(
         r"responses sampled: 10 of 10; .*\b0\.\d{4} of at most 0\.\d{4} USD spent$", done.err, re.MULTILINE
     )
+    line = re.search(r"estimated ([\d,]+) input tokens, the service counted ([\d,]+)$", done.err, re.MULTILINE)
+    assert line is not None, done.err
+    assert line[1] == line[2]  # it counted the prompts before
     assert vertex_world.rejected == []
     bought = dict(vertex_world.rows_bought)
     assert len(bought) == 10 + 1  # and the proof that the model can be used

@@ -195,6 +195,11 @@ def test_the_online_backend_gives_the_same_scores(run_batch, vertex_world, tmp_p
     assert done.code == 0, done.err
     assert pl.read_parquet(tmp_path / "online" / "tokens.parquet").equals(batch)
     assert vertex_world.rejected == []
+    record = json.loads((tmp_path / "online" / "run.json").read_text())
+    counted = record["spent"]["gemini-2.5-flash"]["input_tokens"]
+    assert record["estimate"]["input_tokens"] == counted  # as the service counted the prompts before
+    assert record["estimate"]["prompts_counted"] == 2
+    assert f"estimated {counted:,} input tokens, the service counted {counted:,}" in done.err
 
 
 def test_changing_the_backend_half_way_buys_nothing_twice(run_batch, vertex_world, tmp_path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tests.vertex_world.wire import MESSAGE, ApiError, quota_details
 
-HttpFault = Literal["401", "403", "429", "429+retry-after", "500", "503", "reset", "slow", "lost", "lost-503"]
+HttpFault = Literal["401", "403", "404", "429", "429+retry-after", "500", "503", "reset", "slow", "lost", "lost-503"]
 """One fault of an HTTP call.
 
 ``reset`` closes the connection before anything is done; ``lost`` does what was asked and then closes it, and

@@ -23,6 +23,7 @@ STATUS = {
 MESSAGE = {
     401: "Request had invalid authentication credentials.",
     403: "The caller does not have permission to do this.",
+    404: "The requested URL was not found on this server.",
     429: "Resource exhausted. Please try again later. Please refer to "
     "https://cloud.google.com/vertex-ai/generative-ai/docs/error-code-429 for more details.",
     500: "Internal error encountered.",

@@ -73,7 +73,14 @@ class ModelCalls:
         BackendError
             If no model can have that name.
         """
-        url = f"{self._address}/{self._path(model)}:generateContent"
+        return await self._call(model, "generateContent", body)
+
+    async def count(self, model: str, body: bytes) -> bytes:
+        """Have the tokens of a body's turns counted, which is free; as `generate` otherwise."""
+        return await self._call(model, "countTokens", body)
+
+    async def _call(self, model: str, method: str, body: bytes) -> bytes:
+        url = f"{self._address}/{self._path(model)}:{method}"
         if self._token is None:
             return _content(*await self._post(url, body, {}))
         used = await self._token.current()

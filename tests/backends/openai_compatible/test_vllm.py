@@ -22,7 +22,7 @@ from backends.settings import SampleSettings
 from kl.columns import TopLists
 from kl.records import Score, ScoreFailure
 from tests.openai_world import vllm as stand_in
-from tests.openai_world.asking import PROMPT, Results, asked, discovered, reference, request_of
+from tests.openai_world.asking import PROMPT, Results, asked, box, discovered, reference, request_of
 from tests.openai_world.vllm import Faults, VllmShaped
 
 RECORDED = Path(stand_in.__file__).parent / "recorded"
@@ -62,6 +62,18 @@ def sampled(options: dict[str, Any], n: int = 1, **settings: Any) -> list[Any]:
 
 def reasons(results: list[Score | ScoreFailure]) -> set[str]:
     return {result.reason for result in results if isinstance(result, ScoreFailure)}
+
+
+def test_prompts_are_counted_with_their_template(server: VllmShaped) -> None:
+    found = discovered(options(server))
+    long = replace(PROMPT, system="You are a careful teacher.")
+
+    async def work() -> Any:
+        async with OpenAICompatibleBackend(found) as backend:
+            return await backend.count_prompt_tokens("smol", [PROMPT, long])
+
+    template = box().template
+    assert asyncio.run(work()) == [len(template.encode(PROMPT)), len(template.encode(long))]
 
 
 @pytest.mark.parametrize(

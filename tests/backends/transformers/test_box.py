@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from backends.base import SampleRequest, SampleSettings, ScoreRequest
+from backends.base import Backend, SampleRequest, SampleSettings, ScoreRequest
 from backends.local.backend import LocalBackend
+from backends.transformers.backend import TransformersBackend
+from backends.transformers.options import TransformersOptions
 from kl.records import Prompt, Score, Turn
 from tests.backends.transformers.asking import ask, example, paired, sample, scores
 from tests.backends.transformers.checkpoints import box_model
@@ -44,6 +48,20 @@ def test_scores_and_figures_are_those_of_the_numpy_engine(box: Path, rounded: Pa
         )
         kl.append(ours.exact.kl)
     assert np.mean(kl) > 0.1  # four bits
+
+
+def test_prompts_are_counted_as_they_are_given_to_the_numpy_engine(box: Path) -> None:
+    prompts = [example(LOCAL, number, 2).prompt for number in (0, 1)]
+
+    async def counts(backend: Backend, model: str) -> Any:
+        async with backend:
+            return await backend.count_prompt_tokens(model, prompts)
+
+    here = asyncio.run(counts(TransformersBackend(TransformersOptions()), str(box)))
+    answers = ask([example(LOCAL, number, 2) for number in (0, 1)], LocalBackend)
+    first = [answers[f"{LOCAL} {number} 0"] for number in (0, 1)]
+    assert here == [score.input_tokens for score in first if isinstance(score, Score)]
+    assert asyncio.run(counts(LocalBackend(LocalBackend.Options()), LOCAL)) == here
 
 
 def test_samples_are_those_of_the_numpy_engine(box: Path) -> None:

