@@ -268,7 +268,10 @@ class Scorer:
         ids, longest = context.ids[: context.length], self.found.longest
         try:
             answers = await self.call(
-                lambda: values_of(self.asker, ids, tokens, longest), f"ask {self.found.model} about {unit.what}"
+                lambda: values_of(self.asker, ids, tokens, longest),
+                f"ask {self.found.model} about {unit.what}",
+                # Else what the position has would be bought again; of a whole response it is one call of many.
+                goes_on=len(unit.places) == 1,
             )
             for answer in answers:
                 self.check_server(answer.told)
@@ -291,14 +294,14 @@ class Scorer:
             missing = {item.token_id for item in entries if item.token_id is not None and not item.token_bytes}
             await self.fetched(lambda: texts.fetch_texts(missing))
 
-    async def call(self, call: Callable[[], Awaitable[Any]], what: str) -> Any:
-        """One call within the limit, repeated while it may; counts its outcome."""
+    async def call(self, call: Callable[[], Awaitable[Any]], what: str, *, goes_on: bool = False) -> Any:
+        """One call within the limit, repeated while it may; counts its outcome. ``goes_on`` as of `CallLimit.slot`."""
         again = False
 
         async def once() -> Any:
             nonlocal again
             before, again = again, True
-            async with self.limit.slot(first=before):
+            async with self.limit.slot(first=before or goes_on, goes_on=goes_on and not before):
                 await self._breaker.passed()
                 try:
                     answer = await call()

@@ -34,8 +34,10 @@ class CallLimit:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
-    async def slot(self, *, first: bool = False) -> AsyncGenerator[None]:
+    async def slot(self, *, first: bool = False, goes_on: bool = False) -> AsyncGenerator[None]:
         """Wait for a place among the calls in flight; ``first`` goes before all that wait.
+
+        With ``goes_on`` the call completes an answer that is paid for, and is made though no further one may be.
 
         A call that is repeated belongs first: at the back it would come to its turn when little else is left to do, and
         the last calls of a run would be made one after the other.
@@ -47,7 +49,7 @@ class CallLimit:
         """
         await self._take(first)
         try:
-            if self._stopped is not None:
+            if self._stopped is not None and not goes_on:
                 raise AskingStoppedError(self._stopped)
             yield
         finally:

@@ -419,6 +419,37 @@ def test_a_server_that_ignores_tokens_asked_for_by_name_gives_no_score(server: V
     assert reasons(results) == {"wanted-ignored"}
 
 
+class Stopping(list[tuple[str, dict[str, Any]]]):
+    """Requests, at the first of which for a list the backend is told to make no more."""
+
+    backend: OpenAICompatibleBackend | None = None
+
+    def append(self, request: tuple[str, dict[str, Any]]) -> None:
+        super().append(request)
+        if self.backend is not None and request[0] == "/v1/completions":
+            self.backend.stop_asking("the disk takes no more")
+            self.backend = None
+
+
+def test_an_answer_in_flight_is_completed_by_its_tokens_when_no_more_is_asked(server: VllmShaped) -> None:
+    found = OpenAICompatibleOptions(**options(server, mode="ids", max_concurrent=1))
+    longer, _ = asked(found.model_dump(), [request_of(TEXT, k=20)])
+    request = with_wanted(request_of(TEXT, k=4), longer)
+
+    async def work() -> list[Score | ScoreFailure]:
+        async with OpenAICompatibleBackend(found) as backend:
+            await backend.discover("smol")
+            server.requests = requests = Stopping()
+            requests.backend = backend
+            return [result async for result in backend.score([request])]
+
+    results = asyncio.run(work())
+    (score,) = (result for result in results if isinstance(result, Score))
+    assert len(score.wanted) == 16
+    assert reasons(results) == {"not-asked"}
+    assert [path for path, _ in server.requests].count("/v1/completions") == 2
+
+
 def test_a_server_that_cannot_be_asked_by_name_ends_the_run_in_one_line(server: VllmShaped) -> None:
     longer, _ = asked(options(server), [request_of(TEXT, k=20)])
     with pytest.raises(ConfigError, match=r"wanted_tokens is on, but this server \(vllm, asked by text\)"):
