@@ -34,7 +34,7 @@ def _damaged_text(damaged: pl.DataFrame) -> str:
     some = damaged.select("key", "why").head(_SHOWN).iter_rows()
     shown = "; ".join(f"{key[:_KEY_SHOWN] if key else 'one'}: {why}" for key, why in some)
     more = f"; and {damaged.height - _SHOWN} more" if damaged.height > _SHOWN else ""
-    return f"has {damaged.height} damaged scores ({shown}{more})"
+    return f"has {damaged.height} damaged score{'s' * (damaged.height > 1)} ({shown}{more})"
 
 
 def put_right(root: Path, prompt_id: str, path: Path) -> Part | None:

@@ -172,8 +172,8 @@ def plan_rows(plan: Plan, comparison: Comparison) -> Rows:
 def _damaged_rows(plan: Plan) -> Rows:
     if not plan.n_damaged and not plan.n_broken:
         return []
-    found = f"{plan.n_damaged:,} scores and {plan.n_broken:,} files"
-    return [("damaged on disk", f"{found}, named in the log: a run sets them aside and asks again")]
+    found = f"scores: {plan.n_damaged:,}, whole files: {plan.n_broken:,}"
+    return [("damaged on disk", f"{found}; named in the log, a run sets them aside and asks again")]
 
 
 def _counted_rows(plan: Plan) -> Rows:

@@ -98,7 +98,7 @@ def test_a_damaged_row_is_named_set_aside_and_asked_again(
 
     assert store_of(tmp_path).known_keys("p") == {GOOD}
     (line,) = caplog.messages
-    assert f"{path} has 1 damaged scores (" in line
+    assert f"{path} has 1 damaged score (" in line
     assert why in line
     assert BAD not in line, "a key is shown in short"
     (kept,) = (tmp_path / "set_aside").rglob("*.parquet")

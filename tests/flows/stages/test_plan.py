@@ -402,7 +402,7 @@ def test_what_is_damaged_on_disk_is_planned_and_estimated_again_and_what_is_soun
         assert (plan.n_stored, plan.n_damaged, plan.n_broken) == (2, n_found, 0)
         assert 0 < plan.estimate.cost_usd < first.estimate.cost_usd
         said = [text for label, text in plan_rows(plan, comparison) if label == "damaged on disk"]
-        assert said == ["1 scores and 0 files, named in the log: a run sets them aside and asks again"] * n_found
+        assert said == ["scores: 1, whole files: 0; named in the log, a run sets them aside and asks again"] * n_found
 
 
 REFUSED = {
