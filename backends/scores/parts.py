@@ -1,8 +1,10 @@
 """A part of the table of scores: proven by the checksum in its name, or checked row by row.
 
 A part that this program wrote is called by a hash of its keys and the checksum of its bytes. Where both agree nothing
-else need be looked at. Where they do not, no row can be told from a wrong one: of a thousand flipped bits fifty give
-other numbers without an error. Parts of other names (of earlier versions, of other programs) are checked each time.
+else need be looked at. Where they do not, it was written anew by another program, whose damage shows in its rows, or
+a disk has changed it: of a thousand flipped bits fifty give other numbers without an error, the others no table at all.
+So of one that shows damage the sound rows are kept, and of one that shows none somebody must say what it is. Parts of
+other names (of earlier versions, of other programs) are checked each time.
 """
 
 from __future__ import annotations
@@ -63,9 +65,6 @@ class Part:
         if not self.proven:
             self._check()
         self.changed = written is not None and not self.proven and not self.is_harmed
-        if written is not None and not self.damaged.is_empty():
-            self.broken = f"its checksum is another, and {self.damaged.height} of its scores are damaged"
-            self.damaged = _NO_ROWS
 
     def _check(self) -> None:
         try:

@@ -115,6 +115,19 @@ def test_a_damaged_row_is_named_set_aside_and_asked_again(
     assert (caplog.messages, kept.exists(), next(iter(tmp_path.glob("*/*.parquet"))).parent.name) == ([], True, "p")
 
 
+def test_of_a_part_that_was_rewritten_under_its_name_the_sound_rows_are_kept(tmp_path: Path) -> None:
+    store_of(tmp_path).append("p", "m", [score(GOOD), score(BAD), score("c" * 32)])
+    (path,) = (tmp_path / "p").iterdir()
+    rows = pl.read_parquet(path).with_columns(
+        tokens=pl.when(pl.col("key") == BAD).then(pl.col("tokens").list.head(1)).otherwise("tokens")
+    )
+    rows.write_parquet(path)
+    store = store_of(tmp_path)
+    assert store.known_keys("p") == {GOOD, "c" * 32}
+    assert store.load("p", [GOOD]) == {GOOD: score(GOOD)}
+    assert (store.n_damaged, path.exists()) == (1, False)
+
+
 @pytest.mark.parametrize("case", FILES)
 @pytest.mark.parametrize("name", ["own", "foreign"])
 def test_a_file_that_holds_no_scores_is_set_aside_whole(
