@@ -89,7 +89,7 @@ class Mistake:
 
 MISTAKES = [
     Mistake("nothing set", r"input_dir is not set \(--input-dir\).*output_dir.*model2", base=()),
-    Mistake("unknown flag", "unrecognized arguments: --modle2 x; see prog --help", ("--modle2", "x")),
+    Mistake("unknown flag", "unrecognized arguments: --modle2 x; see python -m flows.prog --help", ("--modle2", "x")),
     Mistake("flag without value", "--pattern: expected one argument", ("--pattern",)),
     Mistake("too many logprobs", "top_logprobs: must be 1 or more.*got 'many'", ("--top-logprobs", "many")),
     Mistake("no logprobs", "top_logprobs: must be 1 or more", ("--top-logprobs", "0")),
