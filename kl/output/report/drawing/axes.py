@@ -68,4 +68,9 @@ def spaced(labels: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
         place = max(min(x, WIDTH - half - 4), free + half)
         moved.append((place, words))
         free = place + half + 10
+    end = WIDTH - 4.0
+    for number, (x, words) in reversed([*enumerate(moved)]):  # back, where they left the drawing
+        half = _LETTER * len(words) / 2
+        moved[number] = min(x, end - half), words
+        end = moved[number][0] - half - 10
     return moved

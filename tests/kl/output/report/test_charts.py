@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from xml.etree import ElementTree
@@ -10,8 +11,9 @@ import polars as pl
 import pytest
 
 from kl.output.report.charts import report_charts
+from kl.output.report.drawing.axes import spaced
 from kl.output.report.drawing.scales import Counting, Linear, Log, label
-from kl.output.report.drawing.svg import Chart
+from kl.output.report.drawing.svg import WIDTH, Chart
 from kl.output.report.spread import edge, spread_of
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts
@@ -140,3 +142,14 @@ def test_scales_clamp_and_name_their_values():
     assert Log(0.1, 10, 0, 100)(0.001) == 0
     assert Counting(7, 0, 30)(1) == pytest.approx(10)  # log 2 of log 8
     assert [label(value) for value in (0, 0.25, 1e-6, 2e-5, 1500)] == ["0", "0.25", "10⁻⁶", "2·10⁻⁵", "1,500"]
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+def test_labels_of_near_places_stand_side_by_side_and_inside(at: float):
+    words = ["certain 0.1776", "estimate 0.2031", "plausible limit 0.2715"]
+    moved = spaced([(at * WIDTH + number, text) for number, text in enumerate(words)])
+    assert [text for _, text in moved] == words
+    ends = [(x - 3 * len(text), x + 3 * len(text)) for x, text in moved]  # letters are 6 wide or more
+    assert ends[0][0] >= 0
+    assert ends[-1][1] <= WIDTH
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(ends))
