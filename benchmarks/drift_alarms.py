@@ -148,11 +148,11 @@ def rates(draw: Draw, noise: Noise, pairs: int, seed: int) -> FloatArray:
 
 
 def real(n_prompts: int, n_tokens: int) -> Draw:
-    """The box's model and its int8 weights: each pair of runs draws prompts from 72, a third of a prompt's text alike.
+    """The box's model and its int8 weights: each pair of runs draws prompts from at most 72, three to a question.
 
     Raises
     ------
-    RuntimeError
+    ModelNotUsableError
         If the model's weights are not installed.
     """
     from benchmarks.estimator_table import MODEL_P, PROMPTS, logits_of

@@ -19,7 +19,7 @@ from backends.storage import read_bytes, remove, write_bytes_atomic
 logger = logging.getLogger(__name__)
 
 SET_ASIDE = "set_aside"  # in a store
-_JOURNALS = "journals"
+JOURNALS = "journals"  # in a store, and of what is set aside
 _SHOWN, _KEY_SHOWN = 3, 12
 
 
@@ -81,7 +81,7 @@ def keep_lines(root: Path, broken: Iterable[BrokenLine]) -> None:
     """Keep lines of journals that are no rows."""
     for path, group in groupby(broken, attrgetter("path")):
         lines = list(group)
-        kept = _keep_file(root / SET_ASIDE / _JOURNALS / path.name, b"".join(item.line for item in lines))
+        kept = _keep_file(root / SET_ASIDE / JOURNALS / path.name, b"".join(item.line for item in lines))
         logger.warning(
             "%s: %d lines are no scores (%s); set aside in %s, and asked again",
             path, len(lines), " ".join(lines[0].why.split())[:200], kept,

@@ -34,6 +34,12 @@ def damage(frame: pl.DataFrame) -> pl.Series:
     return frame.select(pl.coalesce(pl.when(wrong).then(pl.lit(why)) for wrong, why in _FAULTS)).to_series()
 
 
+def parted(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The sound rows of a table of scores, and the damaged ones with ``why``."""
+    judged = frame.with_columns(damage(frame).alias("why"))
+    return judged.filter(pl.col("why").is_null()).drop("why"), judged.filter(pl.col("why").is_not_null())
+
+
 def _is_odd(name: str) -> tuple[pl.Expr, str]:
     values = pl.col(name)
     # `max` passes over what is not a number, the sum does not.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from backends.scores.damage import damage, misfit
+from backends.scores.damage import misfit, parted
 from backends.scores.rows import ADDED, SCORES
 
 _PROVEN = re.compile(r"[0-9a-f]{16}-([0-9a-f]{8})\.parquet")
@@ -74,13 +74,9 @@ class Part:
                 return
             columns = [name for name in SCORES.names() if name in schema]
             frame = self._columns(columns).cast({name: SCORES[name] for name in columns})
-            frame = _with_absent(frame, SCORES.names())
-            frame = frame.with_columns(damage(frame).alias("why"))
+            self._sound, self.damaged = parted(_with_absent(frame, SCORES.names()))
         except _UNREADABLE as error:
             self.broken = " ".join(str(error).split()) or type(error).__name__
-            return
-        self._sound = frame.filter(pl.col("why").is_null()).drop("why")
-        self.damaged = frame.filter(pl.col("why").is_not_null())
 
     @property
     def is_harmed(self) -> bool:

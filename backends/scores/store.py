@@ -36,8 +36,8 @@ import numpy as np
 import polars as pl
 
 from backends.errors import ConfigError
-from backends.scores.aside import SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
-from backends.scores.damage import damage
+from backends.scores.aside import JOURNALS, SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
+from backends.scores.damage import parted
 from backends.scores.journal import SUFFIX, BrokenLine, ScoreJournal, recorded
 from backends.scores.parts import Part, packed
 from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
@@ -58,8 +58,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["SCORES", "Alone", "ScoreJournal", "ScoreStore"]
 
-_JOURNALS = "journals"
-_NO_PROMPTS = (_JOURNALS, SET_ASIDE)  # folders of a store
+_NO_PROMPTS = (JOURNALS, SET_ASIDE)  # folders of a store
 _PARTS_WORTH_MERGING = 4
 _JOURNALS_AT_ONCE = 500  # objects of a second each
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
@@ -114,7 +113,7 @@ class ScoreStore:
         self.n_damaged = self.n_broken = 0
         self._alone = alone
         self._named: set[str] = set()
-        self._journals = root / _JOURNALS if journals is None else journals
+        self._journals = root / JOURNALS if journals is None else journals
         self._every_failure = every_failure
         self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
 
@@ -220,12 +219,11 @@ class ScoreStore:
         return count
 
     def _take_in(self, prompt_id: str, frame: pl.DataFrame) -> int:
-        frame = frame.with_columns(damage(frame).alias("why"))
-        damaged, sound = (frame.filter(is_some) for is_some in (pl.col("why").is_not_null(), pl.col("why").is_null()))
+        sound, damaged = parted(frame)
         if not damaged.is_empty():
             keep_journaled(self.root, prompt_id, damaged)
         if not sound.is_empty():
-            self._write(sound.drop("why"), prompt_id)
+            self._write(sound, prompt_id)
         return sound.height
 
     def compact_all(self) -> None:
