@@ -183,7 +183,8 @@ def _concluded(context: DriftContext, results: Results, concluded: dict[str, Any
 def _tell_page(page: Path, drift: dict[str, Any]) -> None:
     """Add what was decided to the page of the run. That is in the other files, so that a page is not worth the run."""
     try:
-        write_bytes_atomic(page, with_drift(read_bytes(page).decode(), drift).encode())
+        told = with_drift(read_bytes(page).decode(), drift)
+        write_bytes_atomic(page, told.encode(errors="replace"))  # a folder may be named by any bytes
     except OSError as error:
         if refusal_of(error) is not None:
             raise
