@@ -64,15 +64,19 @@ def without_added(positions: Positions, k: int | None, notes: Notes) -> Position
 
 def _may_end_with_sampled(positions: Positions) -> BoolArray:
     """Which of T lists may end with the sampled token; an unknown one may be any."""
-    filled = np.flatnonzero(positions.tops.lengths)
-    last = positions.tops.entries.take(positions.tops.offsets[1:][filled] - 1)
-    sampled = positions.sampled.take(filled)
-    by_id = (last.ids != NO_ID) & (sampled.ids != NO_ID)
-    same: BoolArray = (by_id & (last.ids == sampled.ids)) | (~by_id & (last.codes() == sampled.codes()))
-    unsure = np.flatnonzero(~by_id & ~same)
-    same[unsure] = [not is_whole(token) for token in sampled.take(unsure).texts()]
-    ends = np.zeros(len(positions), dtype=np.bool_)
-    ends[filled] = same & ~(np.abs(last.logprobs - sampled.logprobs) > SAMPLED_TOLERANCE)  # NaN is any value
+    tops, sampled = positions.tops, positions.sampled
+    ends: BoolArray = ~(np.abs(tops.last() - sampled.logprobs) > SAMPLED_TOLERANCE)  # NaN is any value
+    near = np.flatnonzero(ends & (tops.lengths > 0))
+    ends[:] = False
+    last = tops.offsets[1:][near] - 1
+    ids, own = tops.entries.ids[last], sampled.ids[near]
+    ends[near] = (ids == own) & (own != NO_ID)
+    by_text = np.flatnonzero((ids == NO_ID) | (own == NO_ID))
+    if len(by_text):
+        near, last = near[by_text], last[by_text]
+        texts = sampled.take(near)
+        same = tops.entries.take(last).codes() == texts.codes()
+        ends[near] = same | [not is_whole(token) for token in texts.texts()]
     return ends
 
 

@@ -36,7 +36,6 @@ _AT_ONCE = 1 << 22  # bytes of JSON whose objects are in memory at one time
 _MASS_NOISE = 1e-9  # of a sum in another order
 _BAD_ID = -2
 _ID_END = 2**63
-_SMALL = 1 << 31  # ids below it can be sorted together with the number of their list
 
 
 class _Entry(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -376,17 +375,15 @@ class _Batch:
     def _repeats_id(self) -> BoolArray:
         """Which of the N lists have one id twice, shape (N,)."""
         ids, rows = self.tops.entries.ids, self.rows
+        if len(self.tops) * int(self.tops.lengths.max(initial=0)) <= 2 * len(ids):
+            table = np.sort(self.tops.padded(ids, NO_ID), axis=1)  # several times faster than to sort by two keys
+            return ((table[:, 1:] == table[:, :-1]) & (table[:, 1:] != NO_ID)).any(axis=1)
         stated = ids != NO_ID
-        if not stated.all():
-            ids, rows = ids[stated], rows[stated]
+        ids, rows = ids[stated], rows[stated]
+        order = np.lexsort((ids, rows))
+        ids, rows = ids[order], rows[order]
         repeats = np.zeros(len(self.tops), dtype=np.bool_)
-        if len(ids) and int(ids.max()) < _SMALL:
-            keys = np.sort(rows * _SMALL + ids)  # several times faster than to sort by two keys
-            repeats[keys[1:][keys[1:] == keys[:-1]] // _SMALL] = True
-        else:
-            order = np.lexsort((ids, rows))
-            ids, rows = ids[order], rows[order]
-            repeats[rows[1:][(rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])]] = True
+        repeats[rows[1:][(rows[1:] == rows[:-1]) & (ids[1:] == ids[:-1])]] = True
         return repeats
 
     def _is_same(self) -> BoolArray:

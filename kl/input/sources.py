@@ -26,7 +26,7 @@ Load = Callable[[Sequence[bytes]], Sequence[object]]
 SEVERAL_PROMPTS = "several-prompts"  # the kind of the problem of a file that is to be read in parts
 LARGE = 32_000_000  # bytes
 _SPACE = re.compile(rb"[ \t\r\n]*")
-_TWO_LINES = re.compile(rb"\{[^\r\n]*[\r\n]\s*\{")
+_TO_NEXT = re.compile(rb"\s*")
 _LINE = re.compile(rb"[^\r\n]+")
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
@@ -165,11 +165,20 @@ def _pieces_of(data: Buffer) -> Sequence[Piece]:
     begin = start.end() if start else 0
     if data[begin : begin + 1] == b"[":
         return _items_of(data[:])
-    if not _TWO_LINES.match(data, begin):
+    if not _has_two_lines(data, begin):
         return []  # most files, at the cost of a look for the end of their first line
     lines = list(_lines_of(data, begin))
     begins = all(data[line.start : line.start + 1] == b"{" for line in lines)
     return lines if begins and len(lines) > 1 else []
+
+
+def _has_two_lines(data: Buffer, begin: int) -> bool:
+    """Whether two lines in a row begin as objects do; blank ones between them are none."""
+    line_feed = data.find(b"\n", begin)
+    carriage_return = data.find(b"\r", begin, line_feed if line_feed >= 0 else len(data))
+    end = carriage_return if carriage_return >= 0 else line_feed
+    following = _TO_NEXT.match(data, end) if end >= 0 else None
+    return following is not None and data[begin : begin + 1] == data[following.end() : following.end() + 1] == b"{"
 
 
 def _lines_of(data: Buffer, begin: int) -> Iterator[Piece]:
