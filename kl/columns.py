@@ -48,6 +48,8 @@ class Entries:
     @classmethod
     def of(cls, candidates: Sequence[Candidate | None]) -> Entries:
         """Of candidates; None is no token."""
+        if all(candidate is None for candidate in candidates):
+            return cls.no_tokens(len(candidates))
         known = [_NOBODY if candidate is None else candidate for candidate in candidates]
         return cls.from_lists(
             [item[0] if other is not None else None for item, other in zip(known, candidates, strict=True)],
@@ -88,7 +90,13 @@ class Entries:
     @classmethod
     def none(cls) -> Entries:
         """No entry."""
-        return cls.from_lists([], [])
+        return cls.no_tokens(0)
+
+    @classmethod
+    def no_tokens(cls, n: int) -> Entries:
+        """N entries that are no token."""
+        texts = pl.Series("token", [None], dtype=pl.Categorical).new_from_index(0, n)
+        return cls(texts, np.full(n, np.nan), np.full(n, NO_ID, dtype=np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence[Entries]) -> Entries:
@@ -115,10 +123,16 @@ class Entries:
 
     def or_none(self, at: IntArray) -> Entries:
         """Some of the entries, by number; -1 is no token."""
-        return Entries.joined([self, Entries.of([None])]).take(np.where(at < 0, len(self), at))
+        if not len(self):
+            return Entries.no_tokens(len(at))
+        if at.min(initial=0) >= 0:
+            return self.take(at)
+        return Entries.joined([self, Entries.no_tokens(1)]).take(np.where(at < 0, len(self), at))
 
     def take(self, at: IntArray) -> Entries:
         """Some of the entries, by number."""
+        if _is_all(at, len(self)):
+            return self
         return Entries(
             _gathered(self.tokens, at),
             self.logprobs[at],
@@ -139,7 +153,10 @@ class Entries:
 
     def codes(self) -> IntArray:
         """The number of each token's text, -1 for no token; one numbering in a process."""
-        return self.tokens.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
+        codes = self.tokens.to_physical()
+        if not codes.null_count():
+            return codes.to_numpy().astype(np.int64)
+        return codes.cast(pl.Int64).fill_null(-1).to_numpy()
 
     def texts(self) -> list[str]:
         """The texts of tokens that all are there."""
@@ -168,8 +185,14 @@ def _texts(tokens: Sequence[str | None]) -> pl.Series:
         return pl.Series("token", whole, dtype=pl.Categorical)
 
 
+def _is_all(at: IntArray, n: int) -> bool:
+    """Whether the numbers are those from 0 to n in their order."""
+    return len(at) == n and bool((at == np.arange(n)).all())
+
+
 def _gathered(series: pl.Series, at: IntArray) -> pl.Series:
-    return series.gather(pl.Series(at, dtype=pl.UInt32)) if len(at) else series.clear()
+    # By the brackets of a series, not its method `gather`, which makes a query.
+    return series[pl.Series(at.astype(np.uint32))] if len(at) else series.clear()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,6 +258,8 @@ class TopLists(Sequence[tuple[Candidate, ...]]):
 
     def take(self, rows: IntArray) -> TopLists:
         """Some of the lists, by number; -1 is an empty one."""
+        if _is_all(rows, len(self)):
+            return self
         lengths = np.where(rows < 0, 0, self.lengths[rows]) if len(self) else np.zeros(len(rows), dtype=np.int64)
         offsets = _offsets(lengths)
         at = np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
