@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from kl.columns import IntArray
 from kl.estimators.token_bytes import BytesOf, byte_functions
 from kl.output.report.movers import Movers
-from kl.output.report.visible import visible
+from kl.output.report.visible import LONGEST, visible
 from kl.records import END_TOKENS, Candidate
 from kl.tables.totals import WEIGHT
 
@@ -26,6 +28,10 @@ _SCHEMA = {
     "cap_q": pl.Float64,
 }
 _ENDS = [token.encode() for token in sorted(END_TOKENS)]
+_TOLD = {"shown": pl.String, "own": pl.Int64}
+_BY_ID = (pl.col("by") == "id") & pl.col("id").is_not_null()
+# What tells a token from others at its position: an entry of P or Q is one of its own.
+_P, _Q, _ID, _BYTES, _END, _KINDS = range(6)
 
 
 def read_lists(tokens: pl.LazyFrame, candidates: pl.LazyFrame, wanted: Sequence[int], movers: Movers) -> pl.DataFrame:
@@ -82,16 +88,15 @@ def both_lists(candidates: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
         log-probability is at most ``cap``, the smallest of its k best, or not known at all where that is null. Entries
         of a side that repeat a token are one, with the sum of their masses; one that is listed twice counts once.
     """
-    by = pl.DataFrame({"row": candidates["row"], "by": keys})
-    caps = candidates.select("row", cap_p=pl.col("p_logprobs").list.min(), cap_q=_best_of_q().list.min())
-    entries = [_entries(candidates.join(by, on="row"), side) for side in "pq"]
+    known = candidates.with_columns(keys.alias("by"), at=pl.int_range(pl.len()))
+    caps = known.select("row", cap_p=pl.col("p_logprobs").list.min(), cap_q=_best_of_q().list.min())
+    entries = [_entries(known, side) for side in "pq"]
     readers = byte_functions(*([_candidates(side.filter(pl.col("by") != "id"))] for side in entries))
-    keyed = [_keyed(side, read, name) for side, read, name in zip(entries, readers, "pq", strict=True)]
-    of_p, of_q = (_merged(side, name) for side, name in zip(_with_roles(*keyed), "pq", strict=True))
-    merged = of_p.join(of_q, on=["row", "key"], how="full", coalesce=True, maintain_order="left_right")
-    named = merged.with_columns(shown=pl.coalesce("shown", "shown_right"))
-    known = named.join(caps, on="row", how="left", maintain_order="left")
-    return known.sort("row", maintain_order=True).select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
+    numbers = {end: number for number, end in enumerate(_ENDS)}
+    keyed = [_keyed(side, read, numbers, own) for side, read, own in zip(entries, readers, (_P, _Q), strict=True)]
+    found = _merged(pl.concat(_with_roles(*keyed)))
+    limited = pl.concat([found, caps[found["at"]]], how="horizontal")
+    return limited.select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
 
 
 def _best_of_q() -> pl.Expr:
@@ -101,60 +106,117 @@ def _best_of_q() -> pl.Expr:
 
 
 def _entries(candidates: pl.DataFrame, side: str) -> pl.DataFrame:
-    """``row, by, token, id, logprob, stated`` of each entry; ``is_best``: not asked for by name."""
+    """``at, by, token, id, logprob, stated`` of each entry; ``is_best``: not asked for by name."""
     lists = [f"{side}_{name}" for name in ("tokens", "token_ids", "logprobs", "bytes")]
     n_best = pl.col(lists[0]).list.len().cast(pl.Int64) - (pl.col("n_wanted_q").fill_null(0) if side == "q" else 0)
     place = pl.int_ranges(pl.col(lists[0]).list.len().cast(pl.Int64))
-    rows = candidates.filter(pl.col(lists[0]).list.len() > 0).select("row", "by", *lists, n_best=n_best, place=place)
+    rows = candidates.filter(pl.col(lists[0]).list.len() > 0).select("at", "by", *lists, n_best=n_best, place=place)
     flat = rows.explode(*lists, "place")
     names = dict(zip(("token", "id", "logprob", "stated"), lists, strict=True))
     stated = pl.when(pl.col("by") == "bytes").then(pl.coalesce(lists[3], pl.col(lists[0]).cast(pl.Binary)))
-    named = flat.select("row", "by", **{name: pl.col(column) for name, column in names.items()}, other=stated,
+    named = flat.select("at", "by", **{name: pl.col(column) for name, column in names.items()}, other=stated,
                         is_best=pl.col("place") < pl.col("n_best"))  # fmt: skip
     return named.with_columns(stated=pl.coalesce("other", "stated")).drop("other")
 
 
 def _candidates(entries: pl.DataFrame) -> list[Candidate]:
-    distinct = entries.select("token", "stated").unique(maintain_order=True)
-    return [Candidate(token, None, None, stated) for token, stated in distinct.iter_rows()]
+    return [Candidate(token, None, None, stated) for token, stated in _distinct(entries).iter_rows()]
 
 
-def _keyed(entries: pl.DataFrame, read: BytesOf, side: str) -> pl.DataFrame:
-    """The same with ``shown`` and the ``key`` of the token; one that does not say which it is has its own."""
-    distinct = entries.select("token", "stated").unique(maintain_order=True)
-    texts = [
-        (visible(token, stated), read(Candidate(token, None, None, stated))) for token, stated in distinct.iter_rows()
-    ]
-    told = pl.DataFrame(texts, schema={"shown": pl.String, "own": pl.Binary}, orient="row")
-    known = entries.join(
-        pl.concat([distinct, told], how="horizontal"),
-        on=["token", "stated"], how="left", nulls_equal=True, maintain_order="left",
-    )  # fmt: skip
-    key = (
-        pl.when((pl.col("by") == "id") & pl.col("id").is_not_null()).then(pl.format("#{}", "id"))
-        .when(pl.col("own").is_not_null()).then(pl.format("={}", pl.col("own").bin.encode("hex")))
-        .otherwise(pl.format("?{}{}", pl.lit(side), pl.int_range(pl.len())))
-    )  # fmt: skip
-    return known.with_columns(key=key)
+def _distinct(entries: pl.DataFrame) -> pl.DataFrame:
+    return entries.select("token", "stated").unique(maintain_order=True)
+
+
+def _keyed(entries: pl.DataFrame, read: BytesOf, numbers: dict[bytes, int], side: int) -> pl.DataFrame:
+    """The same with ``shown``, the ``side`` and what tells the token from others at its place: ``key`` of a ``kind``.
+
+    That is its id, or the number of its bytes in ``numbers``, to which both sides add; of an entry that does not say
+    which token it is, which entry of its side.
+    """
+    is_plain = ~pl.col("token").str.contains(r"[^ -~]") & pl.col("token").str.len_bytes().is_between(1, LONGEST)
+    # What is shown as it stands and known by its id is not looked at: most of it, as a rule.
+    distinct = _distinct(entries.filter(~(is_plain & _BY_ID)))
+    told: list[tuple[str, int | None]] = []
+    for token, stated in distinct.iter_rows():
+        own = read(Candidate(token, None, None, stated))
+        told.append((visible(token, stated), None if own is None else numbers.setdefault(own, len(numbers))))
+    known = pl.concat([distinct, pl.DataFrame(told, schema=_TOLD, orient="row")], how="horizontal")
+    joined = entries.join(known, on=["token", "stated"], how="left", nulls_equal=True, maintain_order="left")
+    is_known = pl.col("own").is_not_null()
+    return joined.with_columns(
+        shown=pl.coalesce("shown", "token"),
+        side=pl.lit(side),
+        kind=pl.when(_BY_ID).then(_ID).when(is_known).then(_BYTES).otherwise(side),
+        key=pl.when(_BY_ID).then("id").when(is_known).then("own").otherwise(pl.int_range(pl.len())),
+    )
 
 
 def _with_roles(of_p: pl.DataFrame, of_q: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The same with one key for the end tokens of positions where, by text, each side has its own."""
-    is_end = (pl.col("by") == "text") & pl.col("own").is_in(_ENDS)
+    is_end = (pl.col("by") == "text") & (pl.col("kind") == _BYTES) & (pl.col("key") < len(_ENDS))
     ends_p, ends_q = of_p.filter(is_end), of_q.filter(is_end & pl.col("is_best"))
     if not (ends_p.height and ends_q.height):
         return of_p, of_q
-    both = ends_p.select("row").unique().join(ends_q.select("row").unique(), on="row")
-    rows = both.join(ends_p.join(ends_q, on=["row", "key"], how="semi"), on="row", how="anti")["row"].implode()
-    key = pl.when(is_end & pl.col("row").is_in(rows)).then(pl.lit("end")).otherwise("key")
-    return of_p.with_columns(key=key), of_q.with_columns(key=key)
+    both = ends_p.select("at").unique().join(ends_q.select("at").unique(), on="at")
+    rows = both.join(ends_p.join(ends_q, on=["at", "key"], how="semi"), on="at", how="anti")["at"].implode()
+    kind = pl.when(is_end & pl.col("at").is_in(rows)).then(_END).otherwise("kind")
+    key = pl.when(is_end & pl.col("at").is_in(rows)).then(0).otherwise("key")
+    return of_p.with_columns(kind=kind, key=key), of_q.with_columns(kind=kind, key=key)
 
 
-def _merged(entries: pl.DataFrame, side: str) -> pl.DataFrame:
-    again = pl.col("id").is_not_null() & ~pl.struct("row", "key", "id", "logprob").is_first_distinct()
-    one = entries.filter(~again).group_by("row", "key", maintain_order=True)
-    return one.agg(
-        pl.col("shown").first(),
-        pl.col("id").first().alias(f"id_{side}"),
-        pl.col("logprob").exp().sum().log().alias(f"logprob_{side}"),
+def _sorted(major: IntArray, minor: IntArray) -> IntArray:
+    """What sorts by both; ``major`` is at least 0. Equals stay in their order."""
+    least, most = int(minor.min()), int(minor.max())
+    if (int(major.max()) + 1) * (most - least + 1) >= 2**63:
+        return np.lexsort((minor, major))
+    # As one number, which is nearly in order: the list of a position stands together.
+    return np.argsort(major * (most - least + 1) + (minor - least), kind="stable")
+
+
+class _Runs(NamedTuple):
+    """Entries that are one token of one position, those of each side behind one another.
+
+    ``order`` sorts the entries; ``starts`` are the runs of one side, ``groups`` those of both, by their places in it.
+    """
+
+    order: IntArray
+    starts: IntArray
+    groups: IntArray
+
+    @classmethod
+    def of(cls, entries: pl.DataFrame) -> _Runs:
+        """Of those of P, then those of Q, each side in the order of its lists."""
+        at, kind, key, side = (entries[name].to_numpy() for name in ("at", "kind", "key", "side"))
+        place = at * _KINDS + kind
+        order = _sorted(place, key)
+        differs = np.concatenate([[True], (np.diff(place[order]) != 0) | (np.diff(key[order]) != 0)])
+        other_side = np.concatenate([[True], np.diff(side[order]) != 0])
+        return cls(order, np.flatnonzero(differs | other_side), np.flatnonzero(differs))
+
+
+def _merged(entries: pl.DataFrame) -> pl.DataFrame:
+    """``at, shown, id_p, id_q, logprob_p, logprob_q`` of each token, as `both_lists` orders them."""
+    if not entries.height:
+        return pl.DataFrame(schema={"at": pl.Int64} | _SCHEMA).drop("row", "cap_p", "cap_q")
+    runs = _Runs.of(entries)
+    if len(runs.starts) < entries.height:
+        known = pl.col("id").is_not_null()
+        again = known & ~pl.struct("side", "at", "kind", "key", "id", "logprob").is_first_distinct()
+        entries = entries.filter(~again)
+        runs = _Runs.of(entries)
+    order, starts, groups = runs
+    side, at = entries["side"].to_numpy()[order][starts], entries["at"].to_numpy()
+    number = np.searchsorted(groups, starts, side="right") - 1
+    firsts = np.full((2, len(groups)), -1)
+    firsts[side, number] = order[starts]
+    masses = np.full((2, len(groups)), np.nan)
+    masses[side, number] = np.logaddexp.reduceat(entries["logprob"].to_numpy()[order], starts)
+    first = order[groups]
+    shown_as = _sorted(at[first], first)
+    ids = (entries["id"].gather(pl.Series(of_side[shown_as]).replace(-1, None)) for of_side in firsts)
+    logprobs = (pl.Series(of_side[shown_as]).fill_nan(None) for of_side in masses)
+    head = entries.select("at", "shown")[first[shown_as]]
+    return head.with_columns(
+        *(series.alias(f"id_{name}") for name, series in zip("pq", ids, strict=True)),
+        *(series.alias(f"logprob_{name}") for name, series in zip("pq", logprobs, strict=True)),
     )
