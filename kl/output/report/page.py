@@ -104,9 +104,9 @@ def _page(run: Run, prompts: Prompts | None, top: int) -> str:
         "movers": sections.movers_part(movers, chosen, tokens),
         "contributors": sections.contributors(summary, worst),
         "counts": sections.counts(summary, chosen),
-        "table": _data(table_of(chosen)),
-        "texts": _data(texts_of(chosen, told)),
-        "lists": _data(None if lists is None else lists_of(chosen, lists)),
+        "table": _data(json_bytes(table_of(chosen)).decode()),
+        "texts": _data(json_bytes(texts_of(chosen, told)).decode()),
+        "lists": _data("null" if lists is None else lists_of(chosen, lists)),
     }
     template = (assets / "report.html").read_text(encoding="utf-8")
     return _PLACE.sub(lambda place: parts[place[1]], template)
@@ -123,6 +123,6 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _data(payload: Any) -> str:
+def _data(json: str) -> str:
     """JSON in which no HTML can begin."""
-    return json_bytes(payload).decode().replace("<", "\\u003c")
+    return json.replace("<", "\\u003c")

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import polars as pl
 
+from kl.output.atomic import json_bytes
 from kl.output.report.selection import Selection
 from kl.output.report.visible import visible
 from kl.tables.totals import IS_INFINITE, MEASURED, RESPONSE_KEYS
@@ -121,39 +122,54 @@ def _response(row: Mapping[str, Any], tokens: pl.DataFrame | None, number: Mappi
     }
 
 
-def lists_of(selection: Selection, lists: pl.DataFrame) -> dict[str, Any]:
+def lists_of(selection: Selection, lists: pl.DataFrame) -> str:
     """Both lists by ``number of the response/position``: the limits of what a side does not list, and its entries.
 
-    The limits are −1000 log p and −1000 log q, null where nothing is known; then, repeated, vocabulary number, −1000
-    log p and −1000 log q, null where not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At most
-    `ENTRIES_SHOWN` of a position, the most probable ones; ``more`` says how many others there are.
+    JSON. The limits are −1000 log p and −1000 log q, null where nothing is known; then, repeated, vocabulary number,
+    −1000 log p and −1000 log q, null where not listed. ``vocabulary`` has the text, P's id and, if it differs, Q's. At
+    most `ENTRIES_SHOWN` of a position, the most probable ones; ``more`` says how many others there are.
     """
     numbers = selection.windows.select(*RESPONSE_KEYS).with_row_index("response")
-    places = selection.tokens.select("row", *RESPONSE_KEYS, "position").join(numbers, on=RESPONSE_KEYS)
-    best = pl.max_horizontal("logprob_p", "logprob_q")
-    ranked = lists.with_columns(rank=best.rank("ordinal", descending=True).over("row"), n=pl.len().over("row"))
-    kept = ranked.filter(pl.col("rank") <= ENTRIES_SHOWN)
+    places = selection.tokens.join(numbers, on=RESPONSE_KEYS).select(
+        "row", place=pl.format("{}/{}", "response", "position")
+    )
+    sizes = lists.group_by("row", maintain_order=True).len("n").join(places, on="row", maintain_order="left")
+    longer = sizes.filter(pl.col("n") > ENTRIES_SHOWN)
+    kept = _most_probable(lists) if longer.height else lists
     words = kept.select("shown", "id_p", "id_q").unique(maintain_order=True).with_row_index("word")
     coded = kept.join(words, on=["shown", "id_p", "id_q"], how="left", nulls_equal=True, maintain_order="left")
-    nats = {f"nats_{side}": _nats(f"logprob_{side}").round() for side in "pq"}
-    caps = {f"most_{side}": _nats(f"cap_{side}").floor() for side in "pq"}  # a limit is never written smaller
-    whole = coded.with_columns(value.cast(pl.Int64).alias(name) for name, value in (nats | caps).items())
-    flat = whole.group_by("row", maintain_order=True).agg(
-        pl.col("word", "nats_p", "nats_q"), pl.col("n", "most_p", "most_q").first()
-    )
-    found: dict[str, list[int | None]] = {}
-    more: dict[str, int] = {}
-    for row in flat.join(places, on="row", how="inner", maintain_order="left").iter_rows(named=True):
-        place = f"{row['response']}/{row['position']}"
-        entries = zip(row["word"], row["nats_p"], row["nats_q"], strict=True)
-        found[place] = [row["most_p"], row["most_q"], *(value for entry in entries for value in entry)]
-        if row["n"] > ENTRIES_SHOWN:
-            more[place] = row["n"] - ENTRIES_SHOWN
-    vocabulary = [
-        [text, id_p if id_p is not None else id_q, *([id_q] if None not in (id_p, id_q) and id_p != id_q else [])]
-        for _, text, id_p, id_q in words.iter_rows()
-    ]
-    return {"vocabulary": vocabulary, "places": found, "more": more}
+    # Texts, as there are too many numbers for Python's encoder.
+    entries = _joined(pl.col("word"), *(_nats(f"logprob_{side}").round() for side in "pq"))
+    limits = _joined(*(_nats(f"cap_{side}").floor() for side in "pq"))  # a limit is never written smaller
+    flat = coded.select("row", entries=entries, limits=limits).group_by("row", maintain_order=True)
+    of_rows = flat.agg(pl.col("limits").first(), pl.col("entries").str.join(","))
+    named = pl.format('"{}":[{},{}]', "place", "limits", "entries").str.join(",")
+    found = of_rows.join(places, on="row", how="inner", maintain_order="left").select(named).item()
+    other_id = pl.when(pl.col("id_p") != pl.col("id_q")).then(pl.format(",{}", "id_q")).fill_null("")
+    word = pl.concat_str(pl.lit("["), _quoted("shown"), pl.lit(","), _whole(pl.coalesce("id_p", "id_q")), other_id)
+    vocabulary = words.select((word + "]").str.join(",")).item()
+    more = dict(longer.select("place", pl.col("n").cast(pl.Int64) - ENTRIES_SHOWN).iter_rows())
+    return f'{{"vocabulary":[{vocabulary}],"places":{{{found}}},"more":{json_bytes(more).decode()}}}'
+
+
+def _most_probable(lists: pl.DataFrame) -> pl.DataFrame:
+    """`ENTRIES_SHOWN` of each row."""
+    best = pl.max_horizontal("logprob_p", "logprob_q")
+    return lists.filter(best.rank("ordinal", descending=True).over("row") <= ENTRIES_SHOWN)
+
+
+def _joined(*numbers: pl.Expr) -> pl.Expr:
+    return pl.concat_str(*map(_whole, numbers), separator=",")
+
+
+def _whole(number: pl.Expr) -> pl.Expr:
+    """Whole numbers as JSON."""
+    return number.cast(pl.Int64).cast(pl.String).fill_null("null")
+
+
+def _quoted(column: str) -> pl.Expr:
+    """Texts as JSON."""
+    return pl.struct(column).struct.json_encode().str.strip_prefix(f'{{"{column}":').str.strip_suffix("}")
 
 
 def _rounded_down(bound: pl.Expr) -> pl.Expr:
