@@ -22,7 +22,7 @@ kl.input                hidden problems / logprobs prompts texts writer / conten
 kl.input.shapes         requests / completions gemini outputs rows / answers
 kl.input                appended / sources / responses / conversion
 kl.estimators           rows token_bytes / token_keys / list_checks
-kl.estimators.matching  aligned codes rows / padded places / evidence trust
+kl.estimators.matching  aligned rows texts / codes / padded places / evidence trust
 kl.estimators           align
 kl.estimators           bounds censored diagnostic entropy / divergence outliers / comparison
 kl.tables               context_counts schemas / totals / responses / pairs / candidates outliers / repeats tokens

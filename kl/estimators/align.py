@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kl.columns import NO_ID, BoolArray, Entries, FloatArray, IntArray, TopLists
 from kl.estimators.list_checks import check_lengths, check_lists, check_wanted, masses, rounding_steps
 from kl.estimators.matching.aligned import Aligned, widened
-from kl.estimators.matching.codes import NO_KEY, Codes, Sides, is_whole_text, key_codes, text_codes
+from kl.estimators.matching.codes import NO_KEY, Codes, Sides, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
 from kl.estimators.matching.padded import Padded
 from kl.estimators.matching.places import distinct, places_in, repeats
@@ -145,7 +145,7 @@ class _Matching:
     def _by_text(self, wanted: Codes) -> Codes:
         """The sampled tokens' keys; one without id or bytes of its own has that of the one listed token of its text."""
         sampled, lists = self._sides.sampled_p, self._sides.lists_p
-        rows = np.flatnonzero((wanted < 0) & is_whole_text(sampled.tokens))
+        rows = np.flatnonzero((wanted < 0) & self._codes.is_whole)
         if not rows.size:
             return wanted
         some = lists.take(rows)

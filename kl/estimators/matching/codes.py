@@ -15,14 +15,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, IntArray, TopLists
+from kl.estimators.matching.texts import BLANK, EMPTY, ESCAPED, HEX, LOSSY, TEXTS, UNNAMED, WORD, TextSigns
 from kl.estimators.rows import n_responses
 from kl.estimators.token_bytes import BytesOf, byte_functions, is_part, plain_reader
-from kl.pieces import REPLACEMENT
 from kl.records import Candidate
 
 NO_KEY = -1
 _PARTIAL = 1 << 30  # numbers from here on are of bytes that are no text
-_ESCAPES = "^(?:<0x|bytes:)"  # how tokens begin that may be written as their bytes
 Codes = NDArray[np.int32]
 
 
@@ -44,6 +43,19 @@ class Sides(NamedTuple):
         """Of how many responses the positions are, counted to the last one."""
         return n_responses(self.response)
 
+    @property
+    def starts(self) -> IntArray:
+        """The first position of each response that has one, rising."""
+        return np.flatnonzero(np.diff(self.response, prepend=-1))
+
+    def responses_with(self, flags: BoolArray, lists: TopLists) -> BoolArray:
+        """Which responses have a flag, shape (R,), from the flags of the entries of one side's lists."""
+        found = np.zeros(self.n_responses, dtype=np.bool_)
+        if flags.any():
+            starts = self.starts
+            found[self.response[starts]] = np.bitwise_or.reduceat(flags, lists.offsets[starts])
+        return found
+
     def slice_of(self, response: int) -> slice:
         """The positions of one response."""
         first, end = np.searchsorted(self.response, [response, response + 1])
@@ -54,7 +66,8 @@ class Sides(NamedTuple):
 class KeyCodes:
     """What every listed and sampled token is known by: int32 numbers, `NO_KEY` for none.
 
-    ``readers`` are, by response, what gives the bytes of a candidate of P and of Q.
+    ``readers`` are, by response, what gives the bytes of a candidate of P and of Q. ``is_whole``, shape (T,), is
+    `kl.pieces.is_whole` of the token that P sampled; False for none.
     """
 
     p: Codes
@@ -63,14 +76,13 @@ class KeyCodes:
     sampled_q: Codes
     readers: Sequence[tuple[BytesOf, BytesOf]]
     numbers: Numbers
+    is_whole: BoolArray
 
 
 @dataclass(slots=True)
 class Numbers:
-    """Bytes by number and back: ``texts`` are those of tokens, whose numbers are ``token_codes``."""
+    """Bytes by number and back; a text has the number that it has as a token."""
 
-    texts: pl.Series
-    token_codes: IntArray
     _texts: dict[int, bytes] = field(default_factory=dict[int, bytes])
     _codes: dict[bytes, int] = field(default_factory=dict[bytes, int])
 
@@ -89,11 +101,10 @@ class Numbers:
 
     def bytes_of(self, codes: Codes) -> list[bytes]:
         """What numbers stand for, each once."""
+        if not self._texts:
+            return TEXTS.bytes_of(codes)
         made = np.isin(codes, np.array([*self._texts], dtype=np.int64))
-        place = np.full(int(self.token_codes.max(initial=-1)) + 1, 0, dtype=np.int64)
-        place[self.token_codes] = np.arange(len(self.token_codes))
-        texts = self.texts.cast(pl.Binary).gather(pl.Series(place[codes[~made]], dtype=pl.UInt32)).to_list()
-        return [*texts, *(self._texts[code] for code in map(int, codes[made]))]
+        return [*TEXTS.bytes_of(codes[~made]), *(self._texts[code] for code in map(int, codes[made]))]
 
 
 def text_codes(texts: Sequence[str]) -> IntArray:
@@ -101,37 +112,21 @@ def text_codes(texts: Sequence[str]) -> IntArray:
     return Entries.from_lists(texts, [None] * len(texts)).codes()
 
 
-def is_whole_text(tokens: pl.Series) -> BoolArray:
-    """`kl.pieces.is_whole` of each token; False for none."""
-    texts = tokens.cast(pl.String)
-    return ((texts != "") & ~texts.str.contains(REPLACEMENT, literal=True)).fill_null(False).to_numpy()
-
-
 def key_codes(sides: Sides) -> KeyCodes:
     """What the tokens of both sides are known by if texts and bytes count."""
-    parts = sides.parts()
-    kinds = _Kinds.of(Entries.joined(list(parts)))
-    ends = np.cumsum([len(part) for part in parts])
-    of_p, of_q, of_sampled_p, of_sampled_q = np.split(kinds.of_entry, ends[:-1])
-    numbers = Numbers(kinds.texts, kinds.token_codes)
-    response_p, response_q = sides.response[sides.lists_p.rows], sides.response[sides.lists_q.rows]
-    signs_p = _Signs.of(kinds, of_p, response_p, sides.n_responses)
-    signs_q = _Signs.of(kinds, of_q, response_q, sides.n_responses)
-    keys = [kinds.plain_keys(numbers, hides=hides) for hides in (False, True)]
-    found = [
-        np.where(hides[response], keys[1][of_entry], keys[0][of_entry])
-        for of_entry, hides, response in (
-            (of_p, signs_p.hides, response_p),
-            (of_q, signs_q.hides, response_q),
-            (of_sampled_p, signs_p.hides, sides.response),
-            (of_sampled_q, signs_q.hides, sides.response),
-        )
-    ]
+    tokens = [_Tokens.of(part) for part in sides.parts()]
+    signs = [_Signs.of(of, lists, sides) for of, lists in zip(tokens, (sides.lists_p, sides.lists_q), strict=False)]
+    hides_p, hides_q = (side.hides[sides.response] for side in signs)
+    hides = (
+        np.repeat(hides_p, sides.lists_p.lengths), np.repeat(hides_q, sides.lists_q.lengths), hides_p, hides_q
+    )  # fmt: skip
+    numbers = Numbers()
+    found = [of.plain_keys(numbers, hidden) for of, hidden in zip(tokens, hides, strict=True)]
     plain: tuple[BytesOf, BytesOf] = plain_reader(hides=False), plain_reader(hides=True)
     readers = [
-        (plain[int(p)], plain[int(q)]) for p, q in zip(signs_p.hides.tolist(), signs_q.hides.tolist(), strict=True)
+        (plain[int(p)], plain[int(q)]) for p, q in zip(signs[0].hides.tolist(), signs[1].hides.tolist(), strict=True)
     ]
-    for response in np.flatnonzero(~_at_a_glance(signs_p, signs_q)).tolist():
+    for response in np.flatnonzero(~_at_a_glance(*signs)).tolist():
         rows = sides.slice_of(response)
         places = [
             slice(int(sides.lists_p.offsets[rows.start]), int(sides.lists_p.offsets[rows.stop])),
@@ -139,84 +134,87 @@ def key_codes(sides: Sides) -> KeyCodes:
             rows,
             rows,
         ]
-        seen = [of[place] for of, place in zip((of_p, of_q, of_sampled_p, of_sampled_q), places, strict=True)]
-        readers[response] = byte_functions([kinds.candidates(seen[0])], [kinds.candidates(seen[1])])
-        for side, (target, place, of) in enumerate(zip(found, places, seen, strict=True)):
-            target[place] = kinds.read(of, readers[response][side % 2], numbers)
-    return KeyCodes(found[0], found[1], found[2], found[3], readers, numbers)
+        kinds = [of.kinds(np.arange(place.start, place.stop)) for of, place in zip(tokens, places, strict=True)]
+        readers[response] = byte_functions([kinds[0].known()], [kinds[1].known()])
+        for side, (target, place, of) in enumerate(zip(found, places, kinds, strict=True)):
+            target[place] = of.read(readers[response][side % 2], numbers)
+    return KeyCodes(found[0], found[1], found[2], found[3], readers, numbers, tokens[2].is_whole)
+
+
+class _Kinds(NamedTuple):
+    """Distinct tokens by text and stated bytes, and which of them each of some tokens is; None is no token."""
+
+    candidates: list[Candidate | None]
+    of_token: IntArray
+
+    def known(self) -> list[Candidate]:
+        """Without no token."""
+        return [candidate for candidate in self.candidates if candidate is not None]
+
+    def read(self, read: BytesOf, numbers: Numbers) -> Codes:
+        """The keys of the tokens by what gives their bytes."""
+        return numbers.of([item if item is None else read(item) for item in self.candidates])[self.of_token]
 
 
 @dataclass(frozen=True, slots=True)
-class _Kinds:
-    """The distinct tokens by text and stated bytes, K of them; bytes that are those of the text say nothing more.
+class _Tokens:
+    """Some tokens, E of them, with the numbers of their texts and what these show; -1 and an empty text of no token.
 
-    ``of_entry`` numbers the entries' kinds, -1 for no token. ``texts``, ``token_codes`` and ``stated`` have length K.
+    ``stating`` are those that state bytes which are not those of their text, and so say more, by number and rising;
+    ``stated`` numbers these bytes, from 1 on. Both have shape (M,).
     """
 
-    of_entry: IntArray
-    texts: pl.Series
-    token_codes: IntArray
-    stated: list[bytes | None]
+    entries: Entries
+    codes: IntArray
+    signs: TextSigns
+    stating: IntArray
+    stated: IntArray
 
     @classmethod
-    def of(cls, entries: Entries) -> _Kinds:
+    def of(cls, entries: Entries) -> _Tokens:
         codes = entries.codes()
-        kinds = codes.copy()
-        others = np.zeros(0, dtype=np.int64)
-        if entries.stated is not None:
-            own = entries.tokens.cast(pl.String).cast(pl.Binary)
-            differs = (entries.stated.bin.size() > 0) & (entries.stated != own)
-            others = np.flatnonzero(differs.fill_null(False).to_numpy())
-        if len(others) and entries.stated is not None:
-            shown = entries.stated.gather(pl.Series(others, dtype=pl.UInt32)).bin.encode("hex").cast(pl.Categorical)
-            pairs = (codes[others] << 32) | shown.to_physical().to_numpy()
-            kinds[others] = int(codes.max(initial=-1)) + 1 + np.unique(pairs, return_inverse=True)[1]
-        known = np.flatnonzero(kinds >= 0)
-        first = np.full(int(kinds.max(initial=-1)) + 1, -1, dtype=np.int64)
-        first[kinds[known][::-1]] = known[::-1]
-        at = first[first >= 0]
-        number = np.cumsum(first >= 0) - 1
-        stated: list[bytes | None] = [None] * len(at)
-        if len(others) and entries.stated is not None:
-            is_other = np.zeros(len(codes), dtype=np.bool_)
-            is_other[others] = True
-            for kind in np.flatnonzero(is_other[at]).tolist():
-                stated[kind] = entries.stated[int(at[kind])]
-        distinct = entries.take(at)
-        of_entry = np.where(kinds >= 0, number[kinds], -1) if len(number) else kinds
-        return cls(of_entry, distinct.tokens.cast(pl.String), codes[at], stated)
+        return cls(entries, codes, TEXTS.signs(entries.tokens, codes), *_stating(entries))
 
-    def candidates(self, of_entry: IntArray) -> list[Candidate]:
-        """The kinds of some entries, each once."""
-        kinds = np.unique(of_entry[of_entry >= 0])
-        texts = self.texts.gather(pl.Series(kinds, dtype=pl.UInt32)).to_list() if len(kinds) else []
-        return [
-            Candidate(text, None, None, self.stated[kind]) for text, kind in zip(texts, kinds.tolist(), strict=True)
-        ]
+    @property
+    def is_whole(self) -> BoolArray:
+        """`kl.pieces.is_whole` of each; False for no token."""
+        return (self.signs & (EMPTY | LOSSY)) == 0
 
-    def read(self, of_entry: IntArray, read: BytesOf, numbers: Numbers) -> Codes:
-        """The keys of some entries by what gives their bytes."""
-        kinds, inverse = np.unique(of_entry, return_inverse=True)
-        known = numbers.of([read(candidate) for candidate in self.candidates(of_entry)])
-        return np.concatenate([np.full(np.count_nonzero(kinds < 0), NO_KEY, dtype=np.int32), known])[inverse]
+    def kinds(self, at: IntArray) -> _Kinds:
+        """Of some of the tokens, by number and rising."""
+        numbers = self.codes[at]
+        among = np.isin(self.stating, at)
+        numbers[np.searchsorted(at, self.stating[among])] += self.stated[among] << 32
+        _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+        return _Kinds(self.entries.take(at[first]).candidates(), inverse)
 
-    def plain_keys(self, numbers: Numbers, *, hides: bool) -> Codes:
-        """The key of each kind where a side writes texts; the last one is that of no token. Shape (K + 1,)."""
-        named = ~_matches(self.texts, r"^(?:|.*\x{FFFD}.*|(?:\\x[0-9A-Fa-f]{2})+|token_id:\d+)$")
-        keys = np.append(np.where(named, self.token_codes, NO_KEY), NO_KEY).astype(np.int32)
-        read = plain_reader(hides=hides)
-        is_escaped = _matches(self.texts, _ESCAPES).tolist()
-        others = [kind for kind, stated in enumerate(self.stated) if stated is not None or is_escaped[kind]]
-        texts = self.texts.gather(pl.Series(others, dtype=pl.UInt32)).to_list() if others else []
-        known = [read(Candidate(text, None, None, self.stated[kind])) for text, kind in zip(texts, others, strict=True)]
-        keys[others] = numbers.of(known)
-        if hides:
-            keys[:-1][_matches(self.texts, "^ *$")] = NO_KEY
+    def plain_keys(self, numbers: Numbers, hides: BoolArray) -> Codes:
+        """The key of each where its side writes texts, and hides parts of characters or not; shape (E,)."""
+        keys = self.codes.astype(np.int32)
+        shown = int(np.bitwise_or.reduce(self.signs))
+        if shown & UNNAMED:
+            keys[(self.signs & UNNAMED) != 0] = NO_KEY
+        others = np.flatnonzero(self.signs & ESCAPED) if shown & ESCAPED else self.stating[:0]
+        others = np.union1d(others, self.stating)
+        if others.size:
+            keys[others] = self.kinds(others).read(plain_reader(hides=False), numbers)
+        if shown & BLANK:
+            keys[hides & ((self.signs & BLANK) != 0)] = NO_KEY
         return keys
 
 
-def _matches(texts: pl.Series, pattern: str) -> BoolArray:
-    return texts.str.contains(f"(?s){pattern}").to_numpy().astype(np.bool_)
+def _stating(entries: Entries) -> tuple[IntArray, IntArray]:
+    """`_Tokens.stating` and `_Tokens.stated`."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if entries.stated is None:
+        return nothing, nothing
+    own = entries.tokens.cast(pl.String).cast(pl.Binary)
+    differs = (entries.stated.bin.size() > 0) & (entries.stated != own)
+    at = np.flatnonzero(differs.fill_null(False).to_numpy())
+    if not at.size:
+        return nothing, nothing
+    shown = entries.stated[pl.Series(at.astype(np.uint32))].bin.encode("hex").cast(pl.Categorical)
+    return at, shown.to_physical().to_numpy().astype(np.int64) + 1
 
 
 class _Signs(NamedTuple):
@@ -233,28 +231,20 @@ class _Signs(NamedTuple):
     shows: BoolArray
 
     @classmethod
-    def of(cls, kinds: _Kinds, of_entry: IntArray, response: IntArray, n_responses: int) -> _Signs:
-        texts = kinds.texts
-        is_stated = np.array([stated is not None for stated in kinds.stated], dtype=np.bool_)
-        states = np.array([stated is not None and is_part(stated) for stated in kinds.stated], dtype=np.bool_)
-
-        def any_of(flags: BoolArray) -> BoolArray:
-            return with_any(flags[of_entry], response, n_responses)
-
-        return cls(
-            any_of(_matches(texts, "^ .*[0-9A-Za-z]") | states),
-            any_of((texts == "").to_numpy() & ~is_stated),
-            any_of(_matches(texts, _ESCAPES)),
-            any_of(states),
-            any_of(_matches(texts, r"\x{FFFD}|^(?:\\x[0-9A-Fa-f]{2})+$") | states),
-        )
-
-
-def with_any(flags: BoolArray, response: IntArray, n_responses: int) -> BoolArray:
-    """Which responses have a flag, shape (R,), from the flags of entries and the response of each."""
-    found = np.zeros(n_responses, dtype=np.bool_)
-    found[response[flags]] = True
-    return found
+    def of(cls, tokens: _Tokens, lists: TopLists, sides: Sides) -> _Signs:
+        signs, states = tokens.signs, np.zeros(len(tokens.signs), dtype=np.bool_)
+        if tokens.stating.size:
+            signs = signs.copy()
+            signs[tokens.stating] &= ~np.uint8(EMPTY)
+            kinds = tokens.kinds(tokens.stating)
+            parts = np.array([is_part(item.token_bytes or b"") for item in kinds.known()], dtype=np.bool_)
+            states[tokens.stating] = parts[kinds.of_token]
+        shown = np.zeros(sides.n_responses, dtype=np.uint8)
+        starts = sides.starts
+        shown[sides.response[starts]] = np.bitwise_or.reduceat(signs, lists.offsets[starts])
+        text, hides, odd, shows = ((shown & bits) != 0 for bits in (WORD, EMPTY, ESCAPED, LOSSY | HEX))
+        stated = sides.responses_with(states, lists)
+        return cls(text | stated, hides, odd, stated, shows | stated)
 
 
 def _at_a_glance(p: _Signs, q: _Signs) -> BoolArray:

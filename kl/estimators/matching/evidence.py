@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kl.columns import NO_ID, BoolArray, IntArray
-from kl.estimators.matching.codes import NO_KEY, Codes, KeyCodes, Sides, with_any
+from kl.columns import NO_ID, BoolArray, IntArray, TopLists
+from kl.estimators.matching.codes import NO_KEY, Codes, KeyCodes, Sides
 from kl.estimators.matching.places import places_in, repeats
 from kl.estimators.token_keys import MAX_ID_MISMATCH, KeyChoice, choose_key, paired_texts
 
@@ -30,11 +30,11 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
         Equal numbers for equal ids of either side.
     """
     n = sides.n_responses
-    of_p, of_q = sides.response[sides.lists_p.rows], sides.response[sides.lists_q.rows]
     has_ids = ~(
-        with_any(sides.lists_p.entries.ids == NO_ID, of_p, n) | with_any(sides.lists_q.entries.ids == NO_ID, of_q, n)
+        sides.responses_with(sides.lists_p.entries.ids == NO_ID, sides.lists_p)
+        | sides.responses_with(sides.lists_q.entries.ids == NO_ID, sides.lists_q)
     )
-    has_bytes = ~(_without_bytes(sides, 0, of_p, n) | _without_bytes(sides, 1, of_q, n))
+    has_bytes = ~(_without_bytes(sides, sides.lists_p) | _without_bytes(sides, sides.lists_q))
     doubtful = np.zeros(len(sides.response), dtype=np.bool_)
     n_pairs, n_mismatches = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
     if has_ids.any():
@@ -63,10 +63,10 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
     return Evidence(tuple(choices), doubtful)
 
 
-def _without_bytes(sides: Sides, side: int, response: IntArray, n: int) -> BoolArray:
-    stated = (sides.lists_p, sides.lists_q)[side].entries.stated
-    lacks = np.ones(len(response), dtype=np.bool_) if stated is None else stated.is_null().to_numpy()
-    return with_any(lacks, response, n)
+def _without_bytes(sides: Sides, lists: TopLists) -> BoolArray:
+    stated = lists.entries.stated
+    lacks = np.ones(len(lists.entries), dtype=np.bool_) if stated is None else stated.is_null().to_numpy()
+    return sides.responses_with(lacks, lists)
 
 
 def _doubtful(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> BoolArray:
