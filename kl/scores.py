@@ -81,6 +81,11 @@ class ScoreTable:
         return self.facts["model_version"].to_list()
 
     @cached_property
+    def named(self) -> set[str | None]:
+        """The different ones of `versions`."""
+        return set(self.facts["model_version"].unique())
+
+    @cached_property
     def input_tokens(self) -> IntArray:
         """What the service counted before each position, shape (N,); `NO_COUNT` where it did not."""
         return self.facts["input_tokens"].fill_null(NO_COUNT).to_numpy()
@@ -164,16 +169,24 @@ class Scores(Sequence[Score | ScoreFailure | None]):
     @property
     def n_dropped(self) -> IntArray:
         """Candidates that were no probabilities, shape (T,); 0 where there is no score."""
-        return np.append(self.table.n_dropped, 0)[self.rows]
+        return self._gathered(self.table.n_dropped, 0)
 
     @property
     def input_tokens(self) -> IntArray:
         """What the service counted, shape (T,); `NO_COUNT` where there is no count."""
-        return np.append(self.table.input_tokens, NO_COUNT)[self.rows]
+        return self._gathered(self.table.input_tokens, NO_COUNT)
+
+    def _gathered(self, of_table: IntArray, none: int) -> IntArray:
+        found = np.full(len(self.rows), none, dtype=np.int64)
+        found[self.is_score] = of_table[self.rows[self.is_score]]
+        return found
 
     def versions(self) -> set[str]:
         """What the service called the model."""
-        named = (self.table.versions[row] for row in set(map(int, self.rows[self.is_score])))
+        rows = self.rows[self.is_score]
+        if len(self.table.named) == 1:
+            rows = rows[:1]
+        named = (self.table.versions[row] for row in set(map(int, rows)))
         return {version for version in named if version is not None}
 
     def __len__(self) -> int:

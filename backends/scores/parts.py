@@ -13,14 +13,18 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import polars as pl
 
 from backends.scores.damage import misfit, parted
 from backends.scores.rows import ADDED, SCORES
+from backends.storage import COPIES, StoredFile, is_remote
 
 _PROVEN = re.compile(r"[0-9a-f]{16}-([0-9a-f]{8})\.parquet")
+ROWS_TOGETHER = 4096  # of a row group: fewer are not read alone
 _NO_ROWS = pl.DataFrame(schema={**SCORES, "why": pl.String})
 # A panic of Polars on garbage is none of Python's exceptions.
 _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
@@ -29,7 +33,7 @@ _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError,
 def packed(frame: pl.DataFrame) -> tuple[str, bytes]:
     """A table of scores as the name and the content of a part."""
     content = io.BytesIO()
-    frame.write_parquet(content, compression="zstd")
+    frame.write_parquet(content, compression="zstd", row_group_size=ROWS_TOGETHER)
     return proven_name(frame, content.getvalue()), content.getvalue()
 
 
@@ -56,7 +60,8 @@ class Part:
     """
 
     def __init__(self, name: str, content: bytes) -> None:
-        self._content = content
+        self._content: bytes | None = content
+        self._file: tuple[StoredFile, tuple[int, int]] | None = None
         self.broken: str | None = None
         self.damaged = _NO_ROWS
         self._sound: pl.DataFrame | None = None
@@ -68,7 +73,7 @@ class Part:
 
     def _check(self) -> None:
         try:
-            schema = pl.read_parquet_schema(io.BytesIO(self._content))
+            schema = self._schema()
             self.broken = misfit(schema)
             if self.broken is not None:
                 return
@@ -87,24 +92,61 @@ class Part:
         """Under which name it would be proven, if it is sound and only lacks that."""
         if self._sound is None or self.is_harmed or self.changed:
             return None
-        schema = pl.read_parquet_schema(io.BytesIO(self._content))
-        is_own = all(SCORES.get(name) == dtype for name, dtype in schema.items())
-        return proven_name(self._sound, self._content) if is_own else None
+        is_own = all(SCORES.get(name) == dtype for name, dtype in self._schema().items())
+        return proven_name(self._sound, self._content) if is_own and self._content is not None else None
 
-    def rows(self, columns: Sequence[str]) -> pl.DataFrame:
-        """Some columns of the rows that can be used."""
+    def let_go(self, file: StoredFile) -> None:
+        """Hold the content no longer, if it is proven: what is read from now on is read from the file, a copy of it."""
+        if not self.proven:
+            return
+        with COPIES.open(file) as path:
+            self._file = file, _state(file, path)
+        self._content = None
+
+    def rows(self, columns: Sequence[str], start: int = 0, n: int | None = None) -> pl.DataFrame:
+        """Some columns of the rows that can be used, ``n`` of them from row ``start`` on; default all.
+
+        Raises
+        ------
+        OSError
+            After `let_go`, if the file cannot be read; FileNotFoundError also if it was changed.
+        """
         if self.broken is not None:
             return pl.DataFrame(schema={name: SCORES[name] for name in columns})
         if self._sound is not None:
-            return self._sound.select(columns)
+            return self._sound.select(columns).slice(start, n)
         held = columns
         if added := ADDED.intersection(columns):  # parts of earlier versions lack them
-            absent = added - set(pl.read_parquet_schema(io.BytesIO(self._content)))
+            absent = added - self._schema().keys()
             held = [name for name in columns if name not in absent]
-        return _with_absent(self._columns(held), columns)
+        return _with_absent(self._columns(held, start, n), columns)
 
-    def _columns(self, columns: Sequence[str]) -> pl.DataFrame:
-        return pl.read_parquet(io.BytesIO(self._content), columns=list(columns), hive_partitioning=False)
+    def _schema(self) -> dict[str, pl.DataType]:
+        with self._source() as source:
+            return pl.read_parquet_schema(source)
+
+    def _columns(self, columns: Sequence[str], start: int = 0, n: int | None = None) -> pl.DataFrame:
+        with self._source() as source:
+            scan = pl.scan_parquet(source, glob=False, hive_partitioning=False)
+            return scan.select(columns).slice(start, n).collect()
+
+    @contextmanager
+    def _source(self) -> Generator[io.BytesIO | Path]:
+        if self._content is not None:
+            yield io.BytesIO(self._content)
+            return
+        assert self._file is not None, "the content is let go for a file"
+        file, state = self._file
+        with COPIES.open(file) as path:
+            if _state(file, path) != state:
+                raise FileNotFoundError(f"{file.path} is another file than a moment ago")
+            yield path
+
+
+def _state(file: StoredFile, path: Path) -> tuple[int, int]:
+    """What changes if a file is written anew; of a copy of a remote one, which has a version, its size."""
+    stat = path.stat()
+    return stat.st_size, 0 if is_remote(file.path) else stat.st_mtime_ns
 
 
 def _with_absent(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:

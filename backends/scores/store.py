@@ -29,6 +29,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +40,7 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.scores.aside import JOURNALS, SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
 from backends.scores.damage import parted
+from backends.scores.index import PromptIndex, UsedLast
 from backends.scores.journal import SUFFIX, BrokenLine, ScoreJournal, recorded
 from backends.scores.parts import Part, packed
 from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
@@ -60,6 +63,11 @@ __all__ = ["SCORES", "Alone", "ScoreJournal", "ScoreStore"]
 
 _NO_PROMPTS = (JOURNALS, SET_ASIDE)  # folders of a store
 _PARTS_WORTH_MERGING = 4
+_ROWS_OF_A_MERGED_PART = 50_000
+_INDEXED = 1_000  # bytes on disk for each key that is asked for: where there are more, most rows are not wanted
+_MOST_INDEXED = 2_000_000  # rows of indexes that are kept, 16 bytes each
+_TIMES = 3  # that the parts of a prompt may be replaced while they are looked up
+_LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
 _JOURNALS_AT_ONCE = 500  # objects of a second each
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
 
@@ -116,6 +124,7 @@ class ScoreStore:
         self._journals = root / JOURNALS if journals is None else journals
         self._every_failure = every_failure
         self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
+        self._indexes = UsedLast[tuple[str, ...], PromptIndex](_MOST_INDEXED, len)
 
     def prefetch(self) -> None:
         """Copy all parts of a remote store to the local disk, many at once, if there is room for them."""
@@ -143,12 +152,33 @@ class ScoreStore:
         wanted : bool
             Also what was asked for by name.
         """
-        asked = list(dict.fromkeys(keys))
+        asked = pl.Series("key", [*keys], dtype=pl.String).unique()
         columns = [*_LIGHT, *WANTED] if wanted else _LIGHT
         none = pl.DataFrame(schema={name: SCORES[name] for name in columns})
-        parts = (part.rows(columns) for _, part in self._each(prompt_id))
-        found = pl.concat([none, *(rows.filter(pl.col("key").is_in(asked)) for rows in parts)])
-        return found.unique("key", keep="first", maintain_order=True)
+        found = pl.concat([none, *(_among(rows, asked) for rows in self._candidates(prompt_id, asked, columns))])
+        # What is said once need not be copied.
+        return found.unique("key", keep="first", maintain_order=True) if found["key"].is_duplicated().any() else found
+
+    def _candidates(self, prompt_id: str, asked: pl.Series, columns: Sequence[str]) -> list[pl.DataFrame]:
+        """Tables with all rows of some keys, and with others."""
+        if self._size(prompt_id) <= _INDEXED * len(asked):
+            return [part.rows(columns) for _, part in self._each(prompt_id)]
+        for left in reversed(range(_TIMES)):
+            names = prompt_id, *(file.path.name for file in self._parts(prompt_id))
+            index = self._indexes.of(names, lambda: PromptIndex(self._each(prompt_id)))
+            try:
+                return list(index.rows(asked, columns))
+            except OSError as error:
+                if not (left and isinstance(error, FileNotFoundError)):
+                    raise _unreadable(self.root / prompt_id, error) from error
+                self._indexes.forget(names)  # another run has replaced a part
+                self._note_change(prompt_id)
+        raise AssertionError("the last time raises")
+
+    def _size(self, prompt_id: str) -> int:
+        """Bytes of the parts of a prompt."""
+        files = self._parts(prompt_id)
+        return sum(file.size for file in files) if self._listing is not None else sum(map(_size_of, files))
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""
@@ -238,22 +268,34 @@ class ScoreStore:
         return [folder.name for folder in folders if folder.is_dir() and folder.name not in _NO_PROMPTS]
 
     def compact(self, prompt_id: str) -> None:
-        """Merge the many small parts of a prompt into one, sorted by key."""
+        """Merge the many small parts of a prompt into larger ones, in the order in which they were scored.
+
+        What was scored together is asked for together later, and is then read without the rest.
+        """
         if len(self._parts(prompt_id)) < _PARTS_WORTH_MERGING:
             return
-        frames: list[pl.DataFrame] = []
-        paths: list[Path] = []
+        small: list[tuple[datetime, StoredFile]] = []
         for file, part in self._each(prompt_id, tidy=True):
-            frame = part.rows(SCORES.names())
-            if part.is_harmed or frame["full_logprobs"].null_count() < frame.height:
+            about = part.rows(["scored_at", "full_logprobs"])
+            if part.is_harmed or about["full_logprobs"].null_count() < about.height:
                 return
-            frames.append(frame)
-            paths.append(file.path)
-        if not frames:
-            return
-        frame = pl.concat(frames).unique(["key", "exact_versus"], keep="first").sort("key", "exact_versus")
-        target = self._write(frame, prompt_id)
-        in_parallel(remove, [path for path in paths if path != target])
+            if about.height < _ROWS_OF_A_MERGED_PART:
+                small.append((_first(about["scored_at"]), file))
+        if len(small) >= _PARTS_WORTH_MERGING:
+            self._merge(prompt_id, [file for _, file in sorted(small, key=itemgetter(0))])
+
+    def _merge(self, prompt_id: str, files: Sequence[StoredFile]) -> None:
+        frames: list[pl.DataFrame] = []
+        merged: list[StoredFile] = []
+        for file in files:
+            frames.append(Part(file.path.name, _content(file)).rows(SCORES.names()))
+            merged.append(file)
+            if file is not files[-1] and sum(frame.height for frame in frames) < _ROWS_OF_A_MERGED_PART:
+                continue
+            once = pl.concat(frames).unique(["key", "exact_versus"], keep="first", maintain_order=True)
+            target = self._write(once.sort("scored_at", maintain_order=True), prompt_id)
+            in_parallel(remove, [file.path for file in merged if file.path != target])
+            frames, merged = [], []
         self._note_change(prompt_id)
 
     def _parts(self, prompt_id: str) -> list[StoredFile]:
@@ -276,7 +318,7 @@ class ScoreStore:
                     part = self._opened(file, tidy=tidy)
                 except FileNotFoundError as error:  # another run has replaced it since it was listed
                     if file.path.name in gone:
-                        raise _unreadable(file, error) from error
+                        raise _unreadable(file.path, error) from error
                     gone.add(file.path.name)
                     break
                 seen.add(file.path.name)
@@ -354,12 +396,29 @@ def _content(file: StoredFile) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable(file.path, error) from error
     return content
 
 
-def _unreadable(file: StoredFile, error: OSError) -> ConfigError:
+def _among(rows: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
+    is_asked = rows["key"].is_in(keys.implode())
+    return rows if is_asked.all() else rows.filter(is_asked)
+
+
+def _size_of(file: StoredFile) -> int:
+    try:
+        return file.path.stat().st_size
+    except FileNotFoundError:
+        return 0  # another run has replaced it, by a part that holds the same
+
+
+def _first(times: pl.Series) -> datetime:
+    first = times.min()
+    return first if isinstance(first, datetime) else _LONG_AGO
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"the stored scores in {file.path} cannot be read ({error}). They are not taken for lost, and nothing is asked "
+        f"the stored scores in {path} cannot be read ({error}). They are not taken for lost, and nothing is asked "
         "in their place: run again when the storage gives them."
     )

@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from backends.base import ScoreRequest, WorkEstimate, compares_pairs
 from backends.keys import short_key
+from backends.scores.index import MOST_KEYS, UsedLast
 from backends.scores.store import Compared, ScoreStore
 from backends.service.counting import TextSample, TokenCounts, counts_here
 from flows.config.comparison import Comparison, Side
@@ -155,6 +157,7 @@ def make_plan(
     """
     plan = Plan([])
     seen: dict[str, set[int]] = {}
+    known = UsedLast[str, _Stored](MOST_KEYS, lambda stored: len(stored.keys))
     by_job: dict[str, list[Selection]] = {}
     fresh: list[list[Selection]] = []
     repeats: list[Selection] = []
@@ -164,8 +167,9 @@ def make_plan(
         plan.n_unreadable += len(parsed.unreadable)
         if parsed.prompt is None:
             continue
-        stored = _stored(store, parsed.prompt.prompt_id, comparison)
-        asked = seen.setdefault(parsed.prompt.prompt_id, set())
+        prompt_id = parsed.prompt.prompt_id
+        stored = known.of(prompt_id, partial(_stored, store, prompt_id, comparison))
+        asked = seen.setdefault(prompt_id, set())
         for response in parsed.responses:
             plan.n_responses += 1
             if response.model is not None:
@@ -180,9 +184,7 @@ def make_plan(
                 if side == "again" and request is not None and _waits(request.model, comparison, in_flight):
                     n_missing, missing = len(missing), [item for item in missing if item[1] in in_flight]
                     plan.n_contexts -= n_missing - len(missing)
-                plan.missing.setdefault(parsed.prompt.prompt_id, array("Q")).extend(
-                    short_key(key) for _, key in missing
-                )
+                plan.missing.setdefault(prompt_id, array("Q")).extend(short_key(key) for _, key in missing)
                 jobs = _by_job(missing, in_flight)
                 if request is not None:
                     if missing:
@@ -239,10 +241,12 @@ def bought_again(
 ) -> frozenset[str]:
     """The keys of a model's second answers that are on disk, or that a job answers."""
     bought: set[str] = set()
+    kept = UsedLast[str, set[str]](MOST_KEYS, len)
     for file in read_ahead(files):
         for response in read_input(file).responses:
             if response.model == model and comparison.asked_again(response) == "p":
-                request, known = comparison.request(response, "again"), store.known_keys(response.prompt.prompt_id)
+                request, prompt_id = comparison.request(response, "again"), response.prompt.prompt_id
+                known = kept.of(prompt_id, partial(store.known_keys, prompt_id))
                 bought.update(key for key in (request.keys if request else ()) if key in known or key in in_flight)
     return frozenset(bought)
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kl.records import Response, Score, ScoreFailure
 from kl.scores import NO_COUNT, Scores
@@ -67,7 +68,21 @@ class CountEvidence:
         Position 0 has no model turn, and prefixes that end in white space may be trimmed: both are passed over.
         Responses of which one position was asked are one sequence, by position.
         """
+        if _counts_agree(results):
+            return cls._of_agreeing(responses, results)
         return cls.total(map(cls._of_group, _groups(responses, results)))
+
+    @classmethod
+    def _of_agreeing(cls, responses: Sequence[Response], results: Sequence[Results]) -> CountEvidence:
+        """The same, much faster, where all counts are right."""
+        lengths: list[int] = []
+        for response, found in zip(responses, results, strict=True):
+            counted = np.flatnonzero(Scores.of(found).input_tokens != NO_COUNT)
+            ends = response.prefix_ends()[counted[counted > 0]]
+            lengths.append(len(ends) - int(_is_space(response.text, ends - 1).sum()))
+        n_alone, n_judged = lengths.count(1), sum(lengths)
+        n_steps = sum(length - 1 for length in lengths if length) + max(n_alone - 1, 0)
+        return cls(n_steps, n_steps, n_judged, n_judged)
 
     @classmethod
     def _of_group(cls, group: _Group) -> CountEvidence:
@@ -126,6 +141,8 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
     results : sequence, one per response, of sequences, one per position
         What Q answered.
     """
+    if _counts_agree(results):
+        return Checked([Scores.of(found) for found in results], 0)
     wrong: list[dict[int, ScoreFailure]] = [{} for _ in results]
     n_odd = 0
     for group in _groups(responses, results):
@@ -138,6 +155,29 @@ def without_retokenised(responses: Sequence[Response], results: Sequence[Results
             if verdict == "wrong":
                 wrong[item.row][item.position] = ScoreFailure(item.key, RETOKENISED, _why(item, base))
     return Checked([Scores.of(found).without(failures) for found, failures in zip(results, wrong, strict=True)], n_odd)
+
+
+def _counts_agree(results: Sequence[Results]) -> bool:
+    """Whether one version of the model counted, and before each position but 0 as many tokens more as it says."""
+    levels, versions = set[int](), set[str | None]()
+    for found in results:
+        scores = Scores.of(found)
+        counts = scores.input_tokens
+        excess = (counts - np.arange(len(counts)))[counts != NO_COUNT]
+        if not excess.size:
+            continue
+        versions |= scores.table.named
+        levels.update(np.unique(excess[int(counts[0] != NO_COUNT) :]).tolist())
+        if len(levels) > 1 or len(versions) > 1:
+            return False
+    return True
+
+
+def _is_space(text: str, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether there is white space at some places of a text; before it there is none."""
+    space = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<U1")
+    found: NDArray[np.bool_] = np.char.isspace(space[at]) & (at >= 0) if len(space) else at > at
+    return found
 
 
 def _groups(responses: Sequence[Response], results: Sequence[Results]) -> Iterator[_Group]:

