@@ -78,7 +78,10 @@ class StoredAnswers:
             for store in (stores.scores, stores.failures)
             for prompt_id, wanted in keys.items()
         ]
-        stored = results_of(pl.concat(frames).unique("key", keep="first", maintain_order=True) if frames else _NONE)
+        rows = pl.concat(frames) if frames else _NONE
+        if rows["key"].is_duplicated().any():
+            rows = rows.unique("key", keep="first", maintain_order=True)
+        stored = results_of(rows)
         self.table = stored.table
         self.failures = stored.failures
         self.row = {key: row for row, key in enumerate(stored.table.keys)}
