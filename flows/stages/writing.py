@@ -9,6 +9,8 @@ import pickle
 import platform
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -32,7 +34,7 @@ from kl.estimators.censored import SpreadPrior
 from kl.estimators.divergence import ESTIMATOR_VERSION
 from kl.finished.run import Run
 from kl.output.atomic import write_many_atomic
-from kl.output.files import result_paths, write_candidates, write_responses, write_summary, write_tokens
+from kl.output.files import candidate_rows, result_paths, write_candidates, write_responses, write_summary, write_tokens
 from kl.output.glance import figures, glance
 from kl.output.headline import headline
 from kl.output.kl_json import ScoredResponse, scored_responses, write_kl_json
@@ -47,6 +49,7 @@ from kl.tables.totals import token_batches
 
 logger = logging.getLogger(__name__)
 
+_BESIDES = 2  # the candidate table and the page are written beside the other files
 _SHOWN = 5  # tokens and positions in Prefect
 _PACKAGES = ("tokenkl", "prefect", "numpy", "polars", "scipy", "google-genai", "google-cloud-storage")
 
@@ -58,12 +61,11 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
     twice and for the candidate table five times; memory does not grow with them.
     """
     config, place = comparison.config, comparison.folder
-    with made_locally(place.path) as folder:
+    lists = [part.candidates for part in measured.parts if part.candidates is not None]
+    with made_locally(place.path) as folder, ThreadPoolExecutor(_BESIDES, thread_name_prefix="writing") as beside:
         made, facts = OutputFolder(folder), _facts(measured, config)
+        waiting = [beside.submit(write_candidates, lists, made.candidates, facts)] if config.candidates else []
         write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens, facts)
-        if config.candidates:
-            lists = [part.candidates for part in measured.parts if part.candidates is not None]
-            write_candidates(lists, made.candidates, facts)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
         rows = summarise_responses(tokens, measured.responses)
@@ -72,23 +74,29 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_summary(summary, made.summary)
         report = _report(summary, measured, comparison, record)
         run = {"warnings": report.warnings} | _run_info(measured, config, record)
-        lists = pl.scan_parquet(made.candidates, glob=False) if config.candidates else None
-        finished = Run(folder, summary, tokens, rows.lazy(), lists, run)
-        has_page = _write_page(finished, made.report, measured)
+        finished = Run(folder, summary, tokens, rows.lazy(), candidate_rows(lists) if config.candidates else None, run)
+        # In a copy of the context, by which log lines find their run.
+        page = beside.submit(copy_context().run, _write_page, finished, made.report, measured)
         report = replace(report, excerpt=_excerpt(finished))
         scored = scored_responses(token_batches(tokens, TOKENS.names()), rows)
         # What is published is here no more, and the token table is read until the last of the files is written.
         is_first = config.first_repeats is not None
         if is_first:
             write_first_lists(measured.files, comparison, made.first_lists)
-        optional = [made.candidates] * config.candidates + [made.report] * has_page + [made.first_lists] * is_first
-        tables = (path.name for path in (made.tokens, *optional, made.responses, made.summary))
-        publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables))
+
+        def tables() -> Iterator[str]:
+            for written in waiting:
+                written.result()
+            optional = [made.candidates] * config.candidates + [made.report] * page.result()
+            optional += [made.first_lists] * is_first
+            yield from (path.name for path in (made.tokens, *optional, made.responses, made.summary))
+
+        publish_from(folder, place.path, chain(_per_file(measured, scored, folder, config), tables()))
     if not config.candidates:
         remove(place.candidates)  # those of an earlier run are of other rows, perhaps
     if not is_first:
         remove(place.first_lists)
-    if has_page:
+    if page.result():
         report.paths.insert(0, str(place.report))
     else:
         report.warnings.append(
