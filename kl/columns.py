@@ -153,10 +153,8 @@ class Entries:
 
     def codes(self) -> IntArray:
         """The number of each token's text, -1 for no token; one numbering in a process."""
-        codes = self.tokens.to_physical()
-        if not codes.null_count():
-            return codes.to_numpy().astype(np.int64)
-        return codes.cast(pl.Int64).fill_null(-1).to_numpy()
+        codes = self.tokens.to_physical().to_numpy()  # floats and NaN where there is no token
+        return np.nan_to_num(codes, nan=-1).astype(np.int64) if codes.dtype == np.float64 else codes.astype(np.int64)
 
     def texts(self) -> list[str]:
         """The texts of tokens that all are there."""

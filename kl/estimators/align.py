@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kl.estimators.matching.aligned import Aligned, widened
 from kl.estimators.matching.codes import NO_KEY, Codes, Sides, key_codes, text_codes
 from kl.estimators.matching.evidence import evidence_of
 from kl.estimators.matching.padded import Padded
-from kl.estimators.matching.places import distinct, places_in, repeats
+from kl.estimators.matching.places import distinct, inverse, places_in, repeats
 from kl.estimators.matching.rows import (
     MatchedRow,
     Sample,
@@ -134,11 +135,13 @@ class _Matching:
         self._evidence = evidence_of(sides, self._codes, ids[0], ids[1])
         by_id = np.array([choice.key == "id" for choice in self._evidence.choices], dtype=np.bool_)
         self._by_id = by_id[sides.response]
+        self._all_by_id = bool(self._by_id.all())
         found = (self._codes.p, self._codes.q, self._codes.sampled_p, self._codes.sampled_q)
         every = np.arange(len(is_stop), dtype=np.int64)
         rows = (sides.lists_p.rows, sides.lists_q.rows, every, every)
         self._keys_p, self._keys_q, wanted, self._own = (
-            np.where(self._by_id[row], numbers, codes) for numbers, codes, row in zip(ids, found, rows, strict=True)
+            numbers if self._all_by_id else np.where(self._by_id[row], numbers, codes)
+            for numbers, codes, row in zip(ids, found, rows, strict=True)
         )
         self._wanted = self._by_text(wanted)
 
@@ -161,10 +164,9 @@ class _Matching:
         """What the rows have in common, and the special ones by all the rules."""
         n_best = self._best_q.lengths
         p, q = Padded.of(self._sides.lists_p, self._keys_p), Padded.of(self._sides.lists_q, self._keys_q, n_best)
-        repeated = repeats(p.all_keys) | repeats(q.all_keys)
+        repeated, index_q = self._repeats_and_places(p, q)
         ambiguous = self._ambiguous(repeated, self._namesakes(p))
         special = repeated | self._special(p, q, ambiguous)
-        index_q = places_in(p.keys, np.where(q.keys < 0, _PADDING, q.keys))
         rows = self._by_all_rules(np.flatnonzero(special), ambiguous)
         logp_sampled, logq_sampled, clear = self._sampled(p, q)
         arrays: dict[str, Any] = {
@@ -186,12 +188,9 @@ class _Matching:
             "sampled_clear": clear,
         }
         _put(arrays, rows)
-        index_p = np.full(arrays["logq"].shape, -1, dtype=np.int64)
-        at, column = np.nonzero(arrays["index_q"] >= 0)
-        index_p[at, arrays["index_q"][at, column]] = column
         return Aligned(
             **arrays,
-            index_p=index_p,
+            index_p=inverse(arrays["index_q"], arrays["logq"].shape[1]),
             log_cap_p=self._sides.lists_p.last(),
             log_cap_q=np.fmax(self._best_q.last(), self._wanted_q.first()),  # of two askings, the lists may disagree
             coverage_p=row_sums(np.exp(arrays["logp"])) + arrays["open_p"],
@@ -206,6 +205,14 @@ class _Matching:
             keys_q=self._all_keys(q, special)
             | {key for row in rows.values() for key in row.q.keys[: len(row.q.keys) - row.q.n_wanted]},
         )
+
+    def _repeats_and_places(self, p: Padded, q: Padded) -> tuple[BoolArray, IntArray]:
+        """Where a list has a key twice, shape (T,), and where P's tokens stand in Q's rows, shape (T, K_p)."""
+        seen = self._evidence
+        if self._all_by_id and seen.twice is not None and seen.places is not None:
+            return seen.twice, seen.places
+        places = places_in(p.keys, np.where(q.keys < 0, _PADDING, q.keys))
+        return repeats(p.all_keys) | repeats(q.all_keys), places
 
     def _sampled(self, p: Padded, q: Padded) -> tuple[FloatArray, FloatArray, BoolArray]:
         """Of the token that P sampled: its value under P and Q, and whether it has a key."""
@@ -244,9 +251,10 @@ class _Matching:
         """The rows that one of the rules for single cases may concern, those with a repeated key aside."""
         special = self._evidence.doubtful & self._by_id
         special |= p.open_ties | q.open_ties | (self._is_stop & ~self._by_id)
-        ends = text_codes(sorted(END_TOKENS))
-        ends_p, ends_q = np.isin(p.keys, ends) & ~self._by_id[:, None], np.isin(q.keys, ends) & ~self._by_id[:, None]
-        special |= ends_p.any(axis=1) & ends_q.any(axis=1)
+        if not self._all_by_id:
+            ends = text_codes(sorted(END_TOKENS))
+            ends_p, ends_q = (np.isin(side.keys, ends).any(axis=1) for side in (p, q))
+            special |= ends_p & ends_q & ~self._by_id
         for response, keys in ambiguous.items():
             rows = self._sides.slice_of(response)
             numbers = self._numbers_of(keys, bool(self._by_id[rows.start]))
@@ -286,9 +294,9 @@ class _Matching:
     def _all_keys(self, side: Padded, special: BoolArray) -> frozenset[Key]:
         """What the lists name in the rows that no rule for single cases concerns."""
         keys = side.best_keys()
-        by_id, by_bytes = (distinct(keys[~special & chosen]) for chosen in (self._by_id, ~self._by_id))
-        ids = self._ids.of(by_id[by_id >= 0]).tolist()
-        return frozenset[Key](ids) | frozenset[Key](self._codes.numbers.bytes_of(by_bytes[by_bytes >= 0]))
+        ordinary = (self._by_id & ~special, ~self._by_id & ~special)
+        by_id, by_bytes = (distinct(keys if rows.all() else keys[rows]) for rows in ordinary)
+        return frozenset[Key](chain(self._ids.of(by_id).tolist(), self._codes.numbers.bytes_of(by_bytes)))
 
 
 class _Ids:
@@ -304,8 +312,8 @@ class _Ids:
             return ids.astype(np.int32)
         return np.where(ids < 0, NO_KEY, np.searchsorted(self._known, ids)).astype(np.int32)
 
-    def of(self, numbers: Codes) -> IntArray:
-        return numbers.astype(np.int64) if self._known is None else self._known[numbers]
+    def of(self, numbers: IntArray) -> IntArray:
+        return numbers if self._known is None else self._known[numbers]
 
 
 def _known(sampled: Entries) -> FloatArray:

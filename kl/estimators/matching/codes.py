@@ -99,7 +99,7 @@ class Numbers:
                 self._texts[self._codes[item]] = item
         return np.array([NO_KEY if item is None else self._codes[item] for item in known], dtype=np.int32)
 
-    def bytes_of(self, codes: Codes) -> list[bytes]:
+    def bytes_of(self, codes: IntArray) -> list[bytes]:
         """What numbers stand for, each once."""
         if not self._texts:
             return TEXTS.bytes_of(codes)

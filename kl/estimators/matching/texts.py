@@ -44,7 +44,7 @@ class Texts:
             found = self._signs[codes]
         return found
 
-    def bytes_of(self, codes: NDArray[np.integer[Any]]) -> list[bytes]:
+    def bytes_of(self, codes: IntArray) -> list[bytes]:
         """The texts of numbers that `signs` has met."""
         return self._bytes[codes].tolist()
 
