@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 
 from backends.errors import RetryableBackendError
+from backends.service.proxies import proxy_of
 from backends.service.retry import RETRYABLE_STATUS, StatusError, one_line, retry_after
 
 _LONGEST_SAID = 300
@@ -34,11 +35,11 @@ class Client:
         self._root = address.removesuffix("/v1")
         values = [part for value in headers.values() for part in (value, value.rpartition(" ")[2])]
         self._secrets = [value for value in values if len(value) >= _SHORTEST_SECRET]
+        self._headers = headers  # for each call: what a session has in common is said to its proxy, too
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s)),
-            headers=headers,
-            trust_env=True,  # proxies
+            proxy=proxy_of(address),
         )
 
     async def post(self, path: str, body: Json) -> Json:
@@ -87,7 +88,7 @@ class Client:
             return await self._send_once(method, url, data)  # a connection that was idle, and closed by the server
 
     async def _send_once(self, method: str, url: str, data: bytes | None) -> tuple[aiohttp.ClientResponse, bytes]:
-        headers = {"Content-Type": "application/json"} if data is not None else {}
+        headers = self._headers | ({"Content-Type": "application/json"} if data is not None else {})
         async with self._session.request(method, url, data=data, headers=headers) as answer:
             return answer, await answer.read()
 

@@ -15,6 +15,7 @@ import httpx2
 from google.genai import errors
 
 from backends.errors import BackendError
+from backends.service.proxies import proxy_of
 from backends.vertex.service.access_token import AccessToken
 
 _UNAUTHORIZED = 401
@@ -59,7 +60,7 @@ class ModelCalls:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=max_calls, ssl=httpx2.create_ssl_context()),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
-            trust_env=True,  # proxies
+            proxy=proxy_of(self._address),
         )
 
     async def generate(self, model: str, body: bytes) -> bytes:
