@@ -37,13 +37,13 @@ kl.output.report        page
 
 backends                errors extras hookspecs settings / asked / base builtin keys / registry session
 backends.storage        parallel / locations / remote / files / copies lease listing matching / __init__
-backends.scores         rows / chunk_log damage / lines parts raw_log / journal / aside / store
+backends.scores         rows / chunk_log damage / lines parts raw_log / index journal / aside / store
 backends.contract       subject / setup / answers / calls / __init__
 backends.files          contexts index / backend
 backends.local          gguf / config tokenizer / candidates contexts engine / models units
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
-backends.service        bought counting merging retry / breaker / limit
+backends.service        bought counting merging proxies retry / breaker / limit
 backends.openai_compatible client presets / answers found server vocabulary / asking options
 backends.openai_compatible proofs wanted / scoring / sampling / backend
 backends.vertex         status / wire / answers prices / samples options
