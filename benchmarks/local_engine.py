@@ -33,7 +33,7 @@ import threadpoolctl  # noqa: E402
 
 from backends.base import ScoreRequest  # noqa: E402
 from backends.local.backend import LocalBackend  # noqa: E402
-from backends.local.engine import in_threads, one_blas_thread  # noqa: E402
+from backends.local.blas import in_threads, one_blas_thread  # noqa: E402
 from backends.local.models import LocalModel, find_model, load_model  # noqa: E402
 from kl.records import Prompt, Score, Turn  # noqa: E402
 

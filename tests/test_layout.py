@@ -40,7 +40,7 @@ backends.storage        parallel / locations / remote / files / copies lease lis
 backends.scores         rows / chunk_log damage / lines parts raw_log / index journal / aside / store
 backends.contract       subject / setup / answers / calls / __init__
 backends.files          contexts index / backend
-backends.local          gguf / config tokenizer / candidates contexts engine / models units
+backends.local          gguf / config tokenizer blas / candidates contexts rows / engine / models units
 backends.local          jobs sampling / work / backend
 backends.transformers   options reduction / checkpoints / tokens / loading / passes / work / sampling / backend
 backends.service        bought counting merging proxies retry / breaker / limit

@@ -108,11 +108,10 @@ class LocalBackend(Backend):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Score | ScoreFailure]:
         """Yield one result for each key asked; results of a response come as its chunks are done."""
-        for call in together(requests):
-            results = _score_steps(call)
-            while (some := await _in_worker(functools.partial(next, results, None))) is not None:
-                for result in some:
-                    yield result
+        results = _score_steps(requests)
+        while (some := await _in_worker(functools.partial(next, results, None))) is not None:
+            for result in some:
+                yield result
 
     async def sample(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Sample | ScoreFailure]:
         """Write responses. Their lists come from the same pass that `score` makes, so P against itself gives 0.
@@ -143,11 +142,16 @@ async def _in_worker(work: Callable[[], T]) -> T:
 
 def _score_steps(requests: Sequence[ScoreRequest]) -> Iterator[list[Score | ScoreFailure]]:
     """Results step by step."""
-    prepared: list[Prepared[LocalModel]] = []
-    for request in requests:
-        yield from caught(request.name, request.keys, _prepare(request, prepared), _ENGINE)
-    keys = [asked.key for each in prepared for asked in each.asked]
-    yield from caught(requests[0].name, keys, steps(prepared), _ENGINE)
+    groups: list[list[Prepared[LocalModel]]] = []
+    for group in together(requests):
+        prepared: list[Prepared[LocalModel]] = []
+        groups.append(prepared)
+        for request in group:
+            yield from caught(request.name, request.keys, _prepare(request, prepared), _ENGINE)
+    for prepared, results in zip(groups, steps(groups), strict=True):
+        yield []  # so that of calls made at once all are known before the first is computed
+        keys = [asked.key for each in prepared for asked in each.asked]
+        yield from caught(prepared[0].request.name if prepared else "", keys, results, _ENGINE)
 
 
 def _prepare(request: ScoreRequest, prepared: list[Prepared[LocalModel]]) -> Iterator[list[ScoreFailure]]:

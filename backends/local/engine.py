@@ -2,14 +2,15 @@
 
 A score is kept under the hash of its context, so it must not depend on what follows the context, on which positions or
 which other contexts are computed with it, or on how many threads there are. BLAS rounds differently for different
-shapes and numbers of threads. Therefore a context is worked through in chunks of `CHUNK` rows, counted from its start
-and filled up with zeros. The chunks of a batch go through each matrix together, as blocks of rows of one product, whose
-every block has the bits of a product of its own (`_keeps_blocks` proves it for the BLAS at hand, or they go one by
-one); attention is computed chunk by chunk. Each product runs on one BLAS thread; the engine's own threads divide the
-chunks. So every figure follows from its context alone, and equal contexts give equal bits. Bits may still differ
-between kinds of processors, for which BLAS has different code.
+shapes and numbers of threads. Therefore the bits of a row are, by definition, those that it has where its context is
+worked through in chunks of `CHUNK` rows, counted from its start, the last filled up with zeros. Only the rows that are
+needed, and are not kept, are computed: they go through each matrix together, in whole blocks of `CHUNK` rows, at places
+where a row has the bits that it has in its chunk (`backends.local.blas` proves for the BLAS at hand which these are, or
+each chunk goes alone). Attention is computed chunk by chunk. Each product runs on one BLAS thread; the engine's own
+threads divide the rows. So every figure follows from its context alone, and equal contexts give equal bits. Bits may
+still differ between kinds of processors, for which BLAS has different code.
 
-Keys and values are kept by chunk under the ids that lead there: contexts that begin alike share them.
+Keys, values and outputs of rows are kept under the ids that lead there: contexts that begin alike share them.
 
 Sources: Touvron et al., *LLaMA*, arXiv 2302.13971; Su et al., *RoFormer*, arXiv 2104.09864; Ainslie et al., *GQA*,
 arXiv 2305.13245; Zhang & Sennrich, *RMSNorm*, arXiv 1910.07467.
@@ -19,24 +20,22 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from backends.local.blas import CHUNK, blas_threads, find_period, in_threads, one_blas_thread, places, spread
 from backends.local.config import LlamaConfig
 from backends.local.gguf import FloatArray, GGUFFile
+from backends.local.rows import Cache, Chunk, Rows, Run, packs_of
 
-CHUNK = 48  # rows of a block; a multiple of the tile heights 12, 16 and 24 of common BLAS kernels
-AT_ONCE = 8  # chunks that a thread takes through a layer together: weights are read once for all of them
+AT_ONCE = 12  # blocks of rows that a thread takes through a layer together, about: each weight is read once for all
+LOGITS_AT_ONCE = 4  # blocks of rows for which a thread computes logits together
 ENGINE = "numpy-llama/1"  # to be raised when the numbers change: it is part of the key of every score
-_KEPT_BYTES = 400_000_000  # keys and values of chunks that later contexts may begin with
+_PERIODS: dict[frozenset[tuple[tuple[int, ...], int]], int | None] = {}
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Linear(NamedTuple):
@@ -65,47 +64,6 @@ class Layer(NamedTuple):
     down: Linear
 
 
-class Chunk:
-    """The rows of a context from ``start`` on, a multiple of `CHUNK`; ``end`` is before the next, or the context's."""
-
-    __slots__ = ("end", "ids", "key", "start")
-
-    def __init__(self, ids: Sequence[int], start: int) -> None:
-        self.ids, self.start, self.end = ids, start, min(start + CHUNK, len(ids))
-        self.key = np.asarray(ids[: self.end], dtype=np.int32).tobytes()
-
-    def before(self) -> Iterator[Chunk]:
-        """The chunks of the same context before it."""
-        return (Chunk(self.ids, start) for start in range(0, self.start, CHUNK))
-
-
-class Cache:
-    """Ids, keys and values of the rows seen so far; one buffer per layer, shape (2, kv heads, capacity, head_dim)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        self.ids: list[int] = []
-        self._buffers = [
-            np.zeros((2, config.n_kv_heads, 0, config.head_dim), np.float32) for _ in range(config.n_layers)
-        ]
-
-    def reserve(self, rows: int) -> None:
-        """Make room for that many rows, and more than before by half, so that growing row by row copies little."""
-        for index, buffer in enumerate(self._buffers):
-            if buffer.shape[2] < rows:
-                # Zeros, not empty: a row that is masked out is multiplied by 0, and 0 times a stray NaN is NaN.
-                capacity = max(rows, buffer.shape[2] * 3 // 2)
-                grown = np.zeros((*buffer.shape[:2], capacity, buffer.shape[3]), np.float32)
-                grown[:, :, : buffer.shape[2]] = buffer
-                self._buffers[index] = grown
-
-    def store(self, layer: int, start: int, keys: FloatArray, values: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Put the rows of one layer, shape (kv heads, n, head_dim), at ``start``; returns all rows up to their end."""
-        buffer, end = self._buffers[layer], start + keys.shape[1]
-        buffer[0, :, start:end] = keys
-        buffer[1, :, start:end] = values
-        return buffer[0, :, :end], buffer[1, :, :end]
-
-
 class Llama:
     """A model in memory. Not for several threads at once: it keeps the rows of the last pass."""
 
@@ -117,8 +75,19 @@ class Llama:
         self.output_norm = file.load("output_norm.weight")
         self.layers = [_load_layer(file, index, bits) for index in range(self.config.n_layers)]
         self._frequencies = _frequencies(self.config, file)
-        self._kept: OrderedDict[bytes, FloatArray] = OrderedDict()
-        self.at_once = AT_ONCE if _keeps_blocks(self) else 1
+        self._rows = Rows(self.config)
+        period = self._period()
+        self.at_once, self.period = (AT_ONCE, period) if period else (1, CHUNK)
+
+    def _period(self) -> int | None:
+        """Of the model's products, by their shapes."""
+        weights = {linear.weight.shape: linear.weight for linear in self.layers[0] if isinstance(linear, Linear)}
+        products = [*((weight, AT_ONCE) for weight in weights.values()), (self.output, LOGITS_AT_ONCE)]
+        shapes = frozenset((weight.shape, n_blocks) for weight, n_blocks in products)
+        if shapes not in _PERIODS:
+            with one_blas_thread():
+                _PERIODS[shapes] = find_period(products)
+        return _PERIODS[shapes]
 
     def logprobs(self, ids: Sequence[int], rows: Sequence[int]) -> Iterator[list[tuple[int, FloatArray]]]:
         """Log-probabilities of the token after each asked row, some chunks at a time.
@@ -140,97 +109,79 @@ class Llama:
         FloatingPointError
             If the weights give no finite numbers.
         """
-        starts = sorted({row // CHUNK * CHUNK for row in rows})
-        for first in range(0, len(starts), AT_ONCE):
-            chunks = [Chunk(ids, start) for start in starts[first : first + AT_ONCE]]
-            for chunk, hidden in zip(chunks, self.hidden(chunks), strict=True):
-                asked = [row for row in rows if chunk.start <= row < chunk.start + CHUNK]
-                with one_blas_thread():
-                    logits = self.logits(hidden)
-                yield [(row, log_softmax(logits[row - chunk.start])) for row in asked]
+        for starts in _grouped(sorted({row // CHUNK * CHUNK for row in rows}), AT_ONCE):
+            chunks = [Chunk(ids, start) for start in starts]
+            asked = [[row for row in rows if chunk.start <= row < chunk.end] for chunk in chunks]
+            hidden = [
+                outputs[[row - chunk.start for row in some]]
+                for chunk, outputs, some in zip(chunks, self.hidden(chunks), asked, strict=True)
+            ]
+            flat = [row for some in asked for row in some]
+            with one_blas_thread():
+                yield list(zip(flat, map(log_softmax, self.logits(np.concatenate(hidden), flat)), strict=True))
 
     def hidden(self, chunks: Sequence[Chunk]) -> list[FloatArray]:
-        """What the last layer gives for each chunk: shape (CHUNK, width), no meaning beyond the chunk's ids.
+        """What the last layer gives for the rows of each chunk: shape (end - start, width).
 
-        What comes before a chunk is computed too, where it is not kept.
+        Rows before a chunk are computed too, where they are not kept.
         """
-        wanted = {chunk.key: chunk for chunk in chunks}
-        todo = {key: chunk for chunk in chunks for key, chunk in self._lacking(chunk)} | wanted
-        made: dict[bytes, FloatArray] = {}
-        n_threads = blas_threads()
-        with one_blas_thread():
-            for group in _grouped(sorted(todo.values(), key=lambda chunk: chunk.start), self.at_once * n_threads):
-                # A chunk's keys are looked up by all that go on from it, in this group too.
-                for chunk in group:
-                    self._kept[chunk.key] = np.zeros(
-                        (self.config.n_layers, 2, self.config.n_kv_heads, CHUNK, self.config.head_dim), np.float32
-                    )
-                try:
-                    found = self._through_layers(group, n_threads)
-                except BaseException:
-                    for chunk in group:
-                        del self._kept[chunk.key]
-                    raise
-                made |= {key: rows for key, rows in found.items() if key in wanted}
-        self._forget(chunks)
-        return [made[chunk.key] for chunk in chunks]
+        try:
+            paths, runs = self._rows.of(chunks)
+            n_threads = blas_threads()
+            with one_blas_thread():
+                for group in _grouped(self._packs(runs, n_threads), n_threads):
+                    self._through_layers(group)
+        except BaseException:
+            self._rows = Rows(self.config)  # some of them were not computed
+            raise
+        found = [self._rows.outputs(path) for path in paths]
+        self._rows.forget()
+        return found
 
-    def _lacking(self, chunk: Chunk) -> Iterator[tuple[bytes, Chunk]]:
-        """The chunks before one that are not kept."""
-        for before in chunk.before():
-            if before.key in self._kept:
-                self._kept.move_to_end(before.key)
-            else:
-                yield before.key, before
+    def _packs(self, runs: Sequence[Run], n_threads: int) -> list[list[Run]]:
+        """What goes through the layers together on one thread: as many packs for each."""
+        if self.at_once == 1:
+            return [[run] for run in runs]
+        n_rows = sum(len(run.ids) for run in runs)
+        return packs_of(runs, -(-n_rows // (self.at_once * CHUNK * n_threads)) * n_threads)
 
-    def _forget(self, used: Sequence[Chunk]) -> None:
-        """Let go of chunks that are not full, as nothing goes on from them, and of the oldest over the limit."""
-        for chunk in used:
-            if chunk.end < chunk.start + CHUNK:
-                self._kept.pop(chunk.key, None)
-        n_bytes = sum(kept.nbytes for kept in self._kept.values())
-        in_use = {before.key for chunk in used for before in chunk.before()}
-        for key in [key for key in self._kept if key not in in_use]:
-            if n_bytes <= _KEPT_BYTES:
-                break
-            n_bytes -= self._kept.pop(key).nbytes
+    def _through_layers(self, packs: Sequence[Sequence[Run]]) -> None:
+        """All layers, a thread for each pack; they wait for each other where they need keys and values."""
+        ready = threading.Barrier(len(packs))
 
-    def _through_layers(self, chunks: Sequence[Chunk], n_threads: int) -> dict[bytes, FloatArray]:
-        """All layers, the chunks divided among threads, which wait for each other where they need keys and values."""
-        shares = shares_of(chunks, n_threads)
-        ready = threading.Barrier(len(shares))
-
-        def work(share: Sequence[Chunk]) -> list[FloatArray]:
+        def work(pack: Sequence[Run]) -> None:
             try:
-                return self._share_through_layers(share, ready)
+                self._pack_through_layers(pack, ready)
             except BaseException:
                 ready.abort()
                 raise
 
-        found = [rows for of_share in in_threads(work, shares) for rows in of_share]
-        return {chunk.key: rows for chunk, rows in zip(chunks, found, strict=True)}
+        in_threads(work, packs)
 
-    def _share_through_layers(self, chunks: Sequence[Chunk], ready: threading.Barrier) -> list[FloatArray]:
-        x = np.zeros((len(chunks), CHUNK, self.config.width), np.float32)
-        for block, chunk in zip(x, chunks, strict=True):
-            block[: chunk.end - chunk.start] = self.embedding[list(chunk.ids[chunk.start : chunk.end])]
-        positions = np.concatenate([np.arange(chunk.start, chunk.start + CHUNK) for chunk in chunks])
-        own = [self._kept[chunk.key] for chunk in chunks]
-        before = [[self._kept[earlier.key] for earlier in chunk.before()] for chunk in chunks]
+    def _pack_through_layers(self, runs: Sequence[Run], ready: threading.Barrier) -> None:
+        config, rows = self.config, np.concatenate([run.own for run in runs])
+        positions = [position for run in runs for position in run.positions]
+        at = places(positions, self.period)
+        firsts = np.cumsum([0, *(len(run.ids) for run in runs[:-1])]).tolist()
+        x = spread(self.embedding[[token for run in runs for token in run.ids]], at)
+        mixed = np.zeros((len(x), config.n_heads * config.head_dim), np.float32)
 
         def attend(layer: int, q: FloatArray, k: FloatArray, v: FloatArray) -> FloatArray:
-            blocks = [slice(start, start + CHUNK) for start in range(0, len(q), CHUNK)]
-            for kept, rows in zip(own, blocks, strict=True):
-                kept[layer, 0] = k[rows].transpose(1, 0, 2)
-                kept[layer, 1] = v[rows].transpose(1, 0, 2)
+            self._rows.store(layer, rows, k[at], v[at])
             ready.wait()
-            mixed = np.empty((len(q), self.config.n_heads * self.config.head_dim), np.float32)
-            for kept, earlier, rows in zip(own, before, blocks, strict=True):
-                keys, values = np.concatenate([*(part[layer] for part in earlier), kept[layer]], axis=2)
-                mixed[rows] = self._mixed(q[rows], keys, values)
+            for run, first in zip(runs, firsts, strict=True):
+                keys, values = self._rows.keys_values(layer, run.path)
+                own = slice(at[first], at[first] + len(run.ids))
+                # A run's rows stand where they stand in the chunk: the products are those of the whole chunk.
+                block = np.zeros((CHUNK, *q.shape[1:]), np.float32)
+                in_block = slice(run.start % CHUNK, run.start % CHUNK + len(run.ids))
+                block[in_block] = q[own]
+                mixed[own] = self._mixed(block, keys, values)[in_block]
             return mixed
 
-        return list(self._layers(x.reshape(-1, self.config.width), positions, attend).reshape(x.shape))
+        where = np.zeros(len(x), np.int64)
+        where[at] = positions
+        self._rows.store_outputs(rows, self._layers(x, where, attend)[at])
 
     def feed(self, cache: Cache, ids: Sequence[int]) -> FloatArray:
         """Append ``ids`` to the cache of a response that is being written; logits of the next token, shape (V,).
@@ -249,7 +200,7 @@ class Llama:
 
                 x = self._layers(self.embedding[list(piece)], np.arange(start, start + len(piece)), attend)
                 cache.ids.extend(piece)
-            return self.logits(x[-1:])[0]
+            return (self._normed(x[-1:]) @ self.output.T)[0]
 
     def _layers(self, x: FloatArray, positions: np.ndarray[Any, np.dtype[np.int64]], attend: _Attend) -> FloatArray:
         """Output of the last layer for rows of embeddings, shape (n, width); ``attend`` mixes the values of a layer."""
@@ -269,9 +220,28 @@ class Llama:
             x += layer.down(gate)
         return x
 
-    def logits(self, hidden: FloatArray) -> FloatArray:
-        """Unnormalised log-probabilities, shape (n, V)."""
-        return rms_norm(hidden, self.output_norm, self.config.norm_eps) @ self.output.T
+    def logits(self, hidden: FloatArray, positions: Sequence[int]) -> Iterator[FloatArray]:
+        """Unnormalised log-probabilities of rows of `hidden`, shape (n, width), that stand at some positions.
+
+        Yields
+        ------
+        float32 of shape (V,)
+            Of one row after the other; the next ones may be written over it.
+        """
+        at = places(positions, self.period)
+        x = self._normed(spread(hidden, at))
+        size = CHUNK * min(self.at_once, LOGITS_AT_ONCE)
+        logits = np.empty((min(size, len(x)), len(self.output)), np.float32)
+        first = -size
+        for place in at:
+            if place >= first + size:
+                first = place // size * size
+                some = x[first : first + size]
+                np.matmul(some, self.output.T, out=logits[: len(some)])
+            yield logits[place - first]
+
+    def _normed(self, hidden: FloatArray) -> FloatArray:
+        return rms_norm(hidden, self.output_norm, self.config.norm_eps)
 
     def _mixed(self, q: FloatArray, keys: FloatArray, values: FloatArray) -> FloatArray:
         """Causal attention of the last n rows: q (n, heads, head_dim) to keys and values (kv heads, m, head_dim)."""
@@ -366,74 +336,5 @@ def log_softmax(logits: FloatArray) -> FloatArray:
     return np.subtract(shifted, log_total, out=shifted).astype(np.float32)
 
 
-def _keeps_blocks(model: Llama) -> bool:
-    """Whether each block of `CHUNK` rows of a product has the bits that it has alone, for every shape of the model."""
-    layer = model.layers[0]
-    weights = {linear.weight.shape: linear.weight for linear in layer if isinstance(linear, Linear)}
-    weights[model.output.shape] = model.output
-    with one_blas_thread():
-        for (_, width), weight in weights.items():
-            x = np.random.default_rng(width).standard_normal((3 * CHUNK, width), dtype=np.float32)
-            if not np.array_equal(x[CHUNK : 2 * CHUNK] @ weight.T, (x @ weight.T)[CHUNK : 2 * CHUNK]):
-                return False
-    return True
-
-
 def _grouped(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def shares_of(items: Sequence[T], n: int) -> list[Sequence[T]]:
-    """At most ``n`` nearly equal parts, each of items in a row and none empty."""
-    n = min(n, len(items))
-    return [items[len(items) * part // n : len(items) * (part + 1) // n] for part in range(n)]
-
-
-def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``work`` for each item, each in a thread of its own; of several errors, one that is no broken barrier."""
-    if len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(len(items)) as pool:
-        found = [pool.submit(work, item) for item in items]
-    errors = sorted(
-        (error for future in found if (error := future.exception()) is not None),
-        key=lambda error: isinstance(error, threading.BrokenBarrierError),
-    )
-    if errors:
-        raise errors[0]
-    return [future.result() for future in found]
-
-
-def blas_threads() -> int:
-    """How many threads BLAS would use: what the user, or the number of processors, allows."""
-    return max((library.num_threads for library in _blas_controller().lib_controllers), default=1)
-
-
-@functools.cache
-def _blas_controller() -> Any:
-    import threadpoolctl  # pyright: ignore[reportMissingTypeStubs]
-
-    controller: Any = threadpoolctl.ThreadpoolController()
-    return controller.select(user_api="blas")
-
-
-@contextmanager
-def one_blas_thread() -> Generator[None, None, None]:
-    """BLAS on one thread inside: how it divides a product among threads changes the rounding.
-
-    Raises
-    ------
-    RuntimeError
-        If BLAS does not obey.
-    """
-    controller = _blas_controller()
-    for library in controller.lib_controllers:
-        # The setting is the process's. Newer versions let only the thread that came first change it, and ignore any
-        # other without a word; as long as the engine computes, it is the one that must have its way.
-        if hasattr(library, "clear_controlling_thread"):
-            library.clear_controlling_thread(force=True)
-    with controller.limit(limits=1):
-        refusing = [library.filepath for library in controller.lib_controllers if library.num_threads != 1]
-        if refusing:
-            raise RuntimeError(f"{refusing[0]} cannot be set to one thread; start with OPENBLAS_NUM_THREADS=1.")
-        yield

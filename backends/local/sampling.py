@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from backends.base import Sample, SampleRequest, SampleSettings
 from backends.local.candidates import candidate, top_candidates
 from backends.local.contexts import context_of_sample
-from backends.local.engine import Cache
 from backends.local.gguf import FloatArray
 from backends.local.models import LocalModel, find_model, load_model
+from backends.local.rows import Cache
 from backends.local.tokenizer import PromptRefusedError, split_text
 from kl.records import Position, Response, Sampling, ScoreFailure
 

@@ -1,4 +1,4 @@
-"""Chunks of contexts on their way to scores: those of all requests under way go through a model together.
+"""Contexts on their way to scores: those of all requests under way go through a model together.
 
 Figures do not depend on what is computed together (`backends.local.engine`), so that only the time does.
 """
@@ -8,23 +8,20 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
+import numpy as np
+
+from backends.local.blas import CHUNK, blas_threads, in_threads, one_blas_thread, shares_of
 from backends.local.candidates import candidates_of, top_candidates
 from backends.local.contexts import Asked
-from backends.local.engine import (
-    AT_ONCE,
-    CHUNK,
-    Chunk,
-    blas_threads,
-    in_threads,
-    log_softmax,
-    one_blas_thread,
-    shares_of,
-)
+from backends.local.engine import AT_ONCE, log_softmax
 from backends.local.gguf import FloatArray
 from backends.local.jobs import Jobs
 from backends.local.models import LocalModel
+from backends.local.rows import Chunk
 from backends.local.units import Prepared, Side, Unit, units_of
 from kl.estimators.divergence import exact_pair
 from kl.records import ExactPair, Score, ScoreFailure
@@ -41,41 +38,76 @@ def _chunk(side: Side[LocalModel]) -> Chunk:
     return Chunk(longest.ids[: longest.length], start_of(longest))
 
 
+def _n_rows(unit: Unit[LocalModel]) -> int:
+    """Of one side's chunk; those of a prompt that others share are counted with each."""
+    chunk = _chunk(unit.sides[0])
+    return chunk.end - chunk.start
+
+
 @functools.cache
 def _jobs(process_id: int) -> Jobs[LocalModel]:
-    return Jobs(_scores, size=lambda unit: 1, room=lambda unit: AT_ONCE * blas_threads())
+    return Jobs(_scores, size=_n_rows, room=lambda unit: AT_ONCE * CHUNK * blas_threads())
 
 
-def steps(prepared: Sequence[Prepared[LocalModel]]) -> Iterator[list[Score | ScoreFailure]]:
-    """The scores of some requests, step by step; all steps of a process are made in one thread."""
-    for job in _jobs(os.getpid()).steps(units_of(prepared, start_of)):
-        yield from job
+def steps(groups: Sequence[Sequence[Prepared[LocalModel]]]) -> Iterator[Iterator[list[Score | ScoreFailure]]]:
+    """For each group of requests its scores, step by step; all steps of a process are made in one thread."""
+    return _jobs(os.getpid()).steps(*(units_of(prepared, start_of) for prepared in groups))
 
 
 def _scores(units: Sequence[Unit[LocalModel]]) -> list[list[Score]]:
-    by_side = [
-        model.engine.hidden([_chunk(unit.sides[at]) for unit in units]) for at, model in enumerate(units[0].models)
+    """By unit."""
+    contexts = [
+        _Context(unit, pair) for unit in units for pair in zip(*(side.asked for side in unit.sides), strict=True)
     ]
-    work = list(zip(units, zip(*by_side, strict=True), strict=True))
-    shares = shares_of(work, blas_threads())
+    hidden = [_hidden(units, at) for at in range(len(units[0].sides))]
+
+    def of_share(share: Sequence[int]) -> list[list[Score]]:
+        return _scores_of([contexts[at] for at in share], [rows[share] for rows in hidden])
+
     with one_blas_thread():
-        found = in_threads(lambda share: [_scores_of(unit, hidden) for unit, hidden in share], shares)
-    return [scores for share in found for scores in share]
+        shares = in_threads(of_share, shares_of(range(len(contexts)), blas_threads()))
+    found = chain.from_iterable(shares)
+    return [[score for _ in unit.sides[0].asked for score in next(found)] for unit in units]
 
 
-def _scores_of(unit: Unit[LocalModel], hidden: Sequence[FloatArray]) -> list[Score]:
-    logits = [side.model.engine.logits(rows) for side, rows in zip(unit.sides, hidden, strict=True)]
-    scores: list[Score] = []
-    for pair in zip(*(side.asked for side in unit.sides), strict=True):
-        logprobs = [
-            log_softmax(rows[asked.length - 1 - start_of(asked)]) for rows, asked in zip(logits, pair, strict=True)
+class _Context(NamedTuple):
+    """What one model is asked, or the two that are compared there."""
+
+    unit: Unit[LocalModel]
+    asked: tuple[Asked, ...]
+
+
+def _hidden(units: Sequence[Unit[LocalModel]], at: int) -> FloatArray:
+    """What the last layer of one side's model gives for its contexts, shape (n, width)."""
+    sides = [unit.sides[at] for unit in units]
+    outputs = sides[0].model.engine.hidden([_chunk(side) for side in sides])
+    return np.concatenate(
+        [
+            rows[[asked.length - 1 - start_of(asked) for asked in side.asked]]
+            for side, rows in zip(sides, outputs, strict=True)
         ]
-        exact: list[ExactPair | None] = [None]
-        if len(logprobs) == 2 or unit.of_itself:
-            figures = exact_pair(logprobs[0], logprobs[-1], pair[-1].key)
-            exact = [figures] if len(pair) == 1 else [figures, figures.turned(pair[0].key)]
-        scores += [_score(*one) for one in zip(unit.sides, pair, logprobs, exact, strict=True)]
-    return scores
+    )
+
+
+def _scores_of(contexts: Sequence[_Context], hidden: Sequence[FloatArray]) -> list[list[Score]]:
+    """By context, from the rows of each side."""
+    logits = [
+        side.model.engine.logits(rows, [context.asked[at].length - 1 for context in contexts])
+        for at, (side, rows) in enumerate(zip(contexts[0].unit.sides, hidden, strict=True))
+    ]
+    return [
+        _of_context(context, [log_softmax(row) for row in rows])
+        for context, rows in zip(contexts, zip(*logits, strict=True), strict=True)
+    ]
+
+
+def _of_context(context: _Context, logprobs: Sequence[FloatArray]) -> list[Score]:
+    unit, pair = context
+    exact: list[ExactPair | None] = [None]
+    if len(logprobs) == 2 or unit.of_itself:
+        figures = exact_pair(logprobs[0], logprobs[-1], pair[-1].key)
+        exact = [figures] if len(pair) == 1 else [figures, figures.turned(pair[0].key)]
+    return [_score(*one) for one in zip(unit.sides, pair, logprobs, exact, strict=True)]
 
 
 def _score(side: Side[LocalModel], asked: Asked, logprobs: FloatArray, exact: ExactPair | None) -> Score:

@@ -21,11 +21,16 @@ pytest.importorskip("gguf")
 
 import gguf
 import threadpoolctl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backends.errors import ModelNotUsableError
+from backends.local import rows as kept_rows
+from backends.local.blas import CHUNK, find_period, places, spread
 from backends.local.config import LlamaConfig, check_shapes
-from backends.local.engine import CHUNK, Cache, Chunk, Llama, log_softmax
+from backends.local.engine import AT_ONCE, Llama, log_softmax
 from backends.local.gguf import GROUP, content_hash, read_gguf, round_in_groups
+from backends.local.rows import Cache, Chunk
 from tests import ROOT
 
 
@@ -177,22 +182,155 @@ def test_contexts_that_are_computed_together_have_the_bits_of_each_alone(
     alone = {id(ids): all_rows(Llama(read_gguf(small)), ids) for ids in contexts}
     assert np.array_equal(alone[id(IDS)], reference)
     for chunk, hidden in zip(chunks, found, strict=True):
-        rows = [log_softmax(row) for row in model.logits(hidden)[: chunk.end - chunk.start]]
+        rows = [log_softmax(row) for row in model.logits(hidden, range(chunk.start, chunk.end))]
         assert np.array_equal(rows, alone[id(chunk.ids)][chunk.start : chunk.end])
 
 
+@st.composite
+def branching(draw: st.DrawFn) -> list[list[int]]:
+    """Contexts of which some begin as others do."""
+    found: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 5))):
+        base = draw(st.sampled_from(found))[: draw(st.integers(0, 3 * CHUNK))] if found and draw(st.booleans()) else []
+        length = draw(st.integers(1, 2 * CHUNK + 3))
+        rng = np.random.default_rng(draw(st.integers(0, 3)))
+        found.append([*base, *rng.integers(3, 260, length).tolist()])
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(calls=st.lists(branching(), min_size=1, max_size=3), threads=st.integers(1, 3), data=st.data())
+def test_rows_side_by_side_have_the_bits_of_chunks_that_go_alone(
+    small: Path, calls: list[list[list[int]]], threads: int, data: st.DataObject
+) -> None:
+    model = Llama(read_gguf(small))
+    for contexts in calls:
+        chunks = [
+            Chunk(ids, start)
+            for ids in data.draw(st.permutations(contexts))
+            for start in range(0, len(ids), CHUNK)
+            if data.draw(st.booleans())
+        ]
+        with threadpoolctl.threadpool_limits(threads):
+            found = model.hidden(chunks)
+        for chunk, hidden in zip(chunks, found, strict=True):
+            slow = Llama(read_gguf(small))
+            slow.at_once, slow.period = 1, CHUNK
+            (expected,) = slow.hidden([chunk])
+            assert np.array_equal(hidden, expected)
+            some = range(0, chunk.end - chunk.start, data.draw(st.integers(1, 7)))
+            logits, slow_logits = (
+                [row.copy() for row in each.logits(hidden[some], [chunk.start + row for row in some])]
+                for each in (model, slow)
+            )
+            assert np.array_equal(logits, slow_logits)
+
+
 @pytest.mark.parametrize("kind", ["SkylakeX", "Haswell", "Zen", "Nehalem"])
-def test_blocks_keep_their_bits_with_the_code_of_other_processors(small: Path, kind: str) -> None:
-    script = (
-        "from pathlib import Path\n"
-        "from backends.local.engine import AT_ONCE, Llama\n"
-        "from backends.local.gguf import read_gguf\n"
-        f"assert Llama(read_gguf(Path({str(small)!r}))).at_once == AT_ONCE"
+def test_rows_keep_their_bits_with_the_code_of_other_processors(kind: str) -> None:
+    # The properties above, and that with none of them each chunk must go alone.
+    which = "side_by_side or computed_together or whatever_follows or has_a_period"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", which],
+        cwd=ROOT,
+        env=os.environ | {"OPENBLAS_CORETYPE": kind},
+        capture_output=True,
+        text=True,
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"OPENBLAS_CORETYPE": kind})
     if done.returncode == -signal.SIGILL:
         pytest.skip(f"this processor lacks instructions of {kind}")
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_product_of_a_model_has_a_period(small: Path) -> None:
+    assert Llama(read_gguf(small)).at_once == AT_ONCE
+
+
+@pytest.mark.parametrize("n_blocks", range(1, AT_ONCE + 2))
+@pytest.mark.parametrize("shape", [(64, 96), (576, 576), (260, 64), (192, 576), (64, 128)], ids=str)
+def test_a_row_has_a_period_in_products_of_any_number_of_blocks(shape: tuple[int, int], n_blocks: int) -> None:
+    rng = np.random.default_rng(n_blocks)
+    weight = rng.standard_normal(shape, dtype=np.float32)
+    with threadpoolctl.threadpool_limits(1):
+        period = find_period([(weight, AT_ONCE)])
+        assert period is not None
+        context = rng.standard_normal((3 * CHUNK, shape[1]), dtype=np.float32)
+        expected = np.concatenate([context[at : at + CHUNK] @ weight.T for at in range(0, len(context), CHUNK)])
+        positions = rng.integers(0, len(context), n_blocks * CHUNK // period).tolist()
+        at = places(positions, period)
+        found = (spread(context[positions], at) @ weight.T)[at]
+    assert np.array_equal(found, expected[positions])
+
+
+class Odd(np.ndarray):
+    """A weight by which every sixth row, and those of large products, are multiplied otherwise."""
+
+    most = 10 * CHUNK
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        product = np.asarray(x) @ np.asarray(self)
+        product[::6] *= 2
+        return product if len(x) <= self.most else 3 * product
+
+
+def test_a_period_that_a_product_lacks_is_not_taken() -> None:
+    weight = np.ones((8, 8), np.float32)
+    assert find_period([(weight, 3)]) == 1
+    assert find_period([(weight, 3), (weight.view(Odd), 3)]) == 6
+    assert find_period([(weight, 3), (weight.view(Odd), 11)]) is None
+
+
+@given(
+    positions=st.lists(st.integers(0, 200), min_size=1, max_size=40), period=st.sampled_from([1, 2, 6, 12, 16, CHUNK])
+)
+def test_places_rise_and_are_the_positions_up_to_the_period(positions: list[int], period: int) -> None:
+    at = places(positions, period)
+    assert [place % period for place in at] == [position % period for position in positions]
+    steps = np.diff([-1, *at])
+    assert steps.min() >= 1
+    assert steps.max() <= period
+    rows = np.arange(1, len(at) + 1, dtype=np.float32)[:, None]
+    filled = spread(rows, at)
+    assert len(filled) % CHUNK == 0
+    assert np.array_equal(filled[at], rows)
+    assert filled.sum() == rows.sum()
+
+
+def test_rows_beyond_the_limit_are_let_go_of_and_computed_again(
+    small: Path, reference: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row_bytes = 4 * (tiny.WIDTH + tiny.LAYERS * 2 * tiny.KV_HEADS * tiny.HEAD_DIM)
+    monkeypatch.setattr(kept_rows, "_KEPT_BYTES", 4 * CHUNK * row_bytes)
+    model = Llama(read_gguf(small))
+    others = np.random.default_rng(9).integers(3, 260, (12, CHUNK + 7)).tolist()
+    for at, other in enumerate(others):
+        all_rows(model, [*IDS[: 10 * at], *other])
+        assert len(model._rows._next) <= 4 * CHUNK
+        assert len(model._rows._outputs) <= 8 * CHUNK
+        assert np.array_equal(all_rows(model, IDS), reference)
+    long = [*IDS, *IDS, *IDS]
+    whole = all_rows(Llama(read_gguf(small)), long)
+    assert np.array_equal(all_rows(model, long), whole)
+    assert np.array_equal(all_rows(model, IDS), reference)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pass_that_fails_leaves_nothing_behind(
+    small: Path, reference: np.ndarray, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Llama(read_gguf(small))
+    mixed = model._mixed
+
+    def failing(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        if keys.shape[1] > CHUNK:
+            raise MemoryError("none left")
+        return mixed(q, keys, values)
+
+    with monkeypatch.context() as patched, threadpoolctl.threadpool_limits(threads):
+        patched.setattr(model, "_mixed", failing)
+        with pytest.raises(MemoryError, match="none left"):
+            all_rows(model, IDS)
+    assert np.array_equal(all_rows(model, IDS), reference)
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_behind(small: Path, reference: np.ndarray) -> None:
