@@ -75,9 +75,9 @@ def byte_functions(lists_p: Sequence[Candidates], lists_q: Sequence[Candidates])
     return _Reader(written_p, hides_p, cut_p, single_p), _Reader(written_q, hides_q, cut_q, single_q)
 
 
-def plain_reader(*, hides: bool) -> BytesOf:
-    """`byte_functions` of a side that writes texts, of which the other side names no cut one; it may hide parts."""
-    return _Reader("text", hides)
+def plain_reader(*, hides: bool, is_text: bool = True) -> BytesOf:
+    """`byte_functions` of a side that writes texts, or nothing shows how, and of which the other names no cut one."""
+    return _Reader("text" if is_text else "unknown", hides)
 
 
 def _cut_texts(writing: Writing, lists: Sequence[Candidates], others: set[bytes]) -> frozenset[str]:

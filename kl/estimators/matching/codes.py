@@ -15,7 +15,21 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, IntArray, TopLists
-from kl.estimators.matching.texts import BLANK, EMPTY, ESCAPED, HEX, LOSSY, TEXTS, UNNAMED, WORD, TextSigns
+from kl.estimators.matching.texts import (
+    BLANK,
+    EMPTY,
+    ESCAPED,
+    HEX,
+    LOSSY,
+    OTHER,
+    RAW_BYTES,
+    RAW_PIECE,
+    TEXTS,
+    UNNAMED,
+    UNSURE,
+    WORD,
+    TextSigns,
+)
 from kl.estimators.rows import n_responses
 from kl.estimators.token_bytes import BytesOf, byte_functions, is_part, plain_reader
 from kl.records import Candidate
@@ -116,16 +130,16 @@ def key_codes(sides: Sides) -> KeyCodes:
     """What the tokens of both sides are known by if texts and bytes count."""
     tokens = [_Tokens.of(part) for part in sides.parts()]
     signs = [_Signs.of(of, lists, sides) for of, lists in zip(tokens, (sides.lists_p, sides.lists_q), strict=False)]
-    hides_p, hides_q = (side.hides[sides.response] for side in signs)
-    hides = (
-        np.repeat(hides_p, sides.lists_p.lengths), np.repeat(hides_q, sides.lists_q.lengths), hides_p, hides_q
-    )  # fmt: skip
+    every = np.ones(len(sides.response), dtype=np.int64)
+    n_tokens = (sides.lists_p.lengths, sides.lists_q.lengths, every, every)
     numbers = Numbers()
-    found = [of.plain_keys(numbers, hidden) for of, hidden in zip(tokens, hides, strict=True)]
-    plain: tuple[BytesOf, BytesOf] = plain_reader(hides=False), plain_reader(hides=True)
-    readers = [
-        (plain[int(p)], plain[int(q)]) for p, q in zip(signs[0].hides.tolist(), signs[1].hides.tolist(), strict=True)
+    found = [
+        of.plain_keys(numbers, side.hides[sides.response], side.unsure[sides.response], n)
+        for of, side, n in zip(tokens, signs * 2, n_tokens, strict=True)
     ]
+    plain = [plain_reader(hides=hides, is_text=is_text) for hides in (False, True) for is_text in (True, False)]
+    kinds_p, kinds_q = (side.plain_kind.tolist() for side in signs)
+    readers = [(plain[int(p)], plain[int(q)]) for p, q in zip(kinds_p, kinds_q, strict=True)]
     for response in np.flatnonzero(~_at_a_glance(*signs)).tolist():
         rows = sides.slice_of(response)
         places = [
@@ -188,18 +202,26 @@ class _Tokens:
         _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
         return _Kinds(self.entries.take(at[first]).candidates(), inverse)
 
-    def plain_keys(self, numbers: Numbers, hides: BoolArray) -> Codes:
-        """The key of each where its side writes texts, and hides parts of characters or not; shape (E,)."""
+    def plain_keys(self, numbers: Numbers, hides: BoolArray, unsure: BoolArray, n_tokens: IntArray) -> Codes:
+        """The key of each where their side writes texts, or shows not how; shape (E,).
+
+        Parameters
+        ----------
+        hides, unsure, n_tokens : shape (T,)
+            Of each position: those of `_Signs`, and how many of the tokens it has.
+        """
         keys = self.codes.astype(np.int32)
         shown = int(np.bitwise_or.reduce(self.signs))
         if shown & UNNAMED:
             keys[(self.signs & UNNAMED) != 0] = NO_KEY
+        if shown & UNSURE:
+            keys[np.repeat(unsure, n_tokens) & ((self.signs & UNSURE) != 0)] = NO_KEY
         others = np.flatnonzero(self.signs & ESCAPED) if shown & ESCAPED else self.stating[:0]
         others = np.union1d(others, self.stating)
         if others.size:
             keys[others] = self.kinds(others).read(plain_reader(hides=False), numbers)
         if shown & BLANK:
-            keys[hides & ((self.signs & BLANK) != 0)] = NO_KEY
+            keys[np.repeat(hides, n_tokens) & ((self.signs & BLANK) != 0)] = NO_KEY
         return keys
 
 
@@ -220,34 +242,45 @@ def _stating(entries: Entries) -> tuple[IntArray, IntArray]:
 class _Signs(NamedTuple):
     """Of one side of R responses, shape (R,): what its tokens show of how it writes them.
 
-    ``text``: it certainly writes texts. ``hides``: it leaves parts of characters out. ``odd``: a token looks like an
-    escape. ``states``: it knows the bytes of parts. ``shows``: it shows or knows parts of characters.
+    ``raw``: it writes pieces of a vocabulary. ``unsure``: these or texts. ``hides``: it leaves parts of characters out.
+    ``odd``: a token looks like an escape. ``states``: it knows the bytes of parts. ``shows``: it shows or knows parts.
     """
 
-    text: BoolArray
+    raw: BoolArray
+    unsure: BoolArray
     hides: BoolArray
     odd: BoolArray
     states: BoolArray
     shows: BoolArray
+
+    @property
+    def plain_kind(self) -> IntArray:
+        """Which of four kinds of readers reads the side where it writes no pieces, shape (R,)."""
+        return 2 * self.hides.astype(np.int64) + self.unsure
 
     @classmethod
     def of(cls, tokens: _Tokens, lists: TopLists, sides: Sides) -> _Signs:
         signs, states = tokens.signs, np.zeros(len(tokens.signs), dtype=np.bool_)
         if tokens.stating.size:
             signs = signs.copy()
-            signs[tokens.stating] &= ~np.uint8(EMPTY)
+            signs[tokens.stating] &= ~np.uint16(EMPTY)
             kinds = tokens.kinds(tokens.stating)
             parts = np.array([is_part(item.token_bytes or b"") for item in kinds.known()], dtype=np.bool_)
             states[tokens.stating] = parts[kinds.of_token]
-        shown = np.zeros(sides.n_responses, dtype=np.uint8)
+        shown = np.zeros(sides.n_responses, dtype=signs.dtype)
         starts = sides.starts
         shown[sides.response[starts]] = np.bitwise_or.reduceat(signs, lists.offsets[starts])
-        text, hides, odd, shows = ((shown & bits) != 0 for bits in (WORD, EMPTY, ESCAPED, LOSSY | HEX))
+        text, other, raw_bytes, raw_piece, hides, odd, shows = (
+            (shown & bits) != 0 for bits in (WORD, OTHER, RAW_BYTES, RAW_PIECE, EMPTY, ESCAPED, LOSSY | HEX)
+        )
         stated = sides.responses_with(states, lists)
-        return cls(text | stated, hides, odd, stated, shows | stated)
+        # As `kl.estimators.token_bytes.writing_of` has it.
+        is_raw = (raw_bytes & ~other) | (~raw_bytes & raw_piece)
+        is_text = text | stated | (other & ~raw_bytes & ~raw_piece)
+        return cls(is_raw & ~is_text, ~is_raw & ~is_text, hides, odd, stated, shows | stated)
 
 
 def _at_a_glance(p: _Signs, q: _Signs) -> BoolArray:
-    """Where both sides write texts, and neither can have cut one that the other states."""
+    """Where neither side writes pieces or escapes, nor can have cut a token that the other states."""
     uncut = (p.shows | ~q.states) & (q.shows | ~p.states)
-    return p.text & q.text & ~p.odd & ~q.odd & uncut
+    return ~p.raw & ~q.raw & ~p.odd & ~q.odd & uncut

@@ -18,6 +18,7 @@ from kl.records import Candidate
 from tests.kl.estimators.slow_matching import SlowMatch
 
 PLAIN = [" the", " a", " cat", "at", "s", " é", "\n", " "]
+OTHERS = ["的", " 的", "é", "a▁b", "Ċ", "<é>", " \x1c"]
 PARTS = ["", "\ufffd", "<0xE2>", "<0xF0>", "bytes:\\xe2\\x82", "\\xe2", "token_id:7", "▁the", "Ġthe"]
 ENDS = ["<|im_end|>", "</s>", "<eos>"]
 STATED = {
@@ -25,6 +26,9 @@ STATED = {
     "\ufffd": [b"\xe2\x82", b"\xef\xbf\xbd"],
     " é": [" é".encode()],
     "at": [b"at"],
+    "▁the": [b" the"],
+    "Ġthe": [b" the", b"\xe2"],
+    "é": [b"\xe9", "é".encode()],
 }
 
 
@@ -39,7 +43,8 @@ class Drawn(NamedTuple):
 @st.composite
 def responses(draw: st.DrawFn) -> Drawn:
     """A response of one way of writing tokens a side, with oddities of its own."""
-    texts = [*PLAIN, *draw(st.lists(st.sampled_from([*PARTS, *ENDS]), max_size=5))]
+    plain = draw(st.sampled_from([PLAIN, ["at", "s", "\n", " "]]))
+    texts = [*plain, *draw(st.lists(st.sampled_from([*OTHERS, *PARTS, *ENDS]), max_size=5))]
     ids = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     some_ids, collide = draw(st.sampled_from(["all", "some", "none"])), draw(st.booleans())
     stating = draw(st.sampled_from(["always", "sometimes", "never"]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kl.columns import Entries, IntArray
 from kl.estimators.matching import texts
 from kl.estimators.matching.texts import Texts, TextSigns
-from kl.pieces import is_whole
+from kl.pieces import byte_level, is_whole
 
 ODD = [
     "",
@@ -28,7 +28,8 @@ ODD = [
     "bytes:\\xe2",
     "\n",
 ]
-TOKENS = st.lists(st.none() | st.sampled_from(ODD) | st.text(st.sampled_from(" a1é\n\\x<"), max_size=4), max_size=30)
+TEXT = st.text(st.sampled_from(" a1é的▁Ġ\n\x1c\\x<>"), max_size=4)
+TOKENS = st.lists(st.none() | st.sampled_from(ODD) | TEXT, max_size=30)
 
 
 def entries_of(tokens: list[str | None]) -> Entries:
@@ -39,6 +40,8 @@ def expected(token: str | None) -> int:
     """By the rules of `kl.estimators.token_bytes`, in Python."""
     if token is None:
         return texts.EMPTY
+    is_control = len(token) > 2 and token[0] == "<" and token[-1] == ">"
+    is_piece = is_whole(token) and not is_control
     found = {
         texts.EMPTY: token == "",
         texts.LOSSY: token != "" and not is_whole(token),
@@ -46,13 +49,17 @@ def expected(token: str | None) -> int:
         texts.NUMBER: re.fullmatch(r"token_id:\d+", token),
         texts.ESCAPED: token.startswith(("<0x", "bytes:")),
         texts.BLANK: token.strip(" ") == "",
-        texts.WORD: token[:1] == " " and re.search("[0-9A-Za-z]", token),
+        texts.WORD: token[:1] == " " and not token.isspace(),
+        texts.OTHER: is_piece and token.strip(" ") and byte_level(token) is None,
+        texts.RAW_BYTES: is_piece and token[:1] in "ĠĊ",
+        texts.RAW_PIECE: is_piece and token[:1] == "▁",
+        texts.UNSURE: not is_control and not token.isascii() and ("▁" in token or byte_level(token) is not None),
     }
     return sum(sign for sign, is_so in found.items() if is_so)
 
 
 def shown(signs: TextSigns) -> list[int]:
-    return [int(sign) & 0x7F for sign in signs]
+    return [int(sign) & 0x7FF for sign in signs]
 
 
 @given(st.lists(TOKENS, max_size=4))
@@ -76,7 +83,7 @@ def test_threads_find_the_same() -> None:
         return shown(known.signs(entries.tokens, entries.codes()))
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(look, columns)) == [[texts.WORD] * 500 for _ in batches]
+        assert list(pool.map(look, columns)) == [[texts.WORD | texts.OTHER] * 500 for _ in batches]
 
 
 def test_a_number_lasts_when_no_list_is_left() -> None:
