@@ -43,9 +43,9 @@ from kl.output.report.page import prompt_text, write_report
 from kl.output.room import refusal_of
 from kl.statistics.dataset import summarise_dataset
 from kl.statistics.summary import RunFacts, Summary
-from kl.tables.responses import ResponseInfo, summarise_responses
+from kl.tables.responses import ResponseInfo, info_frame, response_rows
 from kl.tables.schemas import TOKENS
-from kl.tables.totals import token_batches
+from kl.tables.totals import response_totals, token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,10 @@ def write_results(measured: Measured, comparison: Comparison, record: Mapping[st
         write_tokens([part.tokens for part in measured.parts if part.tokens is not None], made.tokens, facts)
         # A bracket or "=" in a folder's name is neither a pattern nor a partition.
         tokens = pl.scan_parquet(made.tokens, glob=False, hive_partitioning=False)
-        rows = summarise_responses(tokens, measured.responses)
+        totals = response_totals(tokens)
+        rows = response_rows(totals, info_frame(measured.responses))
         write_responses(rows, made.responses, facts)
-        summary = summarise_dataset(tokens, measured.responses, facts, measured.twice)
+        summary = summarise_dataset(tokens, measured.responses, facts, measured.twice, totals=totals)
         write_summary(summary, made.summary)
         report = _report(summary, measured, comparison, record)
         run = {"warnings": report.warnings} | _run_info(measured, config, record)

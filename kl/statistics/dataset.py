@@ -51,19 +51,25 @@ _NEUTRAL = {"min_p": 0, "typical_p": 1, "repetition_penalty": 1, "presence_penal
 
 
 def summarise_dataset(
-    tokens: pl.LazyFrame, responses: Iterable[ResponseInfo], facts: RunFacts, twice: AskedTwice | None = None
+    tokens: pl.LazyFrame,
+    responses: Iterable[ResponseInfo],
+    facts: RunFacts,
+    twice: AskedTwice | None = None,
+    *,
+    totals: pl.DataFrame | None = None,
 ) -> Summary:
     """Summary of a data set: means with intervals clustered by prompt, bounds, percentiles, counts and warnings.
 
-    ``twice`` is what one model was asked twice, for the noise floor. Reads the token table a few times in batches;
-    holds a row per response and three numbers per position.
+    ``twice`` is what one model was asked twice, for the noise floor; ``totals`` are the `response_totals` where they
+    are known already. Reads the token table a few times in batches; holds a row per response and three numbers per
+    position.
 
     Raises
     ------
     TokenTableError
         If the token table contradicts itself.
     """
-    totals = response_totals(tokens)
+    totals = response_totals(tokens) if totals is None else totals
     rows = response_rows(totals, info_frame(responses))
     counts = _counts(tokens, rows)
     distribution, share = kl_distribution(tokens)

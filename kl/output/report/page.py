@@ -105,7 +105,7 @@ def _page(run: Run, prompts: Prompts | None, top: int) -> str:
         "contributors": sections.contributors(summary, worst),
         "counts": sections.counts(summary, chosen),
         "table": _data(json_bytes(table_of(chosen)).decode()),
-        "texts": _data(json_bytes(texts_of(chosen, told)).decode()),
+        "texts": _data(texts_of(chosen, told)),
         "lists": _data("null" if lists is None else lists_of(chosen, lists)),
     }
     template = (assets / "report.html").read_text(encoding="utf-8")

@@ -56,35 +56,57 @@ def table_of(selection: Selection) -> dict[str, Any]:
     return {"rows": selection.table.height} | {column.name: _plain(column) for column in columns}
 
 
-def texts_of(selection: Selection, prompts: Mapping[str, str]) -> dict[str, Any]:
-    """The shown responses, in the order of their numbers, each with columns over its shown positions.
+def texts_of(selection: Selection, prompts: Mapping[str, str]) -> str:
+    """The shown responses, in the order of their numbers, each with columns over its shown positions; JSON.
 
     ``state`` has a letter for each: ``m`` measured, ``b`` bounds only, ``i`` infinite, ``x`` missing, ``s`` left out by
-    position sampling; ``why`` the number of what is to be said of it in ``reasons``, or null. ``lq`` is the limit of
-    log q where ``atMost`` says so.
+    position sampling; ``reasons`` the number of what is to be said of it in the list of that name, or null. ``lq`` is
+    the limit of log q where ``atMost`` says so. Of a response that lacks a measure everywhere it is left out.
     """
     tokens = selection.tokens.with_columns(_state(), at_most=pl.col("k1_censored").fill_null(value=False)).with_columns(
         # Where Q does not list the token, log p/q is at least logratio_k1.
         logprob_q=pl.when("at_most").then(pl.col("logprob_p") - pl.col("logratio_k1")).otherwise("logprob_q")
     )
     why = pl.concat_str([pl.col("reason"), pl.col("error")], separator=": ", ignore_nulls=True)
-    # Once: a response is too small a frame to work on.
-    tokens = tokens.with_columns(_rounded_down(pl.col("kl_lower"))).with_columns(
-        pl.col(*_MEASURES.values()).round_sig_figs(_DIGITS)
-    )
-    tokens = tokens.with_columns(why=pl.when(why != "").then(why))
+    tokens = tokens.with_columns(_rounded_down(pl.col("kl_lower")), why=pl.when(why != "").then(why))
     reasons = cast(list[str], tokens["why"].drop_nulls().unique(maintain_order=True).to_list())
-    number = {reason: at for at, reason in enumerate(reasons)}
-    groups = tokens.partition_by(RESPONSE_KEYS, as_dict=True, maintain_order=True)
-    shown = [
-        _response(row, groups.get((row["source_file"], row["response_idx"])), number)
-        for row in selection.windows.join(
-            selection.table, on=RESPONSE_KEYS, how="left", maintain_order="left"
-        ).to_dicts()
-    ]
-    wanted = {row["file"] for row in shown}
+    groups = _columns(tokens, reasons)
+    windows = selection.windows.join(selection.table, on=RESPONSE_KEYS, how="left", maintain_order="left")
+    shown = windows.join(groups, on=RESPONSE_KEYS, how="left", maintain_order="left").to_dicts()
+    wanted = {row["source_file"] for row in shown}
     told = {name: visible(text, longest=_PROMPT_LETTERS) for name, text in prompts.items() if name in wanted}
-    return {"shown": shown, "reasons": [visible(reason, longest=1_000) for reason in reasons], "prompts": told}
+    rest = {"reasons": [visible(reason, longest=1_000) for reason in reasons], "prompts": told}
+    return f'{{"shown":[{",".join(map(_response, shown))}],{json_bytes(rest).decode()[1:]}'
+
+
+def _columns(tokens: pl.DataFrame, reasons: Sequence[str]) -> pl.DataFrame:
+    """A row for each response: what is said of its tokens, as JSON (``json.`` and the name on the page)."""
+    token = pl.col("token").fill_null("")
+    texts = tokens.select(token.unique()).to_series()
+    numbered = pl.col("why").replace_strict(reasons, range(len(reasons)), default=None, return_dtype=pl.Int64)
+    rounded = pl.col(*_MEASURES.values()).round_sig_figs(_DIGITS)
+    told = tokens.with_columns(
+        rounded, why=numbered, token=token.replace_strict(texts, [visible(text) for text in texts])
+    )
+    at_most, is_stop = pl.when("at_most").then(pl.lit("1")).otherwise(pl.lit("0")), pl.col("is_stop").fill_null(False)
+    lists = {
+        "text": _quoted("token").str.join(","),
+        "ids": _whole(pl.col("token_id")).str.join(","),
+        "stop": _whole(is_stop.arg_true()).str.join(","),
+        "reasons": _whole(pl.col("why")).str.join(","),
+        "flags": _quoted("flags").str.join(","),
+    }
+    measures = {
+        name: pl.when(pl.col(column).is_not_null().any()).then(
+            pl.col(column).cast(pl.String).fill_null("null").str.join(",")
+        )
+        for name, column in _MEASURES.items()
+    }
+    words = {"state": pl.col("state").str.join(""), "atMost": at_most.str.join("")}
+    return told.group_by(RESPONSE_KEYS, maintain_order=True).agg(
+        *(pl.format('"{}"', text).alias(f"json.{name}") for name, text in words.items()),
+        *(pl.format("[{}]", text).alias(f"json.{name}") for name, text in (lists | measures).items()),
+    )
 
 
 def _state() -> pl.Expr:
@@ -98,7 +120,7 @@ def _state() -> pl.Expr:
     )  # fmt: skip
 
 
-def _response(row: Mapping[str, Any], tokens: pl.DataFrame | None, number: Mapping[str, int]) -> dict[str, Any]:
+def _response(row: Mapping[str, Any]) -> str:
     head = {
         "file": row["source_file"],
         "index": row["response_idx"],
@@ -106,20 +128,11 @@ def _response(row: Mapping[str, Any], tokens: pl.DataFrame | None, number: Mappi
         "first": row["first"],
         "why": row["why"],
     }
-    if tokens is None:  # the response table speaks of positions that the token table lacks
+    if row["json.state"] is None:  # the response table speaks of positions that the token table lacks
         raise ValueError(f"{row['source_file']}#{row['response_idx']} has no row in the token table.")
-    columns = tokens.to_dict(as_series=False)
-    measures = {name: columns[column] for name, column in _MEASURES.items()}
-    return head | {
-        "text": [visible(token or "") for token in columns["token"]],
-        "ids": columns["token_id"],
-        "state": "".join(columns["state"]),
-        "atMost": "".join("1" if at_most else "0" for at_most in columns["at_most"]),
-        "stop": [at for at, is_stop in enumerate(columns["is_stop"]) if is_stop],
-        "reasons": [None if reason is None else number[reason] for reason in columns["why"]],
-        "flags": columns["flags"],
-        **{name: values for name, values in measures.items() if any(value is not None for value in values)},
-    }
+    columns = ((name.removeprefix("json."), value) for name, value in row.items() if name.startswith("json."))
+    told = (f'"{name}":{value}' for name, value in columns if value is not None)
+    return f"{json_bytes(head).decode()[:-1]},{','.join(told)}}}"
 
 
 def lists_of(selection: Selection, lists: pl.DataFrame) -> str:

@@ -266,7 +266,7 @@ def test_bounds_are_never_written_larger_than_they_are():
     run = made_run(3, 30, lists=False)
     rows = summarise_responses(run.tokens.lazy())
     chosen = select(run.tokens.lazy(), rows.lazy(), 20)
-    written = [value for response in texts_of(chosen, {})["shown"] for value in response["lower"]]
+    written = [value for response in json.loads(texts_of(chosen, {}))["shown"] for value in response["lower"]]
     known = chosen.windows.join(chosen.tokens, on=["source_file", "response_idx"], maintain_order="left")["kl_lower"]
     assert all(0.998 * value <= text <= value * (1 + 1e-12) for text, value in zip(written, known, strict=True))
     table = table_of(chosen)
@@ -283,6 +283,5 @@ def test_a_long_response_is_shown_around_its_worst_position():
     first, end = chosen.windows.select("first", "end").row(0)
     assert first <= at < end
     assert end - first == LONGEST_SHOWN
-    text = texts_of(chosen, {})["shown"][0]
+    text = json.loads(texts_of(chosen, {}))["shown"][0]
     assert (text["first"], len(text["text"])) == (first, end - first)
-    json.dumps(text, allow_nan=False)
