@@ -128,6 +128,14 @@ def test_a_sampled_escape_that_no_list_has_is_read(escape: str) -> None:
     check(aligned_of([drawn]), [drawn])
 
 
+@pytest.mark.parametrize("piece", ["Ġthe", "▁the"])
+def test_a_piece_says_how_its_side_writes_though_it_states_its_bytes(piece: str) -> None:
+    p = (Candidate(piece, -1.5, None, b" the"), Candidate("Ãī", -2.5), Candidate("a▁", -3.0))
+    q = (Candidate(" the", -1.5), Candidate("É", -2.5), Candidate("a ", -3.0))
+    drawn = Drawn([p], [q], [p[0]], [None], [False])
+    check(aligned_of([drawn]), [drawn])
+
+
 def test_a_pair_of_ids_counts_where_both_sides_say_their_text() -> None:
     p = (Candidate(" a", -1.5, 0), Candidate(" é", -2.5, 1))
     q = (Candidate(" a", -1.5, 0), Candidate("\ufffd", -2.5, 1))
