@@ -177,9 +177,12 @@ def cells(aligned: Aligned, slack: float = REST_SLACK) -> Cells:
 
 def _shared(aligned: Aligned, scale_p: FloatArray, scale_q: FloatArray) -> Divergences:
     """The parts of the tokens that both sides list."""
-    p = _exp(aligned.logp) * aligned.shared / scale_p[:, None]
-    q = _exp(aligned.shared_logq) * aligned.shared / scale_q[:, None]
-    log_ratio = (aligned.log_ratio - (np.log(scale_p) - np.log(scale_q))[:, None]) * aligned.shared
+    p, q = _exp(aligned.logp), _exp(aligned.shared_logq)
+    for values, scale in ((p, scale_p), (q, scale_q)):
+        values *= aligned.shared
+        values /= scale[:, None]
+    log_ratio = aligned.log_ratio - (np.log(scale_p) - np.log(scale_q))[:, None]
+    log_ratio *= aligned.shared
     return Divergences(
         row_sums(p * log_ratio), -row_sums(q * log_ratio), row_sums(js_terms(p, q)), 0.5 * row_sums(np.abs(p - q))
     )
@@ -194,7 +197,8 @@ def _slack(excess: FloatArray, least: FloatArray, response: IntArray) -> FloatAr
 
 
 def _exp(logs: FloatArray) -> FloatArray:
-    return np.exp(np.maximum(logs, _LOG_SMALLEST))
+    known = np.maximum(logs, _LOG_SMALLEST)
+    return np.exp(known, out=known)
 
 
 def _raised_caps(at: Entries, weights: FloatArray, cap: FloatArray, open_values: FloatArray) -> FloatArray:
@@ -265,10 +269,16 @@ def of_listed(cell: Cells, completion: Completion) -> Divergences:
 
 def js_terms(p: FloatArray, q: FloatArray) -> FloatArray:
     """Each cell's part of the Jensen-Shannon divergence in nats, at least 0; shape of the arguments."""
-    whole = p + q
-    lean = np.minimum(np.abs(p - q) / np.maximum(whole, SMALLEST), _LARGEST_LEAN)
-    terms = (1.0 + lean) * np.log1p(lean) + (1.0 - lean) * np.log1p(-lean)
-    return np.maximum(0.25 * whole * terms, 0.0)
+    whole, lean = p + q, np.abs(p - q)  # arrays of its own, which are written over: fresh memory costs more than sums
+    lean /= np.maximum(whole, SMALLEST)
+    np.minimum(lean, _LARGEST_LEAN, out=lean)
+    terms, others = np.log1p(lean), np.log1p(-lean)
+    terms *= 1.0 + lean
+    others *= np.subtract(1.0, lean, out=lean)
+    terms += others
+    whole *= 0.25
+    terms *= whole
+    return np.maximum(terms, 0.0, out=terms)
 
 
 def bucket(cell: Cells) -> Divergences:

@@ -221,9 +221,15 @@ def floor(aligned: Aligned) -> PointEstimates:
     """
     p, q = _Renormalised.of(aligned.logp), _Renormalised.of(aligned.logq, aligned.best_q)
     a, b, shared = aligned.alone_p, aligned.alone_q, aligned.shared
-    at_p = np.maximum((aligned.shared_logq - q.top[:, None]) * shared, _SMALLEST_LOG)
-    ratio = (p.logs - at_p - (p.log_total - q.log_total)[:, None]) * shared
-    p_shared, q_shared = p.probs * shared, np.exp(at_p) * shared / q.total[:, None]
+    at_p = aligned.shared_logq - q.top[:, None]
+    at_p *= shared
+    np.maximum(at_p, _SMALLEST_LOG, out=at_p)
+    ratio = p.logs - at_p
+    ratio -= (p.log_total - q.log_total)[:, None]
+    ratio *= shared
+    p_shared, q_shared = p.probs * shared, np.exp(at_p, out=at_p)
+    q_shared *= shared
+    q_shared /= q.total[:, None]
     p_alone, q_alone = a.of_array(p.probs), b.of_array(q.probs)
     q_least, p_least = q.smallest[a.row], p.smallest[b.row]
     ratio_a = a.of_array(p.logs) - p.log_total[a.row] - q.log_smallest[a.row]
@@ -257,14 +263,17 @@ class _Renormalised(NamedTuple):
     @classmethod
     def of(cls, listed: FloatArray, best: BoolArray | None = None) -> _Renormalised:
         top = np.maximum(listed.max(axis=1), np.finfo(np.float64).min)
-        logs = np.maximum(listed - top[:, None], _SMALLEST_LOG)
+        logs = listed - top[:, None]
+        np.maximum(logs, _SMALLEST_LOG, out=logs)
         is_listed = listed > -np.inf
-        weights = np.exp(logs) * is_listed
+        weights = np.exp(logs)
+        weights *= is_listed
         total = np.maximum(row_sums(weights), SMALLEST)
         least = (logs * (is_listed if best is None else best)).min(axis=1)  # the largest is at 0
+        weights /= total[:, None]
         return cls(
             logs,
-            weights / total[:, None],
+            weights,
             top,
             total,
             np.log(total),
