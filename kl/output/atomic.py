@@ -8,12 +8,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kl.output.room import named_when_refused
 
 _SETTLING = 16  # files at once; a journal commits them together
+_strict = partial(json.JSONEncoder, ensure_ascii=False, allow_nan=False)
+_COMPACT = _strict(separators=(",", ":"))
 
 
 def write_json_atomic(path: Path, payload: Any) -> None:
@@ -32,8 +35,7 @@ def write_json_atomic(path: Path, payload: Any) -> None:
 
 def json_bytes(payload: Any, *, indent: int | None = None) -> bytes:
     """Strict JSON in UTF-8, without spaces unless it is indented; raises as `write_json_atomic`."""
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
+    text = (_COMPACT if indent is None else _strict(indent=indent)).encode(payload)
     # Half of a surrogate pair has no UTF-8 form; this writes it as \\udXXX, which is what JSON calls it.
     return text.encode("utf-8", errors="backslashreplace")
 

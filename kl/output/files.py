@@ -73,15 +73,13 @@ def write_tokens(parts: Sequence[Path], target: Path, facts: RunFacts | None = N
 
 def write_candidates(parts: Sequence[Path], target: Path, facts: RunFacts | None = None) -> None:
     """Join what `write_candidate_part` wrote into one candidate table, as `write_tokens` does."""
-    # Most of it are the digits of log-probabilities, which no level makes smaller. One page for each column of a group:
-    # where a group is divided into several depends on how its lists arrived.
+    # One page for each column of a group: where one is divided into several depends on how its lists arrived.
     _write_joined(
         candidate_rows(parts),
         target,
         _metadata(CANDIDATE_COLUMNS, facts),
         CANDIDATES,
         CANDIDATE_GROUP_ROWS,
-        compression_level=1,
         data_page_size=_LARGEST_PAGE,
     )
 
@@ -99,7 +97,6 @@ def _write_joined(
     schema: pl.Schema,
     group_rows: int,
     *,
-    compression_level: int | None = None,
     data_page_size: int | None = None,
 ) -> None:
     joined = pl.LazyFrame(schema=schema) if rows is None else rows.select(schema.names())
@@ -108,7 +105,7 @@ def _write_joined(
         lambda path: joined.sink_parquet(
             path,
             compression="zstd",
-            compression_level=compression_level,
+            compression_level=1,  # most of both tables are the digits of numbers, which no level makes smaller
             row_group_size=group_rows,
             data_page_size=data_page_size,
             maintain_order=True,

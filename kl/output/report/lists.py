@@ -176,12 +176,12 @@ def _sorted(major: IntArray, minor: IntArray) -> IntArray:
 class _Runs(NamedTuple):
     """Entries that are one token of one position, those of each side behind one another.
 
-    ``order`` sorts the entries; ``starts`` are the runs of one side, ``groups`` those of both, by their places in it.
+    ``order`` sorts the entries; ``starts`` are the runs of one side, by their places in it, ``numbers`` their tokens.
     """
 
     order: IntArray
     starts: IntArray
-    groups: IntArray
+    numbers: IntArray
 
     @classmethod
     def of(cls, entries: pl.DataFrame) -> _Runs:
@@ -191,7 +191,8 @@ class _Runs(NamedTuple):
         order = _sorted(place, key)
         differs = np.concatenate([[True], (np.diff(place[order]) != 0) | (np.diff(key[order]) != 0)])
         other_side = np.concatenate([[True], np.diff(side[order]) != 0])
-        return cls(order, np.flatnonzero(differs | other_side), np.flatnonzero(differs))
+        starts = np.flatnonzero(differs | other_side)
+        return cls(order, starts, np.cumsum(differs)[starts] - 1)
 
 
 def _merged(entries: pl.DataFrame) -> pl.DataFrame:
@@ -204,14 +205,12 @@ def _merged(entries: pl.DataFrame) -> pl.DataFrame:
         again = known & ~pl.struct("side", "at", "kind", "key", "id", "logprob").is_first_distinct()
         entries = entries.filter(~again)
         runs = _Runs.of(entries)
-    order, starts, groups = runs
-    side, at = entries["side"].to_numpy()[order][starts], entries["at"].to_numpy()
-    number = np.searchsorted(groups, starts, side="right") - 1
-    firsts = np.full((2, len(groups)), -1)
+    order, starts, number = runs
+    firsts, masses = np.full((2, number[-1] + 1), -1), np.full((2, number[-1] + 1), np.nan)
+    side, at = entries["side"].to_numpy()[order[starts]], entries["at"].to_numpy()
     firsts[side, number] = order[starts]
-    masses = np.full((2, len(groups)), np.nan)
     masses[side, number] = np.logaddexp.reduceat(entries["logprob"].to_numpy()[order], starts)
-    first = order[groups]
+    first = np.where(firsts[_P] < 0, firsts[_Q], firsts[_P])
     shown_as = _sorted(at[first], first)
     ids = (entries["id"].gather(pl.Series(of_side[shown_as]).replace(-1, None)) for of_side in firsts)
     logprobs = (pl.Series(of_side[shown_as]).fill_nan(None) for of_side in masses)
