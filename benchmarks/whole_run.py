@@ -2,13 +2,14 @@
 
     python benchmarks/whole_run.py                                     # 12,500, 50,000 and 200,000 positions
     python benchmarks/whole_run.py --positions 500000 2000000 --repeats 1
+    python benchmarks/whole_run.py --one-prompt
     python benchmarks/whole_run.py --positions 400 --repeats 1 --length 20
 
 Responses and scores are made up and lie on the disk: planning, both passes over the files, and writing are measured,
 without Prefect, each time in a process of its own. Files have ten responses of ``--length`` tokens with lists of 20.
 Figures are positions a second of wall time and of processor time (all threads), medians of the repeats, the time a
 position against that at the fewest positions, the most memory of the process, and that against the fewest positions.
-``--profile`` says where the time goes. The tables are Markdown.
+``--one-prompt`` has all files answer one prompt. ``--profile`` says where the time goes. The tables are Markdown.
 """
 
 from __future__ import annotations
@@ -112,22 +113,23 @@ def comparison_of(folder: Path) -> Comparison:
     return Comparison.of(config_of(folder), RunValues.of_a_dry_run())
 
 
-def prepare(folder: Path, positions: int, length: int) -> int:
+def prepare(folder: Path, positions: int, length: int, *, one_prompt: bool = False) -> int:
     """Input files, and an answer to every context; the number of positions, a multiple of those of a file."""
     (folder / "in").mkdir(parents=True)
     n_files = max(round(positions / (RESPONSES * length)), 1)
     for number in range(n_files):
-        write_file(folder, number, length)
+        write_file(folder, number, length, "What is it?" if one_prompt else f"What is {number}?")
+    comparison_of(folder).folder.stores().scores.compact_all()  # as at the end of a run
     return n_files * RESPONSES * length
 
 
-def write_file(folder: Path, number: int, length: int) -> None:
+def write_file(folder: Path, number: int, length: int, prompt: str) -> None:
     """One input file with its scores."""
     rng = np.random.default_rng(number)
     lists = [drawn_lists(rng, length) for _ in range(RESPONSES)]
     path = folder / "in" / f"{number:06d}.json"
     responses = [response(of_p, rng) for of_p, _ in lists]
-    path.write_text(json.dumps({"prompt": f"What is {number}?", "model": "p", "responses": responses}))
+    path.write_text(json.dumps({"prompt": prompt, "model": "p", "responses": responses}))
     comparison = comparison_of(folder)
     parsed = read_responses(path, path.name)
     assert parsed.prompt is not None
@@ -209,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, nargs="+", default=[12_500, 50_000, 200_000])
     parser.add_argument("--length", type=int, default=100, help="tokens of a response")
+    parser.add_argument("--one-prompt", action="store_true", help="all files answer one prompt, not each its own")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="profile one run at the fewest positions instead")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
@@ -217,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(run(given.run)._asdict()))  # noqa: T201
         return
     with tempfile.TemporaryDirectory() as name:
-        folders = {prepare(Path(name, str(n)), n, given.length): Path(name, str(n)) for n in sorted(given.positions)}
+        folders = {
+            prepare(Path(name, str(n)), n, given.length, one_prompt=given.one_prompt): Path(name, str(n))
+            for n in sorted(given.positions)
+        }
         if given.profile:
             profile(min(folders.items())[1])
             return

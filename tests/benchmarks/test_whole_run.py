@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.benchmarks.scripts import printed
 
 
-def test_every_size_has_its_figures() -> None:
-    head, _, *lines = printed("whole_run", "--positions", "60", "120", "--length", "6", "--repeats", "1")
+@pytest.mark.parametrize("prompts", [[], ["--one-prompt"]])
+def test_every_size_has_its_figures(prompts: list[str]) -> None:
+    head, _, *lines = printed("whole_run", "--positions", "60", "120", "--length", "6", "--repeats", "1", *prompts)
     assert head.startswith("| positions | positions/s | of processor time | time a position, × | peak MB | × | plan |")
     assert [line.split("|")[1].strip() for line in lines] == ["60", "120"]
     figures = r"\| \d+ \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \| \d+ \| \d+\.\d\d( \| \d+\.\d µs){3} \|"
