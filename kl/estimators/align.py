@@ -37,7 +37,7 @@ from kl.estimators.token_bytes import Candidates
 from kl.estimators.token_keys import Key, KeyFunction, contradicted_ids, id_key
 from kl.records import END_TOKENS, UNKNOWN_LOGPROB, Candidate
 
-__all__ = ["Aligned", "BoolArray", "FloatArray", "IntArray", "align", "with_hidden"]
+__all__ = ["Aligned", "BoolArray", "FloatArray", "IntArray", "align", "align_columns", "with_hidden"]
 
 _PADDING = -2  # of Q's keys, so that none is one of P's
 
@@ -87,15 +87,26 @@ def align(
     wanted = TopLists.empty(n) if wanted_q is None else TopLists.of(wanted_q)
     if wanted_q is not None:
         check_wanted(columns_q, wanted)
-    sides = Sides(
-        columns_p,
-        columns_q.followed_by(wanted) if len(wanted.entries) else columns_q,
-        _entries(sampled_p, n),
-        _entries(sampled_q, n),
-        np.zeros(n, dtype=np.int64) if response is None else response,
-    )
+    of_response = np.zeros(n, dtype=np.int64) if response is None else response
     is_stop = np.zeros(n, dtype=np.bool_) if stops is None else np.asarray(stops, dtype=np.bool_)
-    return _Matching(sides, is_stop, columns_q, wanted).aligned()
+    return align_columns(
+        columns_p, columns_q, _entries(sampled_p, n), _entries(sampled_q, n), is_stop, of_response, wanted
+    )
+
+
+def align_columns(
+    lists_p: TopLists,
+    lists_q: TopLists,
+    sampled_p: Entries,
+    sampled_q: Entries,
+    is_stop: BoolArray,
+    response: IntArray,
+    wanted_q: TopLists,
+) -> Aligned:
+    """`align` of lists that are known to be as it wants them."""
+    all_q = lists_q.followed_by(wanted_q) if len(wanted_q.entries) else lists_q
+    sides = Sides(lists_p, all_q, sampled_p, sampled_q, response)
+    return _Matching(sides, is_stop, lists_q, wanted_q).aligned()
 
 
 def _entries(sampled: Sequence[Candidate | None] | Entries | None, n: int) -> Entries:

@@ -141,17 +141,19 @@ def rounding_step(lists: Sequence[Candidates]) -> float:
 
 def rounding_steps(lists: TopLists, response: NDArray[np.int64]) -> NDArray[np.float64]:
     """`rounding_step` of each of R responses, shape (R,), from the number of the response of each list."""
-    of_entry = response[lists.rows]
-    values = lists.entries.logprobs
-    starts = np.flatnonzero(np.diff(of_entry, prepend=-1))
-    first = np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values))) < _TELLING_VALUES
     steps = np.zeros(n_responses(response))
+    of = np.flatnonzero(np.diff(response, prepend=-1))  # the first list of each response that has one
+    edges = np.append(lists.offsets[of], lists.offsets[-1])
+    starts, ends, values = edges[:-1], edges[1:], lists.entries.logprobs
+    first = starts[:, None] + np.arange(_TELLING_VALUES)
+    is_there = first < ends[:, None]
+    some = values[np.where(is_there, first, 0)] if len(values) else np.zeros(first.shape)
     for step in _STEPS[::-1]:
-        off = of_entry[first][~_is_multiple(values[first], step)]
-        for number in np.setdiff1d(of_entry[starts], off).tolist():
-            some = values[np.searchsorted(of_entry, number) : np.searchsorted(of_entry, number, side="right")]
-            if np.count_nonzero(some) >= _TELLING_VALUES and _are_multiples(some, step):
-                steps[number] = step
+        may_be = is_there.any(axis=1) & (_is_multiple(some, step) | ~is_there).all(axis=1)
+        for number in np.flatnonzero(may_be).tolist():
+            own = values[starts[number] : ends[number]]
+            if np.count_nonzero(own) >= _TELLING_VALUES and _are_multiples(own, step):
+                steps[response[of[number]]] = step
     return steps
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kl.columns import BoolArray, Entries, FloatArray, IntArray, Positions, TopLists
-from kl.estimators.align import Aligned, align, with_hidden
+from kl.estimators.align import Aligned, align_columns, with_hidden
 from kl.estimators.list_checks import masses
 from kl.estimators.matching.trust import TrustedLists, trusted_wanted
 from kl.records import LARGEST_MASS, Response, Score, ScoreFailure
@@ -96,8 +96,15 @@ class Pairs:
 
     def aligned(self) -> Aligned:
         """Their matched lists."""
-        sampled = self.sampled_p, self.sampled_q
-        matched = align(self.p.lists, self.q.lists, *sampled, self.is_stop, self.response, self.wanted_q)
+        matched = align_columns(
+            self.p.lists,
+            self.q.lists,
+            self.sampled_p,
+            self.sampled_q,
+            self.is_stop,
+            self.response,
+            TopLists.empty(len(self)) if self.wanted_q is None else self.wanted_q,
+        )
         return with_hidden(matched, self.p.largest_hidden, self.q.largest_hidden)
 
 
