@@ -165,10 +165,19 @@ def template_of(source: ModelSource) -> ChatTemplate:
 
 @functools.lru_cache(_KEPT)
 def _read_checked(source: ModelSource) -> tuple[GGUFFile, Tokenizer, ChatTemplate]:
+    found = _read(source.path, source.sha256)
+    if source.bits is not None:
+        found[0].check_tensors(source.bits)
+    return found
+
+
+@functools.lru_cache(_KEPT)
+def _read(path: Path, sha256: str) -> tuple[GGUFFile, Tokenizer, ChatTemplate]:
+    """What a file has beside its weights, which all roundings share."""
     require_packages()
-    file = read_gguf(source.path)
+    file = read_gguf(path)
     check_shapes(file, LlamaConfig.from_gguf(file))
-    file.check_tensors(source.bits)
+    file.check_tensors(None)
     tokenizer = Tokenizer(file)
     return file, tokenizer, ChatTemplate(file, tokenizer)
 
