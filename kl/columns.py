@@ -166,10 +166,8 @@ class Entries:
         logprobs = [None if value != value else value for value in self.logprobs.tolist()]
         ids = [None if number == NO_ID else number for number in self.ids.tolist()]
         tokens = self.tokens.cast(pl.String).to_list()
-        return [
-            None if token is None else Candidate(token, *others)
-            for token, *others in zip(tokens, logprobs, ids, stated, strict=True)
-        ]
+        made = map(Candidate, tokens, logprobs, ids, stated)
+        return [None if token is None else candidate for token, candidate in zip(tokens, made, strict=True)]
 
 
 _NOBODY = Candidate("", None)

@@ -7,7 +7,7 @@ that the other side names, one that the other side holds open too, or one that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -248,10 +248,11 @@ class _Matching:
     def _ambiguous(self, repeated: BoolArray, shared: BoolArray) -> dict[int, frozenset[Key | None]]:
         """By response, the keys that stand for several tokens of one list, or for a listed and the sampled one."""
         found: dict[int, set[Key | None]] = {}
-        for row in map(int, np.flatnonzero(repeated | shared)):
+        rows = np.flatnonzero(repeated | shared)
+        for row, top_p, top_q in self._lists_at(rows):
             key_p, key_q = self._key_functions(row)
-            side_p = keyed(self._sides.lists_p[row], key_p)
-            several = keys_of_several(side_p) | keys_of_several(keyed(self._sides.lists_q[row], key_q))
+            side_p = keyed(top_p, key_p)
+            several = keys_of_several(side_p) | keys_of_several(keyed(top_q, key_q))
             if shared[row]:
                 (sampled,) = self._sides.sampled_p.part(row, row + 1).candidates()
                 several |= namesakes(side_p, Sample(sampled, key_p))
@@ -278,6 +279,10 @@ class _Matching:
             return self._ids.numbers(np.array([key for key in keys if isinstance(key, int)], dtype=np.int64))
         return self._codes.numbers.of([key for key in keys if isinstance(key, bytes)])
 
+    def _lists_at(self, rows: IntArray) -> Iterator[tuple[int, tuple[Candidate, ...], tuple[Candidate, ...]]]:
+        """Some rows with the objects of their lists, which are made all at once."""
+        return zip(rows.tolist(), self._sides.lists_p.take(rows), self._sides.lists_q.take(rows), strict=True)
+
     def _key_functions(self, row: int) -> tuple[KeyFunction, KeyFunction]:
         readers = self._codes.readers[int(self._sides.response[row])]
         return (id_key, id_key) if self._by_id[row] else readers
@@ -287,12 +292,12 @@ class _Matching:
             self._sides.sampled_p.take(rows).candidates(), self._sides.sampled_q.take(rows).candidates(), strict=True
         )
         found: dict[int, MatchedRow] = {}
-        for row, (sample_p, sample_q) in zip(map(int, rows), sampled, strict=True):
+        for (row, top_p, top_q), (sample_p, sample_q) in zip(self._lists_at(rows), sampled, strict=True):
             response = int(self._sides.response[row])
             choice = self._evidence.choices[response]
             key_p, key_q = self._key_functions(row)
-            side_p = keyed(self._sides.lists_p[row], key_p)
-            side_q = keyed(self._sides.lists_q[row], key_q, int(self._best_q.lengths[row]))
+            side_p = keyed(top_p, key_p)
+            side_q = keyed(top_q, key_q, int(self._best_q.lengths[row]))
             unclear = ambiguous.get(response, frozenset[Key | None]())
             if choice.key == "id":
                 unclear |= contradicted_ids(side_p.candidates, side_q.candidates, *self._codes.readers[response])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 from kl.pieces import REPLACEMENT, byte_level, escaped_bytes, is_whole, sentence_piece
@@ -140,23 +141,30 @@ class _Reader:
     def _read(self, token: str, stated: bytes | None) -> bytes | None:
         if token in self._cut or (self._hides and not token.strip(" ")):
             return None  # a blank with the first byte of a character is shown, and stated, as a blank
-        if stated and stated != _named(token):
-            return stated if _agree(token, stated) else None
-        if not is_whole(token) or _ESCAPES.fullmatch(token) or _NUMBER.fullmatch(token):
-            return None
-        escaped = escaped_bytes(token)
-        if escaped is not None:
-            return escaped if escaped in self._single or not token.startswith("<0x") else None
-        return self._of_text(token)
+        known = _bytes_of(self._writing, token, stated or None)
+        if token.startswith("<0x") and (not stated or stated == _named(token)) and known == escaped_bytes(token):
+            return known if known in self._single else None
+        return known
 
-    def _of_text(self, token: str) -> bytes | None:
-        if self._writing == "byte-level":
-            return byte_level(token) or _named(token)
-        if self._writing == "text" or token.isascii() or _is_control(token):
-            return _named(token)
-        if self._writing == "sentence-piece":
-            return sentence_piece(token)
-        return None if "▁" in token or byte_level(token) is not None else _named(token)
+
+# Responses hold the same tokens again and again.
+@lru_cache(maxsize=1 << 16)
+def _bytes_of(writing: Writing, token: str, stated: bytes | None) -> bytes | None:
+    """The bytes of a token of a side that writes so, each ``<0xHH>`` taken for one byte."""
+    if stated and stated != _named(token):
+        return stated if _agree(token, stated) else None
+    if not is_whole(token) or _ESCAPES.fullmatch(token) or _NUMBER.fullmatch(token):
+        return None
+    escaped = escaped_bytes(token)
+    if escaped is not None:
+        return escaped
+    if writing == "byte-level":
+        return byte_level(token) or _named(token)
+    if writing == "text" or token.isascii() or _is_control(token):
+        return _named(token)
+    if writing == "sentence-piece":
+        return sentence_piece(token)
+    return None if "▁" in token or byte_level(token) is not None else _named(token)
 
 
 def _named(token: str) -> bytes:

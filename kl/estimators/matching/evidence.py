@@ -54,9 +54,11 @@ def evidence_of(sides: Sides, codes: KeyCodes, ids_p: Codes, ids_q: Codes) -> Ev
             paired &= (sides.lists_p.padded(codes.p, NO_KEY) >= 0) & has_key_q
         at_ease = has_ids[sides.response] & ~doubtful
         n_pairs += np.bincount(sides.response[at_ease], row_counts(paired)[at_ease], n).astype(np.int64)
-        for row in np.flatnonzero(doubtful).tolist():
+        rows = np.flatnonzero(doubtful)
+        tops = zip(sides.lists_p.take(rows), sides.lists_q.take(rows), strict=True)
+        for row, (top_p, top_q) in zip(rows.tolist(), tops, strict=True):
             response = int(sides.response[row])
-            found = paired_texts(sides.lists_p[row], sides.lists_q[row], *codes.readers[response])
+            found = paired_texts(top_p, top_q, *codes.readers[response])
             n_pairs[response] += found.n_pairs
             n_mismatches[response] += found.n_mismatches
     choices: list[KeyChoice] = []

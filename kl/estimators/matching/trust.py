@@ -84,10 +84,10 @@ class TrustedLists:
         )
         single = np.flatnonzero(_suspicious(usable, mass, dropped, floors[response]))
         known: dict[int, Trusted] = {}
-        for row in map(int, single):
+        for row, top in zip(single.tolist(), usable.take(single), strict=True):
             floor = float(floors[response[row]])
             marks = frozenset[float]() if math.isnan(floor) else frozenset({floor})
-            known[row] = trusted(usable[row], int(dropped[row]), marks)
+            known[row] = trusted(top, int(dropped[row]), marks)
         found = found.with_rows(known)
         return replace(found, is_truncated=_truncated(found, response))
 
@@ -199,7 +199,7 @@ def listed_columns(lists: TopLists) -> TopLists:
     single = unusable(lists)
     if not single.size:
         return lists
-    return lists.replaced(single, TopLists.of([listed(lists[int(row)]).candidates for row in single]))
+    return lists.replaced(single, TopLists.of([listed(top).candidates for top in lists.take(single)]))
 
 
 def _common_floors(lists: TopLists, response: IntArray) -> FloatArray:

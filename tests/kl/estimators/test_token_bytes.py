@@ -122,6 +122,12 @@ def test_one_byte_is_not_certain_where_the_vocabulary_has_longer_parts():
     assert read_p(Candidate("<0xF0>", -0.5)) is None
 
 
+def test_an_escape_that_states_its_own_text_says_no_more_than_one_that_states_nothing() -> None:
+    lists = [(Candidate("<0x0A>", -0.5, None, b"<0x0A>"), Candidate("▁the", -1.0), Candidate("\n", -2.0))]
+    read, _ = byte_functions(lists, [])
+    assert [read(candidate) for candidate in lists[0]] == [None, b" the", b"\n"]
+
+
 class TestIds:
     """Ids that nothing proves, or that the texts speak against."""
 
