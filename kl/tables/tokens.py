@@ -327,7 +327,7 @@ def _list_columns(aligned: Aligned, values: ListMeasures, pairs: Pairs, vocabula
         "ambiguous_mass_p": aligned.open_p,
         "ambiguous_mass_q": aligned.open_q,
         "n_dropped": pairs.n_dropped,
-        "align_key": [aligned.choices[number].key for number in map(int, aligned.response)],
+        "align_key": pl.Series([choice.key for choice in aligned.choices])[pl.Series(aligned.response)],
     }
 
 
@@ -371,11 +371,13 @@ def _where(known: BoolArray, values: BoolArray) -> pl.Series:
 
 
 def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:
-    """A column of n rows from values at some of them; NaN becomes null only where it means "not known"."""
+    """A column of n rows from values at some of them, rising; NaN becomes null only where it means "not known"."""
     if TOKENS[name] == pl.Float64:
-        floats = np.full(n, np.nan)
-        floats[at] = column
+        floats = np.asarray(column, dtype=np.float64)
         _check_finite(name, floats, at)
+        if len(at) < n:
+            known, floats = floats, np.full(n, np.nan)
+            floats[at] = known
         return pl.Series(name, floats, nan_to_null=True)
     values = pl.Series(name, column, dtype=TOKENS[name])
     if len(at) == n:
@@ -386,7 +388,7 @@ def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:
 
 
 def _check_finite(name: str, floats: FloatArray, at: IntArray) -> None:
-    faults = np.isinf(floats[at]) if name in _MAY_BE_UNKNOWN else ~np.isfinite(floats[at])
+    faults = np.isinf(floats) if name in _MAY_BE_UNKNOWN else ~np.isfinite(floats)
     if faults.any():
-        row = int(at[faults.argmax()])
-        raise ArithmeticError(f"{name}={floats[row]} at position {row}: a fault of this program, please report it.")
+        row = int(faults.argmax())
+        raise ArithmeticError(f"{name}={floats[row]} at position {at[row]}: a fault of this program, please report it.")
