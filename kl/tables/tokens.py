@@ -207,7 +207,7 @@ def _flags(pairs: Pairs, n: int) -> pl.Series:
     names = [",".join(sorted(found)) or None for found in names_of(kinds)]
     place = np.full(n, len(names), dtype=np.int64)
     place[pairs.place] = kind
-    return pl.Series([*names, None], dtype=pl.String).gather(pl.Series(place, dtype=pl.UInt32))
+    return pl.Series([*names, None], dtype=pl.String)[pl.Series(place.astype(np.uint32))]
 
 
 def _with_flags(table: pl.DataFrame, asked: Sequence[Asked]) -> pl.DataFrame:
@@ -277,9 +277,9 @@ def identity(asked: Sequence[Asked]) -> pl.DataFrame:
     is_stop[[end - 1 for end, response in zip(ends, responses, strict=True) if response.has_stop]] = True
     ids = pl.Series(sampled.ids)
     columns: dict[str, Any] = {
-        "source_file": pl.Series([item.source_file for item in responses], dtype=pl.String).gather(of),
-        "prompt_id": pl.Series([item.prompt.prompt_id for item in responses], dtype=pl.String).gather(of),
-        "response_idx": pl.Series([item.response_idx for item in responses], dtype=pl.Int64).gather(of),
+        "source_file": pl.Series([item.source_file for item in responses], dtype=pl.String)[of],
+        "prompt_id": pl.Series([item.prompt.prompt_id for item in responses], dtype=pl.String)[of],
+        "response_idx": pl.Series([item.response_idx for item in responses], dtype=pl.Int64)[of],
         "position": np.arange(len(of)) - np.repeat(ends - lengths, lengths),
         "token": sampled.tokens.cast(pl.String),
         "token_id": ids.set(ids == NO_ID, None),
@@ -382,9 +382,11 @@ def _scatter(name: str, column: Column, at: IntArray, n: int) -> pl.Series:
     values = pl.Series(name, column, dtype=TOKENS[name])
     if len(at) == n:
         return values
-    place = np.full(n, -1, dtype=np.int64)
+    place = np.zeros(n, dtype=np.uint32)
     place[at] = np.arange(len(at))
-    return values.gather(pl.Series(place).replace(-1, None))
+    is_nowhere = np.ones(n, dtype=np.bool_)
+    is_nowhere[at] = False
+    return values[pl.Series(place).set(pl.Series(is_nowhere), None)]
 
 
 def _check_finite(name: str, floats: FloatArray, at: IntArray) -> None:

@@ -92,7 +92,7 @@ class Aligned:
 
     def only(self, rows: Sequence[int] | IntArray | slice) -> Aligned:
         """Some of the positions, in their order."""
-        return replace(self, **{name: value[rows] for name, value in self._arrays().items()})
+        return replace(self, **{name: _rows(value, rows) for name, value in self._arrays().items()})
 
     def replaced(self, rows: IntArray, others: Aligned) -> Aligned:
         """The same with other positions, of the same responses, in the place of some; keys are those of both."""
@@ -194,6 +194,11 @@ class Aligned:
     def alone_q(self) -> Entries:
         """The tokens that Q alone lists."""
         return Entries.of((self.logq > -np.inf) & (self.index_p < 0))
+
+
+def _rows(values: NDArray[Any], rows: Sequence[int] | IntArray | slice) -> NDArray[Any]:
+    """Some rows of an array, taken of each column and held so."""
+    return values.T[..., rows].T if isinstance(rows, slice) else values.T.take(rows, axis=-1).T
 
 
 def _finite(logs: FloatArray) -> FloatArray:
