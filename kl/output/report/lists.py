@@ -206,11 +206,12 @@ def _merged(entries: pl.DataFrame) -> pl.DataFrame:
         entries = entries.filter(~again)
         runs = _Runs.of(entries)
     order, starts, number = runs
-    firsts, masses = np.full((2, number[-1] + 1), -1), np.full((2, number[-1] + 1), np.nan)
+    firsts: IntArray = np.full((2, int(number[-1]) + 1), -1)
+    masses = np.full(firsts.shape, np.nan)
     side, at = entries["side"].to_numpy()[order[starts]], entries["at"].to_numpy()
     firsts[side, number] = order[starts]
     masses[side, number] = np.logaddexp.reduceat(entries["logprob"].to_numpy()[order], starts)
-    first = np.where(firsts[_P] < 0, firsts[_Q], firsts[_P])
+    first: IntArray = np.where(firsts[_P] < 0, firsts[_Q], firsts[_P])
     shown_as = _sorted(at[first], first)
     ids = (entries["id"].gather(pl.Series(of_side[shown_as]).replace(-1, None)) for of_side in firsts)
     logprobs = (pl.Series(of_side[shown_as]).fill_nan(None) for of_side in masses)
