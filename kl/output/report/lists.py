@@ -211,7 +211,7 @@ def _merged(entries: pl.DataFrame) -> pl.DataFrame:
     side, at = entries["side"].to_numpy()[order[starts]], entries["at"].to_numpy()
     firsts[side, number] = order[starts]
     masses[side, number] = np.logaddexp.reduceat(entries["logprob"].to_numpy()[order], starts)
-    first: IntArray = np.where(firsts[_P] < 0, firsts[_Q], firsts[_P])
+    first: IntArray = np.maximum(firsts[_P], np.where(firsts[_P] < 0, firsts[_Q], -1))
     shown_as = _sorted(at[first], first)
     ids = (entries["id"].gather(pl.Series(of_side[shown_as]).replace(-1, None)) for of_side in firsts)
     logprobs = (pl.Series(of_side[shown_as]).fill_nan(None) for of_side in masses)
