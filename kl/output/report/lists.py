@@ -28,7 +28,6 @@ _SCHEMA = {
     "cap_q": pl.Float64,
 }
 _ENDS = [token.encode() for token in sorted(END_TOKENS)]
-_TOLD = {"shown": pl.String, "own": pl.Int64}
 _BY_ID = (pl.col("by") == "id") & pl.col("id").is_not_null()
 # What tells a token from others at its position: an entry of P or Q is one of its own.
 _P, _Q, _ID, _BYTES, _END, _KINDS = range(6)
@@ -128,27 +127,37 @@ def _distinct(entries: pl.DataFrame) -> pl.DataFrame:
 
 
 def _keyed(entries: pl.DataFrame, read: BytesOf, numbers: dict[bytes, int], side: int) -> pl.DataFrame:
-    """The same with ``shown``, the ``side`` and what tells the token from others at its place: ``key`` of a ``kind``.
+    """The same with the ``side`` and what tells the token from others at its position: ``key`` of a ``kind``.
 
     That is its id, or the number of its bytes in ``numbers``, to which both sides add; of an entry that does not say
     which token it is, which entry of its side.
     """
-    is_plain = ~pl.col("token").str.contains(r"[^ -~]") & pl.col("token").str.len_bytes().is_between(1, LONGEST)
-    # What is shown as it stands and known by its id is not looked at: most of it, as a rule.
-    distinct = _distinct(entries.filter(~(is_plain & _BY_ID)))
-    told: list[tuple[str, int | None]] = []
-    for token, stated in distinct.iter_rows():
-        own = read(Candidate(token, None, None, stated))
-        told.append((visible(token, stated), None if own is None else numbers.setdefault(own, len(numbers))))
-    known = pl.concat([distinct, pl.DataFrame(told, schema=_TOLD, orient="row")], how="horizontal")
-    joined = entries.join(known, on=["token", "stated"], how="left", nulls_equal=True, maintain_order="left")
+    distinct = _distinct(entries.filter(~_BY_ID))
+    own = [read(Candidate(token, None, None, stated)) for token, stated in distinct.iter_rows()]
+    known = [None if token is None else numbers.setdefault(token, len(numbers)) for token in own]
+    joined = _with(entries, distinct, pl.Series("own", known, dtype=pl.Int64))
     is_known = pl.col("own").is_not_null()
     return joined.with_columns(
-        shown=pl.coalesce("shown", "token"),
         side=pl.lit(side),
         kind=pl.when(_BY_ID).then(_ID).when(is_known).then(_BYTES).otherwise(side),
         key=pl.when(_BY_ID).then("id").when(is_known).then("own").otherwise(pl.int_range(pl.len())),
     )
+
+
+def _with(entries: pl.DataFrame, distinct: pl.DataFrame, told: pl.Series) -> pl.DataFrame:
+    """The entries with what is ``told`` of some ``distinct`` ones, null of all others."""
+    if not distinct.height:
+        return entries.with_columns(pl.lit(None, dtype=told.dtype).alias(told.name))
+    known = distinct.with_columns(told)
+    return entries.join(known, on=["token", "stated"], how="left", nulls_equal=True, maintain_order="left")
+
+
+def _shown(entries: pl.DataFrame) -> pl.Series:
+    """The text of each as `visible` gives it, which is, as a rule, the token."""
+    is_plain = ~pl.col("token").str.contains(r"[^ -~]") & pl.col("token").str.len_bytes().is_between(1, LONGEST)
+    distinct = _distinct(entries.filter(~is_plain))
+    texts = pl.Series("shown", [visible(*entry) for entry in distinct.iter_rows()], dtype=pl.String)
+    return _with(entries, distinct, texts).select(pl.coalesce("shown", "token").alias("shown")).to_series()
 
 
 def _with_roles(of_p: pl.DataFrame, of_q: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -215,8 +224,9 @@ def _merged(entries: pl.DataFrame) -> pl.DataFrame:
     shown_as = _sorted(at[first], first)
     ids = (entries["id"].gather(pl.Series(of_side[shown_as]).replace(-1, None)) for of_side in firsts)
     logprobs = (pl.Series(of_side[shown_as]).fill_nan(None) for of_side in masses)
-    head = entries.select("at", "shown")[first[shown_as]]
-    return head.with_columns(
+    named = entries.select("at", "token", "stated")[first[shown_as]]
+    return named.with_columns(
+        _shown(named),
         *(series.alias(f"id_{name}") for name, series in zip("pq", ids, strict=True)),
         *(series.alias(f"logprob_{name}") for name, series in zip("pq", logprobs, strict=True)),
     )

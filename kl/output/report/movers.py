@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 SHOWN = 12
 _EXAMPLES = 2
@@ -43,27 +46,49 @@ class Movers:
 
     n_positions: int = 0
     _sums: list[pl.DataFrame] = field(default_factory=list[pl.DataFrame])
+    _examples: list[pl.DataFrame] = field(default_factory=list[pl.DataFrame])
 
     def add(self, lists: pl.DataFrame) -> None:
         """Take in rows of `kl.output.report.lists.both_lists`, each with the ``weight`` 1/π of its position."""
         known = lists.drop_nulls(["cap_p", "cap_q"])
         self.n_positions += known["row"].n_unique()
-        self._sums.append(_sums_of(known))
+        large = _shifts(known).filter(pl.col("mass") >= _LEAST_MASS)
+        token = large["shown"].cast(pl.Categorical).to_physical().to_numpy()
+        if len(token):
+            self._sums.append(_sums_of(large, token))
+            self._examples += _examples_of(large, token)
 
     def ranked(self) -> tuple[list[Mover], list[Mover]]:
         """Those promoted and those demoted most, by the sum of mass · Δ, at most `SHOWN` each."""
         if not self._sums:
             return [], []
-        grouped = pl.concat(self._sums).group_by("shown", maintain_order=True)
-        sums = grouped.agg(
-            pl.col("n", "n_bound", "shift", "mass", "p", "q", "weight").sum(), pl.col("examples").explode()
-        )
+        sums = pl.concat(self._sums).group_by("shown", maintain_order=True).agg(pl.exclude("shown").sum())
         up = sums.filter(pl.col("shift") > 0).sort(["shift", "shown"], descending=[True, False])
         down = sums.filter(pl.col("shift") < 0).sort(["shift", "shown"])
-        return _movers(up.head(SHOWN)), _movers(down.head(SHOWN))
+        return self._movers(up.head(SHOWN)), self._movers(down.head(SHOWN))
+
+    def _movers(self, rows: pl.DataFrame) -> list[Mover]:
+        named = pl.concat(self._examples).join(rows.select("shown"), on="shown", how="semi")
+        ranked = named.sort(["by", "row"], descending=[True, False]).group_by("shown").head(_EXAMPLES)
+        examples: dict[str, list[Example]] = {}
+        for token, *example in ranked.select("shown", *Example._fields).iter_rows():
+            examples.setdefault(token, []).append(Example(*example))
+        return [
+            Mover(
+                row["shown"],
+                row["n"],
+                row["n_bound"],
+                row["shift"] / row["mass"],
+                row["p"] / row["weight"],
+                row["q"] / row["weight"],
+                examples[row["shown"]],
+            )
+            for row in rows.iter_rows(named=True)
+        ]
 
 
-def _sums_of(known: pl.DataFrame) -> pl.DataFrame:
+def _shifts(known: pl.DataFrame) -> pl.DataFrame:
+    """``row, shown, is_bound, p, q, mass, delta``, by how much a token moves (``by``), and its position's weight."""
     log_p, log_q = pl.col("logprob_p"), pl.col("logprob_q")
     # Where a side does not list it, the shift is at least that to its smallest value, and never the other way.
     delta = (
@@ -74,34 +99,40 @@ def _sums_of(known: pl.DataFrame) -> pl.DataFrame:
     p, q = log_p.exp().fill_null(0.0), log_q.exp().fill_null(0.0)
     is_bound = (log_p.is_null() | log_q.is_null()).alias("is_bound")
     shifts = known.select("row", "shown", "weight", is_bound, p=p, q=q, mass=(p + q) / 2, delta=delta)
-    large = shifts.filter(pl.col("mass") >= _LEAST_MASS)
-    shift = pl.col("weight") * pl.col("mass") * pl.col("delta")
-    by = (pl.col("mass") * pl.col("delta")).abs()
-    return (
-        large.with_columns(by=by)
-        .sort("by", descending=True, maintain_order=True)
-        .group_by("shown", maintain_order=True)
-        .agg(
-            n=pl.len().cast(pl.Int64),
-            n_bound=pl.col("is_bound").sum().cast(pl.Int64),
-            shift=shift.sum(),
-            mass=(pl.col("weight") * pl.col("mass")).sum(),
-            p=(pl.col("weight") * pl.col("p")).sum(),
-            q=(pl.col("weight") * pl.col("q")).sum(),
-            weight=pl.col("weight").sum(),
-            examples=pl.struct("row", "p", "q", "by").head(_EXAMPLES),
-        )
+    return shifts.with_columns(by=(pl.col("mass") * pl.col("delta")).abs())
+
+
+def _sums_of(shifts: pl.DataFrame, token: NDArray[np.uint32]) -> pl.DataFrame:
+    """A row for each token, of which each row of ``shifts`` has the number."""
+    weight, mass = shifts["weight"].to_numpy(), (shifts["weight"] * shifts["mass"]).to_numpy()
+    n = np.bincount(token)
+    first = np.zeros(len(n), dtype=np.int64)
+    first[token[::-1]] = np.arange(len(token))[::-1]
+    there = np.flatnonzero(n)
+    summed = {
+        "shift": mass * shifts["delta"].to_numpy(),
+        "mass": mass,
+        "p": weight * shifts["p"].to_numpy(),
+        "q": weight * shifts["q"].to_numpy(),
+        "weight": weight,
+    }
+    n_bound = np.bincount(token, shifts["is_bound"].to_numpy()).astype(np.int64)
+    return shifts.select("shown")[first[there]].with_columns(
+        n=pl.Series(n[there]),
+        n_bound=pl.Series(n_bound[there]),
+        **{name: pl.Series(np.bincount(token, values)[there]) for name, values in summed.items()},
     )
 
 
-def _movers(rows: pl.DataFrame) -> list[Mover]:
-    found: list[Mover] = []
-    for row in rows.iter_rows(named=True):
-        weight = cast(float, row["weight"])
-        ranked = sorted(row["examples"], key=lambda item: (-item["by"], item["row"]))[:_EXAMPLES]
-        examples = [Example(item["row"], item["p"], item["q"]) for item in ranked]
-        delta = row["shift"] / row["mass"]
-        found.append(
-            Mover(row["shown"], row["n"], row["n_bound"], delta, row["p"] / weight, row["q"] / weight, examples)
-        )
-    return found
+def _examples_of(shifts: pl.DataFrame, token: NDArray[np.uint32]) -> Iterator[pl.DataFrame]:
+    """The rows that move each token most, `_EXAMPLES` at most: of all tokens the first, then the next."""
+    by = shifts["by"].to_numpy(writable=True)
+    for _ in range(_EXAMPLES):
+        most = np.full(int(token.max()) + 1, -1.0)
+        np.maximum.at(most, token, by)
+        equal = np.flatnonzero((by == most[token]) & (by >= 0))[::-1]
+        found = np.full(len(most), -1)
+        found[token[equal]] = equal  # of equal ones the first, which is written last
+        rows = found[found >= 0]
+        yield shifts.select("shown", "row", "p", "q", "by")[rows]
+        by[rows] = -1.0

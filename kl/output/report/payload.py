@@ -153,10 +153,10 @@ def lists_of(selection: Selection, lists: pl.DataFrame) -> str:
     coded = kept.join(words, on=["shown", "id_p", "id_q"], how="left", nulls_equal=True, maintain_order="left")
     # Texts, as there are too many numbers for Python's encoder.
     entries = _joined(pl.col("word"), *(_nats(f"logprob_{side}").round() for side in "pq"))
+    flat = coded.select("row", "cap_p", "cap_q", entries=entries).group_by("row", maintain_order=True)
+    of_rows = flat.agg(pl.col("cap_p", "cap_q").first(), pl.col("entries").str.join(","))
     limits = _joined(*(_nats(f"cap_{side}").floor() for side in "pq"))  # a limit is never written smaller
-    flat = coded.select("row", entries=entries, limits=limits).group_by("row", maintain_order=True)
-    of_rows = flat.agg(pl.col("limits").first(), pl.col("entries").str.join(","))
-    named = pl.format('"{}":[{},{}]', "place", "limits", "entries").str.join(",")
+    named = pl.format('"{}":[{},{}]', "place", limits, "entries").str.join(",")
     found = of_rows.join(places, on="row", how="inner", maintain_order="left").select(named).item()
     other_id = pl.when(pl.col("id_p") != pl.col("id_q")).then(pl.format(",{}", "id_q")).fill_null("")
     word = pl.concat_str(pl.lit("["), _quoted("shown"), pl.lit(","), _whole(pl.coalesce("id_p", "id_q")), other_id)
