@@ -115,11 +115,7 @@ class Part:
             return pl.DataFrame(schema={name: SCORES[name] for name in columns})
         if self._sound is not None:
             return self._sound.select(columns).slice(start, n)
-        held = columns
-        if added := ADDED.intersection(columns):  # parts of earlier versions lack them
-            absent = added - self._schema().keys()
-            held = [name for name in columns if name not in absent]
-        return _with_absent(self._columns(held, start, n), columns)
+        return self._columns(columns, start, n)
 
     def _schema(self) -> dict[str, pl.DataType]:
         with self._source() as source:
@@ -127,8 +123,12 @@ class Part:
 
     def _columns(self, columns: Sequence[str], start: int = 0, n: int | None = None) -> pl.DataFrame:
         with self._source() as source:
-            scan = pl.scan_parquet(source, glob=False, hive_partitioning=False)
-            return scan.select(columns).slice(start, n).collect()
+            scan = pl.scan_parquet(source, glob=False, hive_partitioning=False).slice(start, n)
+            absent = set[str]()
+            if added := ADDED.intersection(columns):  # parts of earlier versions lack them
+                absent = added.difference(scan.collect_schema())
+            held = (pl.lit(None, SCORES[name]).alias(name) if name in absent else pl.col(name) for name in columns)
+            return scan.select(held).collect()
 
     @contextmanager
     def _source(self) -> Generator[io.BytesIO | Path]:

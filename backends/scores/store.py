@@ -29,8 +29,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +61,10 @@ __all__ = ["SCORES", "Alone", "ScoreJournal", "ScoreStore"]
 
 _NO_PROMPTS = (JOURNALS, SET_ASIDE)  # folders of a store
 _PARTS_WORTH_MERGING = 4
-_ROWS_OF_A_MERGED_PART = 50_000
+_MERGED_ROWS, _MERGED_BYTES = 50_000, 5_000_000  # of a part that is large enough
 _INDEXED = 1_000  # bytes on disk for each key that is asked for: where there are more, most rows are not wanted
 _MOST_INDEXED = 2_000_000  # rows of indexes that are kept, 16 bytes each
 _TIMES = 3  # that the parts of a prompt may be replaced while they are looked up
-_LONG_AGO = datetime(1, 1, 1, tzinfo=UTC)
 _JOURNALS_AT_ONCE = 500  # objects of a second each
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
 
@@ -177,8 +174,7 @@ class ScoreStore:
 
     def _size(self, prompt_id: str) -> int:
         """Bytes of the parts of a prompt."""
-        files = self._parts(prompt_id)
-        return sum(file.size for file in files) if self._listing is not None else sum(map(_size_of, files))
+        return sum(map(_size_of, self._parts(prompt_id)))
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""
@@ -272,36 +268,39 @@ class ScoreStore:
 
         What was scored together is asked for together later, and is then read without the rest.
         """
-        if len(self._parts(prompt_id)) < _PARTS_WORTH_MERGING:
+        small = {file.path for file in self._parts(prompt_id) if _size_of(file) < _MERGED_BYTES}
+        if len(small) < _PARTS_WORTH_MERGING:
             return
-        small: list[tuple[datetime, StoredFile]] = []
-        for file, part in self._each(prompt_id, tidy=True):
-            about = part.rows(["scored_at", "full_logprobs"])
-            if part.is_harmed or about["full_logprobs"].null_count() < about.height:
-                return
-            if about.height < _ROWS_OF_A_MERGED_PART:
-                small.append((_first(about["scored_at"]), file))
-        if len(small) >= _PARTS_WORTH_MERGING:
-            self._merge(prompt_id, [file for _, file in sorted(small, key=itemgetter(0))])
-
-    def _merge(self, prompt_id: str, files: Sequence[StoredFile]) -> None:
         frames: list[pl.DataFrame] = []
-        merged: list[StoredFile] = []
-        for file in files:
-            frames.append(Part(file.path.name, _content(file)).rows(SCORES.names()))
-            merged.append(file)
-            if file is not files[-1] and sum(frame.height for frame in frames) < _ROWS_OF_A_MERGED_PART:
+        paths: list[Path] = []
+        for file, part in self._each(prompt_id, tidy=True):
+            if file.path not in small:
                 continue
-            once = pl.concat(frames).unique(["key", "exact_versus"], keep="first", maintain_order=True)
-            target = self._write(once.sort("scored_at", maintain_order=True), prompt_id)
-            in_parallel(remove, [file.path for file in merged if file.path != target])
-            frames, merged = [], []
+            frame = part.rows(SCORES.names())
+            if part.is_harmed or frame["full_logprobs"].null_count() < frame.height:
+                return
+            if frame.height >= _MERGED_ROWS:
+                continue
+            frames.append(frame)
+            paths.append(file.path)
+            if sum(frame.height for frame in frames) >= _MERGED_ROWS:
+                self._merge(prompt_id, frames, paths)
+                frames, paths = [], []
+        self._merge(prompt_id, frames, paths)
+
+    def _merge(self, prompt_id: str, frames: Sequence[pl.DataFrame], paths: Sequence[Path]) -> None:
+        if len(frames) < 2:
+            return
+        once = pl.concat(frames).unique(["key", "exact_versus"], keep="first", maintain_order=True)
+        target = self._write(once.sort("scored_at", maintain_order=True), prompt_id)
+        in_parallel(remove, [path for path in paths if path != target])
         self._note_change(prompt_id)
 
     def _parts(self, prompt_id: str) -> list[StoredFile]:
         if self._listing is not None:
             return self._listing.files_of(prompt_id)
-        return [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
+        files = [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
+        return sorted(files, key=_written_at)  # what was written together is asked for together
 
     def _each(self, prompt_id: str, *, tidy: bool = False) -> Iterator[tuple[StoredFile, Part]]:
         """The parts of a prompt, without what is damaged; with ``tidy`` that is set aside where this run may do so.
@@ -407,14 +406,16 @@ def _among(rows: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
 
 def _size_of(file: StoredFile) -> int:
     try:
-        return file.path.stat().st_size
+        return file.size if is_remote(file.path) else file.path.stat().st_size
     except FileNotFoundError:
         return 0  # another run has replaced it, by a part that holds the same
 
 
-def _first(times: pl.Series) -> datetime:
-    first = times.min()
-    return first if isinstance(first, datetime) else _LONG_AGO
+def _written_at(file: StoredFile) -> int:
+    try:
+        return file.path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:
