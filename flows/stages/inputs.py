@@ -198,7 +198,12 @@ def parsed_files_kept() -> Generator[None]:
     try:
         yield
     finally:
-        _parsed_files.forget()
+        forget_parsed_files()
+
+
+def forget_parsed_files() -> None:
+    """Let go of what was parsed, where it is known that little of it is read again."""
+    _parsed_files.forget()
 
 
 def read_input(file: InputFile) -> ResponseFile:

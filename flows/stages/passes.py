@@ -28,7 +28,7 @@ from flows.cluster.runners import LazyCluster
 from flows.config.comparison import Comparison, absolute
 from flows.folder.layout import Stores
 from flows.runtime.progress import ProgressReporter
-from flows.stages.inputs import InputFile
+from flows.stages.inputs import InputFile, forget_parsed_files
 from flows.stages.measuring import Measured, MeasuredPart, Priors, Survey, Surveyed, measure_part, survey_part
 from kl.estimators.diagnostic import AlignmentDiagnostic
 
@@ -69,6 +69,8 @@ def measure_files(
     passes = _passes(parts, comparison, stores, folder, cluster)
     with ProgressReporter("files surveyed", len(files)) as progress:
         survey = Survey.total(passes.surveys(progress))
+    if comparison.config.first_repeats is None:  # those are read once more, when results are written
+        forget_parsed_files()
     diagnostic = survey.diagnostic()
     _check_alignment(diagnostic, comparison, "measures all the same")
     measured = Measured(list(files), survey.priors(), diagnostic)

@@ -24,6 +24,8 @@ from flows.stages.inputs import InputFile, read_ahead, read_input, read_inputs
 from kl.input.problems import InputProblem
 from kl.text_tokens import prompt_tokens_of
 
+_ALL_BITS = 2**64 - 1
+_MOST_PACKED = 50_000  # contexts of a prompt; to pack and unpack more with each file would take long
 _REPEATS_TOGETHER = 1000  # responses of which a job asks some contexts again; their texts are in memory together
 
 
@@ -156,7 +158,7 @@ def make_plan(
         How many groups may be at work at once (`Backend.parallel_groups`).
     """
     plan = Plan([])
-    seen: dict[str, set[int]] = {}
+    seen = _Seen()
     known = UsedLast[str, _Stored](MOST_KEYS, lambda stored: len(stored.keys))
     by_job: dict[str, list[Selection]] = {}
     fresh: list[list[Selection]] = []
@@ -169,7 +171,7 @@ def make_plan(
             continue
         prompt_id = parsed.prompt.prompt_id
         stored = known.of(prompt_id, partial(_stored, store, prompt_id, comparison))
-        asked = seen.setdefault(prompt_id, set())
+        asked = seen.of(prompt_id)
         for response in parsed.responses:
             plan.n_responses += 1
             if response.model is not None:
@@ -262,6 +264,31 @@ def group_size(comparison: Comparison, n_responses: int, free: int) -> int:
     return max(1, -(-n_responses // max(free, 1))) if comparison.backend.capabilities.deferred else 1
 
 
+class _Seen:
+    """The contexts that were planned, by prompt: numbers of 64 bits.
+
+    A set of them takes ten times the memory of an array, and files to one prompt mostly follow each other.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[str, array[int]] = {}
+        self._sets: dict[str, set[int]] = {}
+        self._last = ""
+
+    def of(self, prompt_id: str) -> set[int]:
+        """Those of a prompt, to be added to until another prompt is asked for."""
+        before = self._sets.get(self._last)
+        if prompt_id != self._last and before is not None and len(before) < _MOST_PACKED:
+            self._packed[self._last] = array("Q", self._sets.pop(self._last))
+        self._last = prompt_id
+        if prompt_id not in self._sets:
+            self._sets[prompt_id] = set(self._packed.pop(prompt_id, ()))
+        return self._sets[prompt_id]
+
+    def __len__(self) -> int:
+        return len(self._packed) + len(self._sets)
+
+
 class _Stored(NamedTuple):
     """Keys that need not be asked again; where figures of pairs are wanted, what there is of them."""
 
@@ -290,7 +317,7 @@ def _missing(request: ScoreRequest | None, stored: _Stored, asked: set[int], pla
     counterparts = request.counterparts or ("",) * len(request.keys)
     for position, key, counterpart in zip(request.positions, request.keys, counterparts, strict=True):
         # One context may be compared with those of several P: then it is asked beside each.
-        short = hash((key, counterpart)) if counterpart else short_key(key)
+        short = hash((key, counterpart)) & _ALL_BITS if counterpart else short_key(key)
         if short in asked:
             continue
         asked.add(short)
