@@ -59,11 +59,14 @@ class Jobs(Generic[M]):
             self._jobs = [job for job in self._jobs if job not in jobs]
 
     def _steps(self, job: _Job[M]) -> Iterator[list[Score | ScoreFailure]]:
-        while job.units or job.ready:
-            if not job.ready:
-                self._step(job)
-            taken, job.ready = job.ready, []
-            yield taken
+        try:
+            while job.units or job.ready:
+                if not job.ready:
+                    self._step(job)
+                taken, job.ready = job.ready, []
+                yield taken
+        finally:  # also after an error: what is left of it is for nobody
+            self._jobs = [each for each in self._jobs if each is not job]
 
     def _step(self, job: _Job[M]) -> None:
         """Compute the next units of a job, and with them those of others that are for the same models."""

@@ -31,11 +31,13 @@ class Side(NamedTuple, Generic[M]):
 class Unit(NamedTuple, Generic[M]):
     """One side, or two that are compared context by context.
 
-    With ``of_itself`` a model is compared with itself: the two contexts, and their keys, are one.
+    With ``of_itself`` a model is compared with itself: the two contexts, and their keys, are one. ``size`` is what it
+    takes of the room for what is computed together, where whoever computes it says so.
     """
 
     sides: tuple[Side[M], ...]
     of_itself: bool = False
+    size: int = 0
 
     @property
     def models(self) -> tuple[M, ...]:

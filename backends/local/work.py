@@ -38,20 +38,29 @@ def _chunk(side: Side[LocalModel]) -> Chunk:
     return Chunk(longest.ids[: longest.length], start_of(longest))
 
 
-def _n_rows(unit: Unit[LocalModel]) -> int:
-    """Of one side's chunk; those of a prompt that others share are counted with each."""
-    chunk = _chunk(unit.sides[0])
-    return chunk.end - chunk.start
+def _sized(units: Sequence[Unit[LocalModel]]) -> list[Unit[LocalModel]]:
+    """The units with the rows that one side computes for each: from the end of the one before in its list of ids on.
+
+    Those of a prompt that others share are counted with each.
+    """
+    ends: dict[int, int] = {}
+    sized: list[Unit[LocalModel]] = []
+    for unit in units:
+        chunk = _chunk(unit.sides[0])
+        own = id(unit.sides[0].asked[0].ids)
+        sized.append(unit._replace(size=max(chunk.end - ends.get(own, 0), 1)))
+        ends[own] = max(ends.get(own, 0), chunk.end)
+    return sized
 
 
 @functools.cache
 def _jobs(process_id: int) -> Jobs[LocalModel]:
-    return Jobs(_scores, size=_n_rows, room=lambda unit: AT_ONCE * CHUNK * blas_threads())
+    return Jobs(_scores, size=attrgetter("size"), room=lambda unit: AT_ONCE * CHUNK * blas_threads())
 
 
 def steps(groups: Sequence[Sequence[Prepared[LocalModel]]]) -> Iterator[Iterator[list[Score | ScoreFailure]]]:
     """For each group of requests its scores, step by step; all steps of a process are made in one thread."""
-    return _jobs(os.getpid()).steps(*(units_of(prepared, start_of) for prepared in groups))
+    return _jobs(os.getpid()).steps(*(_sized(units_of(prepared, start_of)) for prepared in groups))
 
 
 def _scores(units: Sequence[Unit[LocalModel]]) -> list[list[Score]]:

@@ -35,11 +35,14 @@ class Client:
         self._root = address.removesuffix("/v1")
         values = [part for value in headers.values() for part in (value, value.rpartition(" ")[2])]
         self._secrets = [value for value in values if len(value) >= _SHORTEST_SECRET]
-        self._headers = headers  # for each call: what a session has in common is said to its proxy, too
+        self._proxy = proxy_of(address)
+        self._headers = (
+            headers | self._proxy.headers
+        )  # for each call: what a session has in common is said to its proxy, too
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s)),
-            proxy=proxy_of(address),
+            proxy=self._proxy.url,
         )
 
     async def post(self, path: str, body: Json) -> Json:
@@ -89,7 +92,8 @@ class Client:
 
     async def _send_once(self, method: str, url: str, data: bytes | None) -> tuple[aiohttp.ClientResponse, bytes]:
         headers = self._headers | ({"Content-Type": "application/json"} if data is not None else {})
-        async with self._session.request(method, url, data=data, headers=headers) as answer:
+        tunnel = self._proxy.tunnel
+        async with self._session.request(method, url, data=data, headers=headers, proxy_headers=tunnel) as answer:
             return answer, await answer.read()
 
     def _refusal(self, path: str, answer: aiohttp.ClientResponse, said: Any) -> StatusError | RetryableBackendError:

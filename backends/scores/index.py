@@ -15,11 +15,19 @@ import numpy as np
 import polars as pl
 
 from backends.scores.parts import ROWS_TOGETHER, Part
+from backends.scores.rows import SCORES
 from backends.storage import StoredFile
 
 MOST_KEYS = 500_000  # of prompts whose keys are kept while all files are looked through: those to one follow each other
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+
+
+def first_scored(rows: pl.DataFrame) -> pl.DataFrame:
+    """Of rows with one key, the one that was scored first: whatever their files are called, or wherever they lie."""
+    if not rows["key"].is_duplicated().any():
+        return rows  # what is said once need not be copied
+    return rows.sort("scored_at", maintain_order=True).unique("key", keep="first", maintain_order=True)
 
 
 class PromptIndex:
@@ -29,27 +37,32 @@ class PromptIndex:
     ----------
     opened : iterable of (StoredFile, Part)
         What they hold is read again where it is asked for.
+
+    Attributes
+    ----------
+    n_bytes : int
+        What it holds in memory.
     """
 
     def __init__(self, opened: Iterable[tuple[StoredFile, Part]]) -> None:
         self._parts: list[Part] = []
-        keys = [pl.Series("key", dtype=pl.String)]
+        keys = [pl.DataFrame(schema={"key": pl.String, "scored_at": SCORES["scored_at"]})]
         for file, part in opened:
-            keys.append(part.rows(["key"])["key"])
+            keys.append(part.rows(["key", "scored_at"]))
             part.let_go(file)
             self._parts.append(part)
         self._starts = np.cumsum([len(of_part) for of_part in keys])
         joined = pl.concat(keys)
-        first = np.flatnonzero(joined.is_first_distinct().to_numpy())
-        hashes = joined.hash().to_numpy()[first]
+        first = np.sort(joined.with_row_index().pipe(first_scored)["index"].to_numpy())
+        hashes = joined["key"].hash().to_numpy()[first]
         order = np.argsort(hashes)
         self._hashes, self._rows = hashes[order], first[order]
-
-    def __len__(self) -> int:
-        return len(self._hashes)
+        self.n_bytes = self._hashes.nbytes + self._rows.nbytes + sum(part.n_bytes for part in self._parts)
 
     def rows(self, keys: pl.Series, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """The first row of each of some keys, and others near it: a table for each run of them, as they stand.
+        """The row of each of some keys that was scored first, and others near it.
+
+        They come as they stand, a table for each run of them.
 
         Raises
         ------
@@ -78,24 +91,40 @@ class UsedLast(Generic[Key, Value]):
     ----------
     most : int
     size : callable
-        How much of it a value is.
+        How much of it a value is; each counts for one more.
     """
 
     def __init__(self, most: int, size: Callable[[Value], int]) -> None:
         self._most, self._size = most, size
-        self._made: OrderedDict[Key, Value] = OrderedDict()
+        self._made: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+        self._total = 0
         self._lock = threading.Lock()
+        self._making: dict[Key, threading.Lock] = {}
 
     def of(self, key: Key, make: Callable[[], Value]) -> Value:
-        """What there is for a key, made now if there is nothing."""
+        """What there is for a key, made now if there is nothing; while it is made, others are given theirs."""
         with self._lock:
-            value = self._made.pop(key) if key in self._made else make()
-            self._made[key] = value
-            while len(self._made) > 1 and sum(map(self._size, self._made.values())) > self._most:
-                self._made.popitem(last=False)
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if key in self._made:
+                    self._made.move_to_end(key)
+                    self._making.pop(key, None)
+                    return self._made[key][0]
+            value = make()
+            with self._lock:
+                self._making.pop(key, None)
+                self._keep(key, value)
             return value
+
+    def _keep(self, key: Key, value: Value) -> None:
+        size = self._size(value) + 1
+        self._total += size - self._made.pop(key, (value, 0))[1]
+        self._made[key] = value, size
+        while len(self._made) > 1 and self._total > self._most:
+            self._total -= self._made.popitem(last=False)[1][1]
 
     def forget(self, key: Key) -> None:
         """Have it made anew."""
         with self._lock:
-            self._made.pop(key, None)
+            self._total -= self._made.pop(key, (None, 0))[1]

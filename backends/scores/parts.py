@@ -103,6 +103,12 @@ class Part:
             self._file = file, _state(file, path)
         self._content = None
 
+    @property
+    def n_bytes(self) -> int:
+        """What it holds in memory."""
+        held = 0 if self._content is None else len(self._content)
+        return held + (0 if self._sound is None else int(self._sound.estimated_size()))
+
     def rows(self, columns: Sequence[str], start: int = 0, n: int | None = None) -> pl.DataFrame:
         """Some columns of the rows that can be used, ``n`` of them from row ``start`` on; default all.
 

@@ -38,7 +38,7 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.scores.aside import JOURNALS, SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
 from backends.scores.damage import parted
-from backends.scores.index import PromptIndex, UsedLast
+from backends.scores.index import PromptIndex, UsedLast, first_scored
 from backends.scores.journal import SUFFIX, BrokenLine, ScoreJournal, recorded
 from backends.scores.parts import Part, packed
 from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
@@ -62,8 +62,9 @@ __all__ = ["SCORES", "Alone", "ScoreJournal", "ScoreStore"]
 _NO_PROMPTS = (JOURNALS, SET_ASIDE)  # folders of a store
 _PARTS_WORTH_MERGING = 4
 _MERGED_ROWS, _MERGED_BYTES = 50_000, 5_000_000  # of a part that is large enough
-_INDEXED = 1_000  # bytes on disk for each key that is asked for: where there are more, most rows are not wanted
-_MOST_INDEXED = 2_000_000  # rows of indexes that are kept, 16 bytes each
+# Bytes on disk: where there are more in all, and for each key that is asked for, most rows are not wanted.
+_INDEXED, _INDEXED_PER_KEY = 1_000_000, 1_000
+_MOST_INDEXED = 64_000_000  # bytes of indexes that are kept
 _TIMES = 3  # that the parts of a prompt may be replaced while they are looked up
 _JOURNALS_AT_ONCE = 500  # objects of a second each
 _LIGHT = [name for name in SCORES.names() if name != "full_logprobs" and name not in ADDED]
@@ -121,7 +122,7 @@ class ScoreStore:
         self._journals = root / JOURNALS if journals is None else journals
         self._every_failure = every_failure
         self._listing = RemoteListing(root, ".parquet") if is_remote(root) else None
-        self._indexes = UsedLast[tuple[str, ...], PromptIndex](_MOST_INDEXED, len)
+        self._indexes = UsedLast[tuple[str, ...], PromptIndex](_MOST_INDEXED, lambda index: index.n_bytes)
 
     def prefetch(self) -> None:
         """Copy all parts of a remote store to the local disk, many at once, if there is room for them."""
@@ -153,19 +154,18 @@ class ScoreStore:
         columns = [*_LIGHT, *WANTED] if wanted else _LIGHT
         none = pl.DataFrame(schema={name: SCORES[name] for name in columns})
         found = pl.concat([none, *(_among(rows, asked) for rows in self._candidates(prompt_id, asked, columns))])
-        # What is said once need not be copied.
-        return found.unique("key", keep="first", maintain_order=True) if found["key"].is_duplicated().any() else found
+        return first_scored(found)
 
     def _candidates(self, prompt_id: str, asked: pl.Series, columns: Sequence[str]) -> list[pl.DataFrame]:
         """Tables with all rows of some keys, and with others."""
-        if self._size(prompt_id) <= _INDEXED * len(asked):
+        if self._size(prompt_id) <= max(_INDEXED, _INDEXED_PER_KEY * len(asked)):
             return [part.rows(columns) for _, part in self._each(prompt_id)]
         for left in reversed(range(_TIMES)):
             names = prompt_id, *(file.path.name for file in self._parts(prompt_id))
-            index = self._indexes.of(names, lambda: PromptIndex(self._each(prompt_id)))
             try:
+                index = self._indexes.of(names, lambda: PromptIndex(self._each(prompt_id)))
                 return list(index.rows(asked, columns))
-            except OSError as error:
+            except (OSError, pl.exceptions.PolarsError) as error:
                 if not (left and isinstance(error, FileNotFoundError)):
                     raise _unreadable(self.root / prompt_id, error) from error
                 self._indexes.forget(names)  # another run has replaced a part
@@ -291,8 +291,9 @@ class ScoreStore:
     def _merge(self, prompt_id: str, frames: Sequence[pl.DataFrame], paths: Sequence[Path]) -> None:
         if len(frames) < 2:
             return
-        once = pl.concat(frames).unique(["key", "exact_versus"], keep="first", maintain_order=True)
-        target = self._write(once.sort("scored_at", maintain_order=True), prompt_id)
+        in_order = pl.concat(frames).sort("scored_at", maintain_order=True)
+        once = in_order.unique(["key", "exact_versus"], keep="first", maintain_order=True)
+        target = self._write(once, prompt_id)
         in_parallel(remove, [path for path in paths if path != target])
         self._note_change(prompt_id)
 
@@ -418,7 +419,7 @@ def _written_at(file: StoredFile) -> int:
         return 0
 
 
-def _unreadable(path: Path, error: OSError) -> ConfigError:
+def _unreadable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
         f"the stored scores in {path} cannot be read ({error}). They are not taken for lost, and nothing is asked "
         "in their place: run again when the storage gives them."

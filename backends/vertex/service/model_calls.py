@@ -57,10 +57,12 @@ class ModelCalls:
             self._headers["x-goog-api-key"] = api_key
         if token is not None and token.quota_project is not None:
             self._headers["x-goog-user-project"] = token.quota_project
+        self._proxy = proxy_of(self._address)
+        self._headers |= self._proxy.headers
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=max_calls, ssl=httpx2.create_ssl_context()),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
-            proxy=proxy_of(self._address),
+            proxy=self._proxy.url,
         )
 
     async def generate(self, model: str, body: bytes) -> bytes:
@@ -104,7 +106,8 @@ class ModelCalls:
         return f"{self._owner}/{model}"
 
     async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
-        async with self._session.post(url, data=body, headers=self._headers | headers) as answer:
+        told = self._headers | headers
+        async with self._session.post(url, data=body, headers=told, proxy_headers=self._proxy.tunnel) as answer:
             return answer, await answer.read()
 
     async def aclose(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def filled(folder: Path, parts: list[list[str]]) -> ScoreStore:
 @pytest.fixture
 def always_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "_INDEXED", 0)
+    monkeypatch.setattr(stores, "_INDEXED_PER_KEY", 0)
 
 
 KEYS = st.lists(st.integers(0, 30).map(str), max_size=12, unique=True)
@@ -51,15 +53,28 @@ def test_what_is_read_by_the_index_is_what_is_read_of_all(
         changed.setattr(stores, "_INDEXED", 1 << 40)
         of_all = store.load("p", asked)
         changed.setattr(stores, "_INDEXED", 0)
+        changed.setattr(stores, "_INDEXED_PER_KEY", 0)
         by_index = store.load("p", asked)
     assert by_index == of_all == {key: score(key) for key in asked if any(key in part for part in parts)}
 
 
-@pytest.mark.usefixtures("always_indexed")
-def test_of_equal_keys_the_one_that_was_written_first_counts(tmp_path: Path) -> None:
-    store = filled(tmp_path, [["a", "b"]])
-    store.append("p", "m", [score("a", -0.7), score("c")])
-    assert store.load("p", "a") == {"a": score("a")}
+@pytest.mark.parametrize("indexed", [0, 1 << 40])
+def test_of_equal_keys_the_one_that_was_scored_first_counts_whatever_becomes_of_the_files(
+    indexed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_INDEXED", indexed)
+    monkeypatch.setattr(stores, "_INDEXED_PER_KEY", 0)
+    monkeypatch.setattr(stores, "_MERGED_ROWS", 5)
+    filled(tmp_path, [["a", "b"]]).append("p", "m", [score(key, -0.7) for key in "acdefg"])
+    for keys in ("h", "i", "j"):
+        ScoreStore(tmp_path).append("p", "m", [score(keys)])
+    assert ScoreStore(tmp_path).load("p", "ac") == {"a": score("a"), "c": score("c", -0.7)}
+    ScoreStore(tmp_path).compact("p")
+    assert len(list(tmp_path.glob("p/*.parquet"))) == 2, "merged, with another time"
+    assert ScoreStore(tmp_path).load("p", "ac") == {"a": score("a"), "c": score("c", -0.7)}
+    for path in tmp_path.glob("p/*.parquet"):  # as a copy or an archive does
+        os.utime(path, ns=(0, 10**18 - path.stat().st_mtime_ns % 10**18))
+    assert ScoreStore(tmp_path).load("p", "ac") == {"a": score("a"), "c": score("c", -0.7)}
 
 
 @pytest.mark.usefixtures("always_indexed")
@@ -124,7 +139,7 @@ def test_merged_parts_stand_in_the_order_of_their_scores_and_are_not_without_end
 
 def test_what_was_used_last_is_kept_up_to_a_sum_and_always_the_last() -> None:
     made: list[str] = []
-    kept = UsedLast[str, str](4, len)
+    kept = UsedLast[str, str](7, len)
 
     def of(name: str) -> str:
         return kept.of(name, lambda: made.append(name) or name)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from backends.errors import RetryableBackendError
 from backends.openai_compatible.client import Client
-from backends.service.proxies import proxy_of
+from backends.service.proxies import Proxy, proxy_of
 from backends.vertex.service.model_calls import ModelCalls
 
 SEEN: list[tuple[str, str | None, str | None]] = []
@@ -34,7 +35,7 @@ class _Recorder(BaseHTTPRequestHandler):
 
     def do_CONNECT(self) -> None:
         SEEN.append((self.path, self.headers["Authorization"], str(self.headers)))
-        self.send_error(502)
+        self.send_error(407)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -82,13 +83,31 @@ def test_calls_go_through_the_proxy_of_the_environment(
     ]
 
 
-def test_a_proxy_of_encrypted_calls_is_not_told_the_key(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", f"http://me:word@127.0.0.1:{port}")
-    with pytest.raises(RetryableBackendError, match="502"):
-        ask("https://service.invalid")
-    assert [path for path, _, _ in SEEN] == ["service.invalid:443"]
-    assert "secret" not in SEEN[0][2]
-    assert base64.b64encode(b"me:word").decode() in SEEN[0][2]
+def test_neither_is_a_proxy_told_the_key_nor_anybody_its_password(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:top%20word@127.0.0.1:{port}")
+
+    async def refused(call: Awaitable[object]) -> str:
+        try:
+            await call
+        except (aiohttp.ClientError, RetryableBackendError) as error:
+            return f"{error} {error!r} {error.__cause__!r}"
+        raise AssertionError("the proxy refuses all")
+
+    async def errors() -> str:
+        client = Client("https://service.invalid/v1", {"Authorization": "Bearer secret"}, 10.0)
+        models = ModelCalls("https://service.invalid", "", 10.0, 4, api_key="secret")
+        said = await refused(client.get("models")) + await refused(models.generate("gemini-x", b"{}"))
+        await client.aclose()
+        await models.aclose()
+        return said
+
+    said = asyncio.run(errors())
+    assert said.count("407") >= 2
+    assert "word" not in said
+    assert [path for path, _, _ in SEEN] == ["service.invalid:443"] * 2
+    for _, _, headers in SEEN:
+        assert "secret" not in str(headers)
+        assert base64.b64encode(b"me:top word").decode() in str(headers)
 
 
 def test_hosts_without_proxy_are_called_directly(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,9 +115,9 @@ def test_hosts_without_proxy_are_called_directly(port: int, monkeypatch: pytest.
     monkeypatch.setenv("NO_PROXY", "example.com,127.0.0.1")
     ask(f"http://127.0.0.1:{port}")
     assert [path for path, _, _ in SEEN] == ["/v1/models", "/models/gemini-x:generateContent"]
-    assert proxy_of("http://example.com/v1") is None
-    assert proxy_of("https://example.org/v1") is None, "of another scheme"
-    assert proxy_of("http://example.org/v1") == "http://127.0.0.1:1"
+    assert proxy_of("http://example.com/v1") == Proxy()
+    assert proxy_of("https://example.org/v1") == Proxy(), "of another scheme"
+    assert proxy_of("http://example.org/v1") == Proxy("http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("machine", ["default", "machine 127.0.0.1"])
