@@ -26,8 +26,8 @@ hypothesis.settings.load_profile("no deadline")
 
 def pytest_configure(config: pytest.Config) -> None:
     """The processes that xdist starts know by the environment where the one server is."""
-    if not hasattr(config, "workerinput"):
-        config.add_cleanup(SessionServer().stop)
+    if not hasattr(config, "workerinput") and (server := SessionServer()).is_own:
+        config.add_cleanup(server.stop)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:

@@ -95,12 +95,16 @@ def _memory_folder() -> str | None:
 
 
 class SessionServer:
-    """The Prefect server of all processes that run tests: the first that needs it starts it, the session ends it."""
+    """The Prefect server of all processes that run tests: the first that needs it starts it, the session ends it.
+
+    With ``is_own`` this process is that of the session; a test may start another pytest, which must leave the server be.
+    """
 
     _variable = "TOKENKL_TESTS_PREFECT"
 
     def __init__(self) -> None:
-        if self._variable not in os.environ:
+        self.is_own = self._variable not in os.environ
+        if self.is_own:
             os.environ[self._variable] = mkdtemp(prefix="tokenkl-prefect-", dir=_memory_folder())
         self._record = Path(os.environ[self._variable], "server.json")
 
