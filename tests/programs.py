@@ -97,7 +97,7 @@ def _memory_folder() -> str | None:
 class SessionServer:
     """The Prefect server of all processes that run tests: the first that needs it starts it, the session ends it.
 
-    With ``is_own`` this process is that of the session; a test may start another pytest, which must leave the server be.
+    With ``is_own`` this process is that of the session; a pytest that a test starts must leave the server be.
     """
 
     _variable = "TOKENKL_TESTS_PREFECT"
