@@ -100,13 +100,13 @@ def peak(threads: int) -> float:
 
 
 def operations(model: LocalModel, n: int, tokens: int) -> float:
-    """Of matrices and attention, for the responses and once for their prompt; of the vocabulary for the responses."""
+    """Of matrices, attention and the vocabulary for the responses; the rows of their prompt are kept from before."""
     config = model.engine.config
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     a_layer = config.width * (2 * q + 2 * kv + 3 * config.ffn_width)
     prompt = len(model.template.encode(PROMPT))
-    rows = prompt + n * (tokens - 1)
-    seen = prompt**2 / 2 + n * (tokens * prompt + tokens**2 / 2)
+    rows = n * (tokens - 1)
+    seen = n * (tokens * prompt + tokens**2 / 2)
     of_layers = config.n_layers * 2 * (rows * a_layer + seen * 2 * q)
     return of_layers + 2.0 * n * tokens * config.width * config.vocabulary
 
@@ -118,7 +118,7 @@ def row(threads: int, n: int, tokens: int, repeats: int) -> str:
     with threadpoolctl.threadpool_limits(threads, user_api="blas"):
         rates: dict[str, list[float]] = {"tokens": [], "share": [], "pairs": []}
         for repeat in range(repeats + 1):
-            fresh = 1000 * repeat  # other responses each time
+            fresh = 1000 * (repeat + 100 * threads)  # other responses each time: rows that were computed are kept
             before = peak(threads)
             spent = score([[request] for request in requests(n, tokens, MODEL, start=fresh)])
             limit = (before + peak(threads)) / 2
