@@ -36,9 +36,8 @@ class Client:
         values = [part for value in headers.values() for part in (value, value.rpartition(" ")[2])]
         self._secrets = [value for value in values if len(value) >= _SHORTEST_SECRET]
         self._proxy = proxy_of(address)
-        self._headers = (
-            headers | self._proxy.headers
-        )  # for each call: what a session has in common is said to its proxy, too
+        # For each call: what a session has in common is said to its proxy, too.
+        self._headers = headers | self._proxy.headers
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s)),

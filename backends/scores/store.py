@@ -29,6 +29,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ import polars as pl
 from backends.errors import ConfigError
 from backends.scores.aside import JOURNALS, SET_ASIDE, harm_of, keep_journaled, keep_lines, put_right
 from backends.scores.damage import parted
-from backends.scores.index import PromptIndex, UsedLast, first_scored
+from backends.scores.index import MOST_KEYS, PromptIndex, UsedLast, first_scored
 from backends.scores.journal import SUFFIX, BrokenLine, ScoreJournal, recorded
 from backends.scores.parts import Part, packed
 from backends.scores.rows import ADDED, EXACT, SCORES, WANTED, exact_of, frame_of, results_of, row_of
@@ -133,6 +135,11 @@ class ScoreStore:
         """Keys that need not be asked again: scores, and failures that are final."""
         return {key for _, part in self._each(prompt_id, tidy=True) for key in part.rows(["key"])["key"]}
 
+    def keys_in_turn(self) -> Callable[[str], set[str]]:
+        """`known_keys` for one look through all files: those of the prompts that were used last are read once."""
+        kept = UsedLast[str, set[str]](MOST_KEYS, len)
+        return lambda prompt_id: kept.of(prompt_id, partial(self.known_keys, prompt_id))
+
     def load(self, prompt_id: str, keys: Iterable[str]) -> dict[str, Score | ScoreFailure]:
         """The stored results among ``keys``, without full vocabularies."""
         rows = self.rows(prompt_id, keys, wanted=True)
@@ -174,7 +181,7 @@ class ScoreStore:
 
     def _size(self, prompt_id: str) -> int:
         """Bytes of the parts of a prompt."""
-        return sum(map(_size_of, self._parts(prompt_id)))
+        return sum(file.size for file in self._parts(prompt_id))
 
     def load_full(self, prompt_id: str, keys: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """The full-vocabulary log-probabilities stored under ``keys``: float32, shape (V,), by token id."""
@@ -268,7 +275,7 @@ class ScoreStore:
 
         What was scored together is asked for together later, and is then read without the rest.
         """
-        small = {file.path for file in self._parts(prompt_id) if _size_of(file) < _MERGED_BYTES}
+        small = {file.path for file in self._parts(prompt_id) if file.size < _MERGED_BYTES}
         if len(small) < _PARTS_WORTH_MERGING:
             return
         frames: list[pl.DataFrame] = []
@@ -300,8 +307,8 @@ class ScoreStore:
     def _parts(self, prompt_id: str) -> list[StoredFile]:
         if self._listing is not None:
             return self._listing.files_of(prompt_id)
-        files = [StoredFile(path, 0, "") for path in files_in(self.root / prompt_id, ".parquet")]
-        return sorted(files, key=_written_at)  # what was written together is asked for together
+        found = sorted(map(_on_disk, files_in(self.root / prompt_id, ".parquet")), key=itemgetter(0))
+        return [file for _, file in found]  # what was written together is asked for together
 
     def _each(self, prompt_id: str, *, tidy: bool = False) -> Iterator[tuple[StoredFile, Part]]:
         """The parts of a prompt, without what is damaged; with ``tidy`` that is set aside where this run may do so.
@@ -405,18 +412,13 @@ def _among(rows: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
     return rows if is_asked.all() else rows.filter(is_asked)
 
 
-def _size_of(file: StoredFile) -> int:
+def _on_disk(path: Path) -> tuple[int, StoredFile]:
+    """When a file was written, and the file."""
     try:
-        return file.size if is_remote(file.path) else file.path.stat().st_size
-    except FileNotFoundError:
-        return 0  # another run has replaced it, by a part that holds the same
-
-
-def _written_at(file: StoredFile) -> int:
-    try:
-        return file.path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+        stat = path.stat()
+    except FileNotFoundError:  # another run has replaced it, which shows when it is opened
+        return 0, StoredFile(path, 0, "")
+    return stat.st_mtime_ns, StoredFile(path, stat.st_size, "")
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:

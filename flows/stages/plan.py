@@ -243,12 +243,11 @@ def bought_again(
 ) -> frozenset[str]:
     """The keys of a model's second answers that are on disk, or that a job answers."""
     bought: set[str] = set()
-    kept = UsedLast[str, set[str]](MOST_KEYS, len)
+    known_keys = store.keys_in_turn()
     for file in read_ahead(files):
         for response in read_input(file).responses:
             if response.model == model and comparison.asked_again(response) == "p":
-                request, prompt_id = comparison.request(response, "again"), response.prompt.prompt_id
-                known = kept.of(prompt_id, partial(store.known_keys, prompt_id))
+                request, known = comparison.request(response, "again"), known_keys(response.prompt.prompt_id)
                 bought.update(key for key in (request.keys if request else ()) if key in known or key in in_flight)
     return frozenset(bought)
 

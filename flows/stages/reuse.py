@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from backends.errors import ConfigError
-from backends.scores.index import MOST_KEYS, UsedLast
 from backends.scores.raw_log import holds_raw, read_raw
 from backends.scores.store import ScoreStore
 from flows.config.comparison import Comparison
@@ -69,12 +67,12 @@ def reuse_raw(source: Path, files: list[InputFile], comparison: Comparison, stor
 
 
 def _wanted(files: list[InputFile], comparison: Comparison, store: ScoreStore) -> Iterator[tuple[str, tuple[str, str]]]:
-    kept = UsedLast[str, set[str]](MOST_KEYS, len)
+    known_keys = store.keys_in_turn()
     for _, parsed in read_inputs(files):
         if parsed.prompt is None:
             continue
         prompt_id = parsed.prompt.prompt_id
-        known = kept.of(prompt_id, partial(store.known_keys, prompt_id))
+        known = known_keys(prompt_id)
         for response in parsed.responses:
             for side in comparison.sides():
                 request = comparison.request(response, side)

@@ -67,8 +67,9 @@ def write_tokens(parts: Sequence[Path], target: Path, facts: RunFacts | None = N
         If a part does not have exactly the columns of `kl.tables.schemas.TOKENS`.
     """
     # A bracket or "=" in a directory's name is neither a pattern nor a partition.
-    rows = pl.scan_parquet(list(parts), schema=TOKENS, glob=False, hive_partitioning=False) if parts else None
-    _write_joined(rows, target, _metadata(TOKEN_COLUMNS, facts), TOKENS, ROW_GROUP_ROWS)
+    none = pl.LazyFrame(schema=TOKENS)
+    rows = pl.scan_parquet(list(parts), schema=TOKENS, glob=False, hive_partitioning=False) if parts else none
+    _write_joined(rows.select(TOKENS.names()), target, _metadata(TOKEN_COLUMNS, facts), ROW_GROUP_ROWS)
 
 
 def write_candidates(parts: Sequence[Path], target: Path, facts: RunFacts | None = None) -> None:
@@ -78,7 +79,6 @@ def write_candidates(parts: Sequence[Path], target: Path, facts: RunFacts | None
         candidate_rows(parts),
         target,
         _metadata(CANDIDATE_COLUMNS, facts),
-        CANDIDATES,
         CANDIDATE_GROUP_ROWS,
         data_page_size=_LARGEST_PAGE,
     )
@@ -91,18 +91,16 @@ def candidate_rows(parts: Sequence[Path]) -> pl.LazyFrame:
 
 
 def _write_joined(
-    rows: pl.LazyFrame | None,
+    rows: pl.LazyFrame,
     target: Path,
     metadata: dict[str, str],
-    schema: pl.Schema,
     group_rows: int,
     *,
     data_page_size: int | None = None,
 ) -> None:
-    joined = pl.LazyFrame(schema=schema) if rows is None else rows.select(schema.names())
     write_atomic(
         target,
-        lambda path: joined.sink_parquet(
+        lambda path: rows.sink_parquet(
             path,
             compression="zstd",
             compression_level=1,  # most of both tables are the digits of numbers, which no level makes smaller
